@@ -1,0 +1,57 @@
+# The doors: make demo | test | check | format. Everything happens in .venv; see README.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGE := build/.installed
+SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cmake' \
+	-o -name '*.in' -o -name '*.py') CMakeLists.txt setup.py pyproject.toml
+FORMATTED_CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu')
+FORMATTED_PY := setup.py python tests examples tools
+
+.PHONY: demo test test-cpp test-python check lint format clean
+
+demo: $(PACKAGE)
+	$(BIN)/python examples/sentiment/demo.py
+
+test: test-cpp test-python
+
+test-cpp: $(PACKAGE)
+	tools/system_packages.sh test
+	$(BIN)/cmake -S tests/cpp -B build/tests -G Ninja \
+		-DCMAKE_PREFIX_PATH=$$($(BIN)/python -m rankwise --cmake-dir) \
+		-DRANKWISE_PYTHON=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/tests -j 2
+	$(BIN)/ctest --test-dir build/tests --output-on-failure
+
+test-python: $(PACKAGE)
+	$(BIN)/python -m pytest
+
+# Static rules: format, imports and includes.
+lint: $(VENV)/.ready
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_CPP)
+	$(BIN)/ruff format --check $(FORMATTED_PY)
+	$(BIN)/ruff check $(FORMATTED_PY)
+	$(BIN)/python tools/check_includes.py
+
+# Everything, with compiler warnings as errors.
+check: export RANKWISE_WARNINGS_AS_ERRORS := ON
+check: lint test
+
+format: $(VENV)/.ready
+	$(BIN)/clang-format -i $(FORMATTED_CPP)
+	$(BIN)/ruff format $(FORMATTED_PY)
+	$(BIN)/ruff check --fix $(FORMATTED_PY)
+
+$(VENV)/.ready: requirements.txt tools/system_packages.sh
+	tools/system_packages.sh build
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+$(PACKAGE): $(VENV)/.ready $(SOURCES)
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m pip install --disable-pip-version-check -q \
+		--no-build-isolation --no-deps --force-reinstall .
+	mkdir -p build && touch $@
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,51 @@
+// The operators as C++ functions. All are differentiable where autograd applies and run under the
+// dispatcher, so autocast, torch.compile and functorch treat them as they do PyTorch's own.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace rankwise {
+
+// A linear layer with a low-rank update (LoRA, arXiv 2106.09685; with lora_E AdaLoRA's triplets,
+// arXiv 2303.10512):
+//
+//   y = x W0^T + bias + scaling * ((drop(x) A^T) * E^T) B^T
+//
+//   input   [..., in]         weight  W0 [out, in], any strides     bias   [out] or none
+//   lora_A  [capacity, in]    lora_B  [out, capacity]               lora_E [capacity, 1] or none
+//
+// Only the leading `rank` directions take part (default: all of capacity); the others get zero
+// gradients. dtypes: all tensors float64, float32, bfloat16 or float16; or lora_* float32 over a
+// 16-bit base. The result has input's dtype and shape [..., out].
+// dropout_p applies to the adapter's input alone; the mask is a function of a seed drawn from
+// PyTorch's default generator and of the element's index, for every device and thread count.
+// Throws c10::Error naming the argument, what was wanted and what came.
+at::Tensor lora_linear(const at::Tensor& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
+                       const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E = {},
+                       double scaling = 1.0, double dropout_p = 0.0,
+                       std::optional<int64_t> rank = {});
+
+// An embedding with a low-rank update: y[i] = W0[i] + scaling * (A^T[i] * E^T) B^T.
+//
+//   indices any shape, int64 or int32    weight W0 [num, dim]
+//   lora_A  [capacity, num]              lora_B [dim, capacity]     lora_E [capacity, 1] or none
+//
+// Row `padding_idx` (negative: none) of the table and of A^T gets no gradient.
+at::Tensor lora_embedding(const at::Tensor& indices, const at::Tensor& weight,
+                          const at::Tensor& lora_A, const at::Tensor& lora_B,
+                          const std::optional<at::Tensor>& lora_E = {}, double scaling = 1.0,
+                          int64_t padding_idx = -1, std::optional<int64_t> rank = {});
+
+// The merged weight round(W0 + scaling * B diag(E) A), summed in float64 and rounded once to
+// W0's dtype, with W0's strides. Also returned, as 0-d tensors: the largest |rounded - exact|
+// (float64; not finite if the sum is not) and the number of elements that differ from W0 (int64).
+std::tuple<at::Tensor, at::Tensor, at::Tensor> merged_weight(
+    const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
+    const std::optional<at::Tensor>& lora_E = {}, double scaling = 1.0,
+    std::optional<int64_t> rank = {});
+
+}  // namespace rankwise

@@ -1,0 +1,4 @@
+// Everything public, for C++ programs.
+#pragma once
+
+#include <rankwise/ops.h>

@@ -1,0 +1,145 @@
+// Argument checks: one sentence each, naming op, argument, what was wanted and what came.
+#include "checks.h"
+
+#include <c10/core/SymBool.h>
+#include <c10/core/SymIntArrayRef.h>
+
+#include <cmath>
+
+namespace rankwise {
+namespace {
+
+std::string dtype_name(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return "float64";
+    case at::kFloat:
+      return "float32";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kHalf:
+      return "float16";
+    default:
+      return c10::toString(dtype);
+  }
+}
+
+bool is_supported(at::ScalarType dtype) {
+  return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 ||
+         dtype == at::kHalf;
+}
+
+void check_shape(const char* op, const char* name, const at::Tensor& tensor,
+                 const c10::SymInt& rows, const char* rows_name, const c10::SymInt& cols,
+                 const char* cols_name) {
+  const auto wanted = [&] {
+    std::ostringstream text;
+    const auto put = [&text](const c10::SymInt& size, const char* symbol) {
+      if (symbol != nullptr)
+        text << symbol;
+      else
+        text << size;
+    };
+    text << '[';
+    put(rows, rows_name);
+    text << ", ";
+    put(cols, cols_name);
+    text << ']';
+    return text.str();
+  };
+  TORCH_CHECK(tensor.dim() == 2, op, ": ", name, " must be ", wanted(), ", got ",
+              tensor.sym_sizes());
+  TORCH_SYM_CHECK(tensor.sym_size(0).sym_eq(rows).sym_and(tensor.sym_size(1).sym_eq(cols)), op,
+                  ": ", name, " must be ", wanted(), ", got ", tensor.sym_sizes());
+}
+
+void check_like(const char* op, const char* name, const at::Tensor& tensor, const char* other_name,
+                const at::Tensor& other) {
+  TORCH_CHECK(tensor.device() == other.device(), op, ": ", name, " must be on ", other.device(),
+              " like ", other_name, ", got ", tensor.device());
+  TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), op, ": ", name, " must be ",
+              dtype_name(other.scalar_type()), " like ", other_name, ", got ",
+              dtype_name(tensor.scalar_type()));
+}
+
+}  // namespace
+
+void check_dropout_p(const char* op, double dropout_p) {
+  TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p must be in [0, 1], got ",
+              dropout_p);
+}
+
+void check_factors(const char* op, const at::Tensor& weight, const c10::SymInt& in_features,
+                   const c10::SymInt& out_features, const at::Tensor& lora_A,
+                   const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
+                   double scaling, const c10::SymInt& rank) {
+  TORCH_CHECK(lora_A.dim() == 2, op, ": lora_A must be [rank, ", in_features, "], got ",
+              lora_A.sym_sizes());
+  const c10::SymInt capacity = lora_A.sym_size(0);
+  check_shape(op, "lora_A", lora_A, capacity, "rank", in_features, nullptr);
+  check_shape(op, "lora_B", lora_B, out_features, nullptr, capacity, nullptr);
+  TORCH_CHECK(lora_A.device() == weight.device(), op, ": lora_A must be on ", weight.device(),
+              " like weight, got ", lora_A.device());
+  const bool is_master =
+      lora_A.scalar_type() == at::kFloat &&
+      (weight.scalar_type() == at::kBFloat16 || weight.scalar_type() == at::kHalf);
+  TORCH_CHECK(is_master || lora_A.scalar_type() == weight.scalar_type(), op, ": lora_A must be ",
+              dtype_name(weight.scalar_type()),
+              " like weight, or float32 over a 16-bit weight, got ",
+              dtype_name(lora_A.scalar_type()));
+  check_like(op, "lora_B", lora_B, "lora_A", lora_A);
+  if (has(lora_E)) {
+    check_shape(op, "lora_E", *lora_E, capacity, nullptr, 1, nullptr);
+    check_like(op, "lora_E", *lora_E, "lora_A", lora_A);
+  }
+  TORCH_CHECK(std::isfinite(scaling), op, ": scaling must be finite, got ", scaling);
+  TORCH_SYM_CHECK(rank.sym_ge(0).sym_and(rank.sym_le(capacity)), op, ": rank must be in [0, ",
+                  capacity, "], got ", rank);
+}
+
+void check_lora_linear(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
+                       const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
+                       double scaling, double dropout_p, const c10::SymInt& rank) {
+  TORCH_CHECK(is_supported(input.scalar_type()), op,
+              ": input must be float64, float32, bfloat16 or float16, got ",
+              dtype_name(input.scalar_type()));
+  TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out_features, in_features], got ",
+              weight.sym_sizes());
+  check_like(op, "weight", weight, "input", input);
+  const c10::SymInt out_features = weight.sym_size(0);
+  const c10::SymInt in_features = weight.sym_size(1);
+  TORCH_CHECK(input.dim() >= 1, op, ": input must be [..., ", in_features, "], got a scalar");
+  TORCH_SYM_CHECK(input.sym_size(-1).sym_eq(in_features), op, ": input must be [..., ", in_features,
+                  "], got ", input.sym_sizes());
+  if (has(bias)) {
+    TORCH_CHECK(bias->dim() == 1, op, ": bias must be [", out_features, "], got ",
+                bias->sym_sizes());
+    TORCH_SYM_CHECK(bias->sym_size(0).sym_eq(out_features), op, ": bias must be [", out_features,
+                    "], got ", bias->sym_sizes());
+    check_like(op, "bias", *bias, "input", input);
+  }
+  check_factors(op, weight, in_features, out_features, lora_A, lora_B, lora_E, scaling, rank);
+  check_dropout_p(op, dropout_p);
+}
+
+void check_grad_output(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
+                       const at::Tensor& weight) {
+  auto wanted = input.sym_sizes().vec();
+  wanted.back() = weight.sym_size(0);
+  TORCH_CHECK(grad_output.dim() == input.dim(), op, ": grad_output must be ",
+              c10::SymIntArrayRef(wanted), ", got ", grad_output.sym_sizes());
+  for (int64_t i = 0; i < grad_output.dim(); ++i) {
+    TORCH_SYM_CHECK(grad_output.sym_size(i).sym_eq(wanted[i]), op, ": grad_output must be ",
+                    c10::SymIntArrayRef(wanted), ", got ", grad_output.sym_sizes());
+  }
+  check_like(op, "grad_output", grad_output, "input", input);
+}
+
+c10::SymInt sym_token_count(const at::Tensor& tensor) {
+  c10::SymInt count = 1;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) count *= tensor.sym_size(i);
+  return count;
+}
+
+}  // namespace rankwise

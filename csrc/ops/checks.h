@@ -1,0 +1,41 @@
+// Argument checks of the ops, shared by every backend: Python, C++ and torch.compile enter by
+// different doors, and each implementation calls these first.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <optional>
+
+namespace rankwise {
+
+// Throws unless shapes, devices and dtypes fit (the contract stands in ops.h). Safe for symbolic
+// sizes. `op` begins each message.
+void check_lora_linear(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
+                       const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
+                       double scaling, double dropout_p, const c10::SymInt& rank);
+
+// The factors alone, against a base of [out, in] in `base_dtype`.
+void check_factors(const char* op, const at::Tensor& weight, const c10::SymInt& in_features,
+                   const c10::SymInt& out_features, const at::Tensor& lora_A,
+                   const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
+                   double scaling, const c10::SymInt& rank);
+
+void check_grad_output(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
+                       const at::Tensor& weight);
+
+void check_dropout_p(const char* op, double dropout_p);
+
+// The product of all sizes but the last: 1 for a vector.
+c10::SymInt sym_token_count(const at::Tensor& tensor);
+inline int64_t token_count(const at::Tensor& tensor) {
+  return sym_token_count(tensor).guard_int(__FILE__, __LINE__);
+}
+
+// The dispatcher hands a default-constructed optional or an undefined tensor for None.
+inline bool has(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && tensor->defined();
+}
+
+}  // namespace rankwise

@@ -1,0 +1,51 @@
+// Blocks of CPU work: sizes and the parallel loop.
+#include "cpu_blocks.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include <algorithm>
+
+namespace rankwise {
+namespace {
+
+constexpr int64_t tile_macs = int64_t{1} << 26;  // about half a millisecond of float32 work
+constexpr int64_t most_tiles = 64, least_rows = 128, least_cols = 256, col_multiple = 64;
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace
+
+std::vector<Tile> output_tiles(int64_t rows, int64_t cols, int64_t depth) {
+  if (rows == 0 || cols == 0) return {};
+  const int64_t wanted = std::clamp<int64_t>(rows * cols * depth / tile_macs, 1, most_tiles);
+  const int64_t col_parts = std::min(wanted, divide_up(cols, least_cols));
+  const int64_t row_parts = std::min(divide_up(wanted, col_parts), divide_up(rows, least_rows));
+  const Split col_split(cols, divide_up(divide_up(cols, col_parts), col_multiple) * col_multiple);
+  const Split row_split(rows, divide_up(rows, row_parts));
+  std::vector<Tile> tiles;
+  for (int64_t j = 0; j < col_split.count(); ++j) {
+    for (int64_t i = 0; i < row_split.count(); ++i) tiles.push_back({row_split[i], col_split[j]});
+  }
+  return tiles;
+}
+
+int64_t scratch_step(int64_t width) {
+  const int64_t step = scratch_elements / std::max<int64_t>(width, 1);
+  return std::clamp<int64_t>(step / 16 * 16, 16, 512);
+}
+
+void run_blocks(int64_t count, const std::function<void(int64_t)>& body) {
+  // At least two iterations: a parallel region is what holds BLAS to one thread per block, and a
+  // loop of one iteration would open none.
+  at::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    for (int64_t i = begin; i < std::min(end, count); ++i) body(i);
+  });
+}
+
+}  // namespace rankwise

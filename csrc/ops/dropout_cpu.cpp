@@ -1,0 +1,136 @@
+// Dropout masks on the CPU: Philox in vectors of sixteen counters, used as it is made.
+#include "dropout_cpu.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <bit>
+
+#include "../kernels/dropout_mask.h"
+#include "checks.h"
+#include "cpu_blocks.h"
+#include "dropout.h"
+
+// One binary for all x86 processors: the loader picks the widest form the machine has.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
+#define RANKWISE_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define RANKWISE_VECTOR_CLONES
+#endif
+
+namespace rankwise {
+namespace {
+
+using kernels::Philox;
+static_assert(std::endian::native == std::endian::little, "16-bit halves are read in memory order");
+
+constexpr int64_t lanes = 16;                // Philox blocks made together
+constexpr int64_t chunk_blocks = 8 * lanes;  // 1024 numbers, 2 KiB of stack
+constexpr int64_t numbers_per_block = kernels::elements_per_block;
+
+// Writes the numbers of `blocks` (rounded up to `lanes`) blocks from `first` on.
+RANKWISE_VECTOR_CLONES
+void philox_numbers(uint64_t seed, uint64_t first, int64_t blocks, uint32_t* out) {
+  for (int64_t base = 0; base < blocks; base += lanes) {
+    uint32_t c0[lanes], c1[lanes], c2[lanes], c3[lanes];
+    for (int64_t l = 0; l < lanes; ++l) {
+      const uint64_t counter = first + static_cast<uint64_t>(base + l);
+      c0[l] = static_cast<uint32_t>(counter);
+      c1[l] = static_cast<uint32_t>(counter >> 32);
+      c2[l] = c3[l] = 0;
+    }
+    auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < Philox::rounds; ++round) {
+      for (int64_t l = 0; l < lanes; ++l) {
+        const uint64_t p0 = static_cast<uint64_t>(Philox::multiplier0) * c0[l];
+        const uint64_t p1 = static_cast<uint64_t>(Philox::multiplier1) * c2[l];
+        c0[l] = static_cast<uint32_t>(p1 >> 32) ^ c1[l] ^ k0;
+        c2[l] = static_cast<uint32_t>(p0 >> 32) ^ c3[l] ^ k1;
+        c1[l] = static_cast<uint32_t>(p1);
+        c3[l] = static_cast<uint32_t>(p0);
+      }
+      k0 += Philox::weyl0;
+      k1 += Philox::weyl1;
+    }
+    for (int64_t l = 0; l < lanes; ++l) {
+      uint32_t* block = out + 4 * (base + l);
+      block[0] = c0[l];
+      block[1] = c1[l];
+      block[2] = c2[l];
+      block[3] = c3[l];
+    }
+  }
+}
+
+// Calls use(offset, numbers, size) over elements [first, first + count) of the mask.
+template <typename Use>
+void for_numbers(uint64_t seed, int64_t first, int64_t count, const Use& use) {
+  alignas(64) uint32_t words[4 * chunk_blocks];
+  const auto* numbers = reinterpret_cast<const uint16_t*>(words);
+  for (int64_t done = 0; done < count;) {
+    const int64_t block = (first + done) / numbers_per_block;
+    const int64_t skip = (first + done) % numbers_per_block;
+    const int64_t size = std::min(count - done, chunk_blocks * numbers_per_block - skip);
+    const int64_t blocks = (skip + size + numbers_per_block - 1) / numbers_per_block;
+    philox_numbers(seed, static_cast<uint64_t>(block), blocks, words);
+    use(done, numbers + skip, size);
+    done += size;
+  }
+}
+
+template <typename From, typename To>
+void copy_kept(const From* src, To* dst, const uint16_t* numbers, uint32_t threshold,
+               int64_t size) {
+  for (int64_t j = 0; j < size; ++j) {
+    dst[j] = numbers[j] < threshold ? To(0) : static_cast<To>(src[j]);
+  }
+}
+
+template <typename From, typename To>
+void copy_block(const at::Tensor& src, const at::Tensor& dst, BlockOrigin origin, int64_t seed,
+                uint32_t threshold) {
+  for (int64_t i = 0; i < src.size(0); ++i) {
+    const From* from = src.const_data_ptr<From>() + i * src.stride(0);
+    To* to = dst.mutable_data_ptr<To>() + i * dst.stride(0);
+    for_numbers(static_cast<uint64_t>(seed), (origin.row + i) * origin.total_cols + origin.col,
+                src.size(1), [&](int64_t offset, const uint16_t* numbers, int64_t size) {
+                  copy_kept(from + offset, to + offset, numbers, threshold, size);
+                });
+  }
+}
+
+at::Tensor dropout_mask_cpu(const at::Tensor& seed, int64_t rows, int64_t cols, double dropout_p,
+                            at::ScalarType dtype) {
+  check_dropout_p("_dropout_mask", dropout_p);
+  const Dropout dropout(dropout_p);
+  const at::Tensor mask = at::ones({rows, cols}, seed.options().dtype(dtype));
+  if (!dropout.active()) return mask;
+  const int64_t seed_value = *seed.const_data_ptr<int64_t>();
+  const Split blocks(rows, std::max<int64_t>(1, scratch_elements / std::max<int64_t>(cols, 1)));
+  run_blocks(blocks.count(), [&](int64_t i) {
+    const at::Tensor part = blocks[i].of(mask, 0);
+    dropout_copy(part, part, {blocks[i].start, 0, cols}, seed_value, dropout.threshold());
+  });
+  return mask;
+}
+
+}  // namespace
+
+void dropout_copy(const at::Tensor& src, const at::Tensor& dst, BlockOrigin origin, int64_t seed,
+                  uint32_t threshold) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, src.scalar_type(), "dropout_copy", [&] {
+    if (dst.scalar_type() == src.scalar_type()) {
+      copy_block<scalar_t, scalar_t>(src, dst, origin, seed, threshold);
+    } else {
+      copy_block<scalar_t, float>(src, dst, origin, seed, threshold);
+    }
+  });
+}
+
+}  // namespace rankwise
+
+TORCH_LIBRARY_IMPL(rankwise, CPU, m) {
+  m.impl("_dropout_mask", &rankwise::dropout_mask_cpu);
+}

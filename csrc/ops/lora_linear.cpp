@@ -1,0 +1,73 @@
+// lora_linear: the public C++ function, the typed dispatcher calls, and the kernel of the public
+// op below autograd (which keeps the output of the forward op and drops the rest).
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <rankwise/ops.h>
+#include <torch/library.h>
+
+#include "dispatch.h"
+
+namespace rankwise {
+namespace {
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+at::Tensor lora_linear_below_autograd(const at::Tensor& input, const at::Tensor& weight,
+                                      const std::optional<at::Tensor>& bias,
+                                      const at::Tensor& lora_A, const at::Tensor& lora_B,
+                                      const std::optional<at::Tensor>& lora_E, double scaling,
+                                      double dropout_p, std::optional<c10::SymInt> rank) {
+  TORCH_CHECK(lora_A.dim() == 2, "lora_linear: lora_A must be [rank, in_features], got ",
+              lora_A.sym_sizes());
+  return std::get<0>(lora_linear_forward(input, weight, bias, lora_A, lora_B, lora_E, scaling,
+                                         dropout_p, rank.value_or(lora_A.sym_size(0))));
+}
+
+}  // namespace
+
+at::Tensor lora_linear(const at::Tensor& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
+                       const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
+                       double scaling, double dropout_p, std::optional<int64_t> rank) {
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                         const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                         double, double, std::optional<c10::SymInt>)>("rankwise::lora_linear");
+  std::optional<c10::SymInt> symbolic_rank;
+  if (rank) symbolic_rank = *rank;
+  return op.call(input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p, symbolic_rank);
+}
+
+ForwardResult lora_linear_forward(const at::Tensor& input, const at::Tensor& weight,
+                                  const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
+                                  const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
+                                  double scaling, double dropout_p, c10::SymInt rank) {
+  static const auto op = find_op<decltype(lora_linear_forward)>("rankwise::_lora_linear_forward");
+  return op.call(input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p, std::move(rank));
+}
+
+BackwardResult lora_linear_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                    const at::Tensor& weight, const at::Tensor& lora_A,
+                                    const at::Tensor& lora_B,
+                                    const std::optional<at::Tensor>& lora_E,
+                                    const at::Tensor& hidden, const at::Tensor& seed,
+                                    double scaling, double dropout_p, c10::SymInt rank,
+                                    std::array<bool, 6> output_mask) {
+  static const auto op = find_op<decltype(lora_linear_backward)>("rankwise::_lora_linear_backward");
+  return op.call(grad_output, input, weight, lora_A, lora_B, lora_E, hidden, seed, scaling,
+                 dropout_p, std::move(rank), output_mask);
+}
+
+at::Tensor dropout_mask(const at::Tensor& seed, c10::SymInt rows, c10::SymInt cols,
+                        double dropout_p, at::ScalarType dtype) {
+  static const auto op = find_op<decltype(dropout_mask)>("rankwise::_dropout_mask");
+  return op.call(seed, std::move(rows), std::move(cols), dropout_p, dtype);
+}
+
+}  // namespace rankwise
+
+TORCH_LIBRARY_IMPL(rankwise, CompositeExplicitAutograd, m) {
+  m.impl("lora_linear", &rankwise::lora_linear_below_autograd);
+}

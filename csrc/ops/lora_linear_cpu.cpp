@@ -1,0 +1,262 @@
+// lora_linear on the CPU. LoRA first, the base product accumulated onto it (beta = 1): one rounding
+// and one pass less than adding two results. No temporary is as large as x or y.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "cpu_blocks.h"
+#include "dispatch.h"
+#include "dropout.h"
+#include "dropout_cpu.h"
+
+namespace rankwise {
+namespace {
+
+// A 2-D view [tokens, features] with unit column stride and non-overlapping rows; a copy only when
+// the strides allow no such view.
+at::Tensor matrix(const at::Tensor& tensor) {
+  const int64_t cols = tensor.size(-1);
+  const at::Tensor view = tensor.reshape({token_count(tensor), cols});
+  const bool plain = cols <= 1 || view.stride(1) == 1;
+  return plain && (view.size(0) <= 1 || view.stride(0) >= cols) ? view : view.contiguous();
+}
+
+// One call's active factors and the dropout of its input.
+struct Adapter {
+  at::Tensor A, B, E;  // [rank, in], [out, rank], [rank, 1] or undefined
+  double scaling;
+  Dropout dropout;
+  int64_t seed;
+
+  Adapter(const at::Tensor& lora_A, const at::Tensor& lora_B,
+          const std::optional<at::Tensor>& lora_E, double scaling_, double dropout_p,
+          const at::Tensor& seed_tensor, int64_t rank)
+      : A(lora_A.narrow(0, 0, rank)),
+        B(lora_B.narrow(1, 0, rank)),
+        E(has(lora_E) ? lora_E->narrow(0, 0, rank) : at::Tensor()),
+        scaling(scaling_),
+        dropout(dropout_p),
+        seed(dropout.active() ? *seed_tensor.const_data_ptr<int64_t>() : 0) {}
+
+  at::ScalarType dtype() const { return A.scalar_type(); }
+  int64_t rank() const { return A.size(0); }
+
+  // The block in the adapter's dtype: a view where it is that already.
+  at::Tensor cast(const at::Tensor& block) const { return block.to(dtype()); }
+
+  // The block of x with dropped elements zero, unscaled.
+  at::Tensor dropped(const at::Tensor& x, const Tile& tile) const {
+    const at::Tensor block = tile.of(x);
+    if (!dropout.active()) return cast(block);
+    const at::Tensor masked = at::empty(block.sizes(), block.options().dtype(dtype()));
+    dropout_copy(block, masked, {tile.row.start, tile.col.start, x.size(1)}, seed,
+                 dropout.threshold());
+    return masked;
+  }
+
+  double keep_scale() const { return dropout.active() ? dropout.keep_scale() : 1.0; }
+};
+
+// out = alpha * a b, for out of any content.
+void multiply_into(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double alpha) {
+  at::addmm_out(out, out, a, b, /*beta=*/0, alpha);
+}
+
+// hidden = drop(x) A^T, [tokens, rank].
+at::Tensor project(const Adapter& adapter, const at::Tensor& x) {
+  const at::Tensor hidden =
+      at::empty({x.size(0), adapter.rank()}, x.options().dtype(adapter.dtype()));
+  const Split rows(x.size(0), scratch_step(x.size(1)));
+  run_blocks(adapter.rank() == 0 ? 0 : rows.count(), [&](int64_t i) {
+    const Tile tile{rows[i], {0, x.size(1)}};
+    multiply_into(rows[i].of(hidden, 0), adapter.dropped(x, tile), adapter.A.t(),
+                  adapter.keep_scale());
+  });
+  return hidden;
+}
+
+// y = scaling * gated B^T + bias + x W0^T, tile by tile; the LoRA term is rounded to y's dtype
+// once.
+at::Tensor expand_and_accumulate(const Adapter& adapter, const at::Tensor& x, const at::Tensor& w,
+                                 const std::optional<at::Tensor>& bias, const at::Tensor& gated) {
+  const at::Tensor y = at::empty({x.size(0), w.size(0)}, x.options());
+  const std::vector<Tile> tiles = output_tiles(x.size(0), w.size(0), x.size(1));
+  run_blocks(static_cast<int64_t>(tiles.size()), [&](int64_t i) {
+    const Tile& tile = tiles[i];
+    at::Tensor out = tile.of(y);
+    const at::Tensor base_x = tile.row.of(x, 0), base_w = tile.col.of(w, 0).t();
+    if (adapter.rank() == 0) {
+      if (has(bias))
+        at::addmm_out(out, tile.col.of(*bias, 0), base_x, base_w);
+      else
+        multiply_into(out, base_x, base_w, 1.0);
+      return;
+    }
+    const at::Tensor s = tile.row.of(gated, 0), b = tile.col.of(adapter.B, 0).t();
+    at::Tensor lora =
+        adapter.dtype() == y.scalar_type() ? out : at::empty(out.sizes(), s.options());
+    if (has(bias)) {
+      at::addmm_out(lora, adapter.cast(tile.col.of(*bias, 0)), s, b, 1, adapter.scaling);
+    } else {
+      multiply_into(lora, s, b, adapter.scaling);
+    }
+    if (!lora.is_same(out)) out.copy_(lora);
+    at::addmm_out(out, out, base_x, base_w);
+  });
+  return y;
+}
+
+ForwardResult lora_linear_forward_cpu(const at::Tensor& input, const at::Tensor& weight,
+                                      const std::optional<at::Tensor>& bias,
+                                      const at::Tensor& lora_A, const at::Tensor& lora_B,
+                                      const std::optional<at::Tensor>& lora_E, double scaling,
+                                      double dropout_p, int64_t rank) {
+  check_lora_linear("lora_linear", input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p,
+                    rank);
+  const at::Tensor seed = Dropout(dropout_p).draw_seed(input);
+  const Adapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  const at::Tensor x = matrix(input);
+  const at::Tensor hidden = project(adapter, x);
+  const at::Tensor gated = adapter.E.defined() ? hidden * adapter.E.t() : hidden;
+  const at::Tensor y = expand_and_accumulate(adapter, x, weight, bias, gated);
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = weight.size(0);
+  return {y.view(shape), hidden, seed};
+}
+
+// scaling * keep_scale * dy (B o E^T), [tokens, rank]: the gradient of the unscaled mask(x) A^T.
+at::Tensor hidden_gradient(const Adapter& adapter, const at::Tensor& dy) {
+  const at::Tensor gated_B = adapter.E.defined() ? adapter.B * adapter.E.t() : adapter.B;
+  const at::Tensor dh =
+      at::empty({dy.size(0), adapter.rank()}, dy.options().dtype(adapter.dtype()));
+  const Split rows(dy.size(0), scratch_step(dy.size(1)));
+  run_blocks(adapter.rank() == 0 ? 0 : rows.count(), [&](int64_t i) {
+    multiply_into(rows[i].of(dh, 0), adapter.cast(rows[i].of(dy, 0)), gated_B,
+                  adapter.scaling * adapter.keep_scale());
+  });
+  return dh;
+}
+
+// alpha * factor^T m for factor [tokens, rank], m [tokens, features]: column blocks over all
+// tokens, so that no sum is split between threads. `load` gives a block of m in the adapter's
+// dtype.
+template <typename Load>
+at::Tensor reduce_tokens(const at::Tensor& factor, const at::Tensor& m, double alpha,
+                         const Load& load) {
+  const at::Tensor result = at::empty({factor.size(1), m.size(1)}, factor.options());
+  const Split cols(m.size(1), scratch_step(m.size(0)));
+  run_blocks(factor.size(1) == 0 ? 0 : cols.count(), [&](int64_t i) {
+    const Tile tile{{0, m.size(0)}, cols[i]};
+    multiply_into(cols[i].of(result, 1), factor.t(), load(tile), alpha);
+  });
+  return result;
+}
+
+// dx = mask(dh A) + dy W0.
+at::Tensor input_gradient(const Adapter& adapter, const at::Tensor& dy, const at::Tensor& w,
+                          const at::Tensor& dh) {
+  const at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
+  const std::vector<Tile> tiles = output_tiles(dy.size(0), w.size(1), dy.size(1));
+  run_blocks(static_cast<int64_t>(tiles.size()), [&](int64_t i) {
+    const Tile& tile = tiles[i];
+    at::Tensor out = tile.of(dx);
+    const at::Tensor base_dy = tile.row.of(dy, 0), base_w = tile.col.of(w, 1);
+    if (adapter.rank() == 0) return multiply_into(out, base_dy, base_w, 1.0);
+    at::Tensor lora =
+        adapter.dtype() == dx.scalar_type() ? out : at::empty(out.sizes(), dh.options());
+    multiply_into(lora, tile.row.of(dh, 0), tile.col.of(adapter.A, 1), 1.0);
+    if (adapter.dropout.active()) {
+      dropout_copy(lora, lora, {tile.row.start, tile.col.start, dx.size(1)}, adapter.seed,
+                   adapter.dropout.threshold());
+    }
+    if (!lora.is_same(out)) out.copy_(lora);
+    at::addmm_out(out, out, base_dy, base_w);
+  });
+  return dx;
+}
+
+at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x) {
+  const at::Tensor dw = at::empty({dy.size(1), x.size(1)}, dy.options());
+  const std::vector<Tile> tiles = output_tiles(dy.size(1), x.size(1), dy.size(0));
+  run_blocks(static_cast<int64_t>(tiles.size()), [&](int64_t i) {
+    multiply_into(tiles[i].of(dw), tiles[i].row.of(dy, 1).t(), tiles[i].col.of(x, 1), 1.0);
+  });
+  return dw;
+}
+
+at::Tensor bias_gradient(const at::Tensor& dy) {
+  const at::Tensor db = at::empty({dy.size(1)}, dy.options());
+  const Split cols(dy.size(1), scratch_step(dy.size(0)));
+  run_blocks(cols.count(), [&](int64_t i) {
+    at::Tensor out = cols[i].of(db, 0);
+    at::sum_out(out, cols[i].of(dy, 1), 0);
+  });
+  return db;
+}
+
+// The active part's gradient inside a factor-shaped tensor whose other directions are zero.
+at::Tensor in_capacity(const at::Tensor& active, const at::Tensor& factor, int64_t dim) {
+  const at::Tensor full = active.size(dim) == factor.size(dim)
+                              ? at::empty(factor.sizes(), factor.options())
+                              : at::zeros(factor.sizes(), factor.options());
+  full.narrow(dim, 0, active.size(dim)).copy_(active);
+  return full;
+}
+
+BackwardResult lora_linear_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
+                                        const at::Tensor& weight, const at::Tensor& lora_A,
+                                        const at::Tensor& lora_B,
+                                        const std::optional<at::Tensor>& lora_E,
+                                        const at::Tensor& hidden, const at::Tensor& seed,
+                                        double scaling, double dropout_p, int64_t rank,
+                                        std::array<bool, 6> output_mask) {
+  check_lora_linear("lora_linear", input, weight, {}, lora_A, lora_B, lora_E, scaling, dropout_p,
+                    rank);
+  check_grad_output("lora_linear", grad_output, input, weight);
+  const Adapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  const at::Tensor dy = matrix(grad_output);
+  const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
+  at::Tensor dx, dw, db, dA, dB, dE;
+
+  if (need_x || need_A) {
+    const at::Tensor dh = hidden_gradient(adapter, dy);
+    if (need_x) dx = input_gradient(adapter, dy, weight, dh).view(input.sizes());
+    if (need_A) {
+      const at::Tensor x = matrix(input);
+      dA = in_capacity(
+          reduce_tokens(dh, x, 1.0, [&](const Tile& tile) { return adapter.dropped(x, tile); }),
+          lora_A, 0);
+    }
+  }
+  if (need_w) dw = weight_gradient(dy, matrix(input));
+  if (need_b) db = bias_gradient(dy);
+  if (need_B || need_E) {
+    // g = scaling * hidden^T dy, [rank, out]: dB = (g o E)^T and dE_i = sum_n B[n, i] g[i, n].
+    const at::Tensor g = reduce_tokens(hidden, dy, scaling,
+                                       [&](const Tile& tile) { return adapter.cast(tile.of(dy)); });
+    if (need_B) dB = in_capacity((adapter.E.defined() ? g * adapter.E : g).t(), lora_B, 1);
+    if (need_E) {
+      const auto sum_dtype = g.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+      const at::Tensor de = at::empty({rank, 1}, g.options().dtype(sum_dtype));
+      run_blocks(rank == 0 ? 0 : 1, [&](int64_t) {
+        at::Tensor out = de;
+        at::sum_out(out, g.to(sum_dtype) * adapter.B.t(), 1, /*keepdim=*/true);
+      });
+      dE = in_capacity(de, *lora_E, 0);
+    }
+  }
+  return {dx, dw, db, dA, dB, dE};
+}
+
+std::string path_cpu(const at::Tensor&) {
+  return "cpu";
+}
+
+}  // namespace
+}  // namespace rankwise
+
+TORCH_LIBRARY_IMPL(rankwise, CPU, m) {
+  m.impl("_lora_linear_forward", &rankwise::lora_linear_forward_cpu);
+  m.impl("_lora_linear_backward", &rankwise::lora_linear_backward_cpu);
+  m.impl("_lora_linear_path", &rankwise::path_cpu);
+}

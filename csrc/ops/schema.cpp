@@ -1,0 +1,40 @@
+// Every operator schema of the project. What each op computes: ops.h (public) and dispatch.h
+// (inner).
+#include <torch/library.h>
+
+TORCH_LIBRARY(rankwise, m) {
+  const std::vector<at::Tag> pure = {at::Tag::pt2_compliant_tag};
+  const std::vector<at::Tag> random = {at::Tag::pt2_compliant_tag,
+                                       at::Tag::nondeterministic_seeded};
+
+  m.def(
+      "lora_linear(Tensor input, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
+      "Tensor? lora_E=None, *, float scaling, float dropout_p=0.0, SymInt? rank=None) -> Tensor",
+      random);
+  m.def(
+      "_lora_linear_forward(Tensor input, Tensor weight, Tensor? bias, Tensor lora_A, "
+      "Tensor lora_B, Tensor? lora_E, float scaling, float dropout_p, SymInt rank) "
+      "-> (Tensor output, Tensor hidden, Tensor seed)",
+      random);
+  m.def(
+      "_lora_linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor lora_A, "
+      "Tensor lora_B, Tensor? lora_E, Tensor hidden, Tensor seed, float scaling, "
+      "float dropout_p, SymInt rank, bool[6] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      pure);
+  m.def(
+      "_dropout_mask(Tensor seed, SymInt rows, SymInt cols, float dropout_p, *, "
+      "ScalarType dtype) -> Tensor",
+      pure);
+  m.def(
+      "lora_embedding(Tensor indices, Tensor weight, Tensor lora_A, Tensor lora_B, "
+      "Tensor? lora_E=None, *, float scaling, int padding_idx=-1, SymInt? rank=None) -> Tensor",
+      pure);
+  m.def(
+      "merged_weight(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? lora_E=None, *, "
+      "float scaling, SymInt? rank=None) "
+      "-> (Tensor merged, Tensor max_rounding_error, Tensor changed)",
+      pure);
+  // The name of the implementation that serves a tensor's device, for summary() and doctor.
+  m.def("_lora_linear_path(Tensor tensor) -> str", pure);
+}

@@ -1,0 +1,32 @@
+"""Loads librankwise, after a check that it fits the torch that was imported."""
+
+from importlib import import_module, metadata
+
+import torch
+
+__version__ = metadata.version("rankwise")
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def _built_for_torch() -> str:
+    """The torch minor that the installed package requires, which is the one it was built for."""
+    for requirement in metadata.requires("rankwise") or []:
+        if requirement.startswith("torch=="):
+            return requirement.removeprefix("torch==").removesuffix(".*")
+    raise ImportError("rankwise's package metadata names no torch version; install it with pip")
+
+
+def load(found: str, built: str):
+    """Imports the binary module, or says in one sentence how to rebuild it for the torch `found`."""
+    if _minor(found) != _minor(built):
+        raise ImportError(
+            f"rankwise was built for torch {built}, but torch {found} is installed; rebuild it with: "
+            "pip install --no-build-isolation --force-reinstall --no-deps ."
+        )
+    return import_module("rankwise._C")
+
+
+library = load(torch.__version__, _built_for_torch())

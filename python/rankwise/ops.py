@@ -1,0 +1,122 @@
+"""The operators. Shapes, dtypes and formulas; the implementations are C++ (csrc/ops)."""
+
+import torch
+from torch import Tensor
+
+from ._library import library as _library  # noqa: F401  registers the ops
+
+_ops = torch.ops.rankwise
+
+
+def lora_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_E: Tensor | None = None,
+    *,
+    scaling: float,
+    dropout_p: float = 0.0,
+    rank: int | None = None,
+) -> Tensor:
+    """A linear layer with a low-rank update, as one differentiable op.
+
+    ``y = x W0^T + bias + scaling * ((drop(x) A^T) * E^T) B^T`` (LoRA, arXiv 2106.09685; with E the
+    triplets of AdaLoRA, arXiv 2303.10512).
+
+    Args:
+        input: ``[..., in]``; any leading dimensions and strides, also ``[in]`` and empty batches.
+        weight: W0 ``[out, in]``, any strides (pass ``conv1d.weight.t()`` for GPT-2's layout).
+        bias: ``[out]`` or None.
+        lora_A: ``[capacity, in]``.
+        lora_B: ``[out, capacity]``.
+        lora_E: ``[capacity, 1]`` or None for ones.
+        scaling: factor of the update, finite; usually alpha / rank.
+        dropout_p: probability in [0, 1], quantised to 1/65536, of dropping an element of the
+            adapter's input. The mask is a function of a seed, drawn from torch's default generator,
+            and of the element's index: the same for every device, thread count and recomputation.
+        rank: the leading directions that take part, 0 to capacity (the default). The others get
+            zero gradients.
+
+    All tensors have one dtype (float64, float32, bfloat16 or float16), or the factors are float32
+    over a 16-bit base. Returns ``[..., out]`` in the input's dtype.
+
+    Raises:
+        RuntimeError: naming the argument, what was wanted and what came.
+    """
+    return _ops.lora_linear(
+        input, weight, bias, lora_A, lora_B, lora_E, scaling=scaling, dropout_p=dropout_p, rank=rank
+    )
+
+
+def lora_embedding(
+    indices: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_E: Tensor | None = None,
+    *,
+    scaling: float,
+    padding_idx: int | None = None,
+    rank: int | None = None,
+) -> Tensor:
+    """An embedding with a low-rank update: ``y[i] = W0[i] + scaling * (A^T[i] * E^T) B^T``.
+
+    Args:
+        indices: any shape, int64 or int32.
+        weight: W0 ``[num, dim]``.
+        lora_A: ``[capacity, num]``.
+        lora_B: ``[dim, capacity]``.
+        lora_E: ``[capacity, 1]`` or None for ones.
+        scaling: factor of the update, finite.
+        padding_idx: the row of the table and of A^T that gets no gradient, or None.
+        rank: the leading directions that take part; default all.
+
+    Returns ``[*indices.shape, dim]`` in W0's dtype.
+    """
+    return _ops.lora_embedding(
+        indices,
+        weight,
+        lora_A,
+        lora_B,
+        lora_E,
+        scaling=scaling,
+        padding_idx=-1 if padding_idx is None else padding_idx,
+        rank=rank,
+    )
+
+
+def merged_weight(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_E: Tensor | None = None,
+    *,
+    scaling: float,
+    rank: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``round(W0 + scaling * B diag(E) A)``: summed in float64 and rounded once to W0's dtype.
+
+    Returns:
+        The merged weight ``[out, in]`` with W0's strides; the largest ``|rounded - exact|``
+        (float64, 0-d; not finite if the sum is not); the number of elements that differ from W0
+        (int64, 0-d).
+    """
+    return _ops.merged_weight(weight, lora_A, lora_B, lora_E, scaling=scaling, rank=rank)
+
+
+def dropout_mask(
+    seed: Tensor, rows: int, cols: int, dropout_p: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The mask of lora_linear's dropout, ``[rows, cols]`` of 0 and 1.
+
+    Element (i, j) depends on ``seed`` (int64 ``[1]``) and ``i * cols + j`` alone (Philox4x32-7,
+    Salmon et al., SC 2011): a 16-bit number below ``round(65536 p)`` drops it.
+    """
+    return _ops._dropout_mask(seed, rows, cols, dropout_p, dtype=dtype)
+
+
+def path(tensor: Tensor) -> str:
+    """The implementation that serves tensors like this one: "cpu", "cuda (composite)", ..."""
+    return _ops._lora_linear_path(tensor)
