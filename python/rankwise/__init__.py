@@ -1,0 +1,35 @@
+"""rankwise: LoRA and AdaLoRA for PyTorch, computed by a C++ library for LibTorch."""
+
+from . import nn, ops
+from ._library import __version__
+from .adapted import MergeReport
+from .config import LoRAConfig
+from .model import (
+    activate_adapter,
+    adapter_names,
+    add_adapter,
+    apply_lora,
+    delete_adapter,
+    disable_adapters,
+    merge,
+    unmerge,
+)
+from .report import health_check, summary
+
+__all__ = [
+    "LoRAConfig",
+    "MergeReport",
+    "__version__",
+    "activate_adapter",
+    "adapter_names",
+    "add_adapter",
+    "apply_lora",
+    "delete_adapter",
+    "disable_adapters",
+    "health_check",
+    "merge",
+    "nn",
+    "ops",
+    "summary",
+    "unmerge",
+]

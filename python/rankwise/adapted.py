@@ -1,0 +1,296 @@
+"""What all adapted layers share: named adapters over one frozen base, merge and unmerge, state."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .config import AdapterOptions
+
+_FACTORS = ("lora_A", "lora_B", "lora_E")
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """One merge: how far rounding moved the weight, and how much of it changed at all.
+
+    Args:
+        max_rounding_error: largest |rounded - exact| over the weight's elements.
+        changed: elements that differ from the base.
+        total: elements.
+    """
+
+    max_rounding_error: float
+    changed: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100.0 * self.changed / max(self.total, 1)
+        return f"{share:.1f} % of weights changed, rounding error at most {self.max_rounding_error:.2g}"
+
+
+def check_adapter_name(operation: str, name: str) -> None:
+    """Adapter names are parts of module names and of folders."""
+    if not name or "." in name or "/" in name:
+        raise ValueError(f"{operation}: name must be a word without '.' or '/', got {name!r}")
+
+
+class StoredAdapter(nn.Module):
+    """An adapter that is not active: its factors, options and rank, frozen."""
+
+    def __init__(self, factors: dict[str, nn.Parameter | None], options: AdapterOptions, rank: int):
+        super().__init__()
+        for name in _FACTORS:
+            self.register_parameter(name, factors[name])
+        self.requires_grad_(False)
+        self.options = options
+        self.rank = rank
+
+
+class Adapted:
+    """Mixin before nn.Linear or nn.Embedding.
+
+    At most one adapter is active; its factors are the layer's own parameters, trainable. The others
+    wait in ``adapters``, frozen. The base is never written: merging puts a new parameter in the
+    place of ``weight`` and keeps the old object, so that unmerging restores every bit and tied
+    weights are not touched.
+    """
+
+    _has_E = False
+    _default_init = "kaiming"
+    weight: nn.Parameter
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    lora_E: nn.Parameter | None
+
+    def _become_adapted(self, transposed: bool) -> None:
+        """The state of a layer without adapters. `transposed`: weight is stored [in, out]."""
+        self.transposed = transposed
+        self.adapters = nn.ModuleDict()
+        self.adapters_enabled = True
+        self._unmerged: tuple[nn.Parameter] | None = None
+        self._clear_active()
+
+    def _freeze_and_add(self, options: AdapterOptions) -> None:
+        """Freezes the base and adds the first adapter, "default"."""
+        self.requires_grad_(False)
+        self.add_adapter("default", options)
+        self.activate_adapter("default")
+
+    # The active adapter
+
+    def _clear_active(self) -> None:
+        self.adapter: str | None = None
+        self.options: AdapterOptions | None = None
+        self.rank = 0
+        for name in _FACTORS:
+            self.register_parameter(name, None)
+
+    @property
+    def adapter_in_use(self) -> bool:
+        """Whether forward adds the active adapter's update to the base."""
+        return self.adapter is not None and self.adapters_enabled and not self.merged
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the update: alpha / rank or alpha / sqrt(rank) at creation."""
+        return self.options.scaling if self.options else 0.0
+
+    @property
+    def alpha(self) -> float:
+        return self.options.alpha if self.options else 0.0
+
+    @property
+    def dropout(self) -> float:
+        return self.options.dropout if self.options else 0.0
+
+    @property
+    def capacity(self) -> int:
+        """Directions allocated; `rank` of them are used."""
+        return 0 if self.lora_A is None else self.lora_A.shape[0]
+
+    # Named adapters
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """All adapters of this layer, the active one first."""
+        return ([self.adapter] if self.adapter is not None else []) + list(self.adapters)
+
+    def add_adapter(self, name: str, options: AdapterOptions) -> None:
+        """A new adapter, not active."""
+        check_adapter_name("add_adapter", name)
+        if name in self.adapter_names:
+            raise ValueError(f"add_adapter: there is an adapter {name!r} already")
+        self.adapters[name] = self.new_adapter(options)
+
+    def activate_adapter(self, name: str | None) -> None:
+        """Makes `name` the active adapter; None, or a name this layer lacks, leaves the base alone."""
+        if name == self.adapter:
+            return
+        if self.merged:
+            raise RuntimeError("activate_adapter: the layer is merged; call unmerge() first")
+        if self.adapter is not None:
+            stored = {factor: getattr(self, factor) for factor in _FACTORS}
+            self.adapters[self.adapter] = StoredAdapter(stored, self.options, self.rank)
+            self._clear_active()
+        if name in self.adapters:
+            chosen = self.adapters.pop(name)
+            for factor in _FACTORS:
+                self.register_parameter(factor, getattr(chosen, factor))
+            chosen.requires_grad_(True)
+            self.adapter, self.options, self.rank = name, chosen.options, chosen.rank
+
+    def delete_adapter(self, name: str) -> None:
+        """Forgets an adapter; when it was active the layer computes the base alone."""
+        if name not in self.adapter_names:
+            raise KeyError(f"delete_adapter: adapters are {self.adapter_names}, got {name!r}")
+        if name == self.adapter:
+            self.activate_adapter(None)
+        del self.adapters[name]
+
+    def new_adapter(self, options: AdapterOptions) -> StoredAdapter:
+        """A freshly initialised adapter for this layer, not attached to it.
+
+        Raises:
+            ValueError: a dtype that does not fit the base's.
+        """
+        inputs, outputs = self._sizes
+        capacity = options.rank if options.capacity is None else options.capacity
+        weight = self._base_weight()
+        dtype = weight.dtype if options.dtype is None else options.dtype
+        masters = dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
+        if dtype != weight.dtype and not masters:
+            raise ValueError(
+                f"adapter: dtype must be {weight.dtype} like the base's, or torch.float32 over a 16-bit "
+                f"base, got {dtype}"
+            )
+
+        def new(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(size, device=weight.device, dtype=dtype))
+
+        factors = {"lora_A": new(capacity, inputs), "lora_B": new(outputs, capacity)}
+        factors["lora_E"] = new(capacity, 1) if self._has_E else None
+        if options.rank > 0:
+            with torch.no_grad():
+                A, B = factors["lora_A"][: options.rank], factors["lora_B"][:, : options.rank]
+                self._initialise(A, B, options)
+        return StoredAdapter(factors, options, options.rank)
+
+    def _initialise(self, A: Tensor, B: Tensor, options: AdapterOptions) -> None:
+        init = options.init or self._default_init
+        if self._has_E:
+            A.normal_(std=0.02)
+            B.normal_(std=0.02)
+        elif init == "kaiming":
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        elif init == "gaussian":
+            A.normal_(std=1 / options.rank)
+        else:
+            B.normal_(std=1 / options.rank)
+
+    # Merging
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` holds the base plus the active adapter's update."""
+        return self._unmerged is not None
+
+    def merge(self) -> MergeReport | None:
+        """Puts round(W0 + scaling * B diag(E) A) in the place of ``weight``.
+
+        The sum is formed in float64 and rounded once. None (with a warning) when merged already.
+
+        Raises:
+            RuntimeError: no adapter is active, or the sum is not finite; nothing is changed.
+        """
+        if self.merged:
+            warnings.warn("merge: the layer is merged already; nothing was done", stacklevel=2)
+            return None
+        if self.adapter is None:
+            raise RuntimeError("merge: no adapter is active")
+        with torch.no_grad():
+            merged, error, changed = ops.merged_weight(
+                self._matrix(self.weight),
+                self.lora_A,
+                self.lora_B,
+                self.lora_E,
+                scaling=self.scaling,
+                rank=self.rank,
+            )
+        report = MergeReport(error.item(), int(changed), merged.numel())
+        if not math.isfinite(report.max_rounding_error):
+            raise RuntimeError("merge: the merged weight would not be finite; nothing was changed")
+        self._unmerged = (self.weight,)
+        self.weight = nn.Parameter(self._matrix(merged), requires_grad=False)
+        return report
+
+    def unmerge(self) -> None:
+        """Puts the base parameter back, bit for bit. Does nothing (with a warning) when not merged."""
+        if not self.merged:
+            warnings.warn("unmerge: the layer is not merged; nothing was done", stacklevel=2)
+            return
+        (self.weight,) = self._unmerged
+        self._unmerged = None
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """weight as [out, in], without a copy; its own inverse."""
+        return weight.t() if self.transposed else weight
+
+    def _base_weight(self) -> nn.Parameter:
+        return self._unmerged[0] if self.merged else self.weight
+
+    def _weight_in_use(self) -> Tensor:
+        return self.weight if self.adapters_enabled else self._base_weight()
+
+    def _check_trainable(self) -> None:
+        if self.merged and self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
+            raise RuntimeError(
+                f"{type(self).__name__}: a merged layer would train nothing; call unmerge() before "
+                "training, or eval() or torch.no_grad() for inference"
+            )
+
+    # nn.Module
+
+    def _apply(self, fn, recurse: bool = True):
+        if self.merged:  # the base waits outside of the module's parameters
+            base = self._unmerged[0]
+            base.data = fn(base.data)
+        return super()._apply(fn, recurse)
+
+    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
+        """While merged a plain layer's state, so that no loader adds the update twice."""
+        state = super().state_dict(
+            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
+        if self.merged:
+            for key in [key for key in state if key.startswith(prefix)]:
+                if key.removeprefix(prefix).split(".")[0] in (*_FACTORS, "adapters"):
+                    del state[key]
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
+        if self.merged:
+            errors.append(
+                f"{prefix.removesuffix('.')}: a merged layer loads no state; unmerge first"
+            )
+            return
+        known = len(missing)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
+        factors = {prefix + factor for factor in _FACTORS}
+        if factors.isdisjoint(state_dict):  # a plain layer's state: the adapter keeps its own
+            missing[known:] = [key for key in missing[known:] if key not in factors]
+
+    def _adapter_repr(self) -> str:
+        if self.adapter is None:
+            return "no active adapter"
+        text = f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+        return f"{text}, adapter={self.adapter!r}{', merged' if self.merged else ''}"

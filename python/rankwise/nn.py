@@ -1,0 +1,220 @@
+"""Layers with a low-rank adapter: drop-in for nn.Linear and nn.Embedding.
+
+``weight`` and ``bias`` are the base's, under their own names; the active adapter's factors are
+``lora_A [capacity, in]``, ``lora_B [out, capacity]`` and, in AdaLoRA, ``lora_E [capacity, 1]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import ops
+from .adapted import Adapted
+from .config import AdapterOptions
+
+__all__ = ["AdaLoRALinear", "LoRAEmbedding", "LoRALinear"]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight is stored [in, out]; known by name to import nothing."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether an adapter can stand in for this module.
+
+    Only the exact types: a subclass may compute something else (quantised layers), or have its
+    weight read past its forward (the output projection of nn.MultiheadAttention).
+    """
+    return type(module) in (nn.Linear, nn.Embedding) or _is_conv1d(module)
+
+
+class LoRALinear(Adapted, nn.Linear):
+    """``y = x W0^T + b + scaling * (drop(x) A^T) B^T`` with W0 and b frozen.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as nn.Linear.
+        rank, alpha, dropout, rslora, init, capacity: see AdapterOptions.
+        adapter_dtype: of the factors; None for the weight's.
+
+    Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: str | None = None,
+        capacity: int | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        options = AdapterOptions(rank, alpha, dropout, rslora, init, capacity, adapter_dtype)
+        self._become_adapted(transposed=False)
+        self._freeze_and_add(options)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, **options) -> LoRALinear:
+        """A layer around an nn.Linear or a transformers Conv1D, sharing its parameters and hooks.
+
+        The parameters are the same objects (so tied weights stay tied) and are frozen. A Conv1D's
+        weight keeps its [in, out] layout. Keyword arguments as AdapterOptions.
+        """
+        if not (type(linear) is nn.Linear or _is_conv1d(linear)):
+            raise TypeError(
+                f"{cls.__name__}.from_linear: linear must be an nn.Linear or a transformers Conv1D, "
+                f"got {type(linear).__name__}"
+            )
+        layer = cls._around(linear)
+        layer._freeze_and_add(AdapterOptions(**options))
+        return layer
+
+    @classmethod
+    def _around(cls, linear: nn.Module) -> LoRALinear:
+        layer = _with_state_of(linear, cls)
+        if _is_conv1d(linear):
+            layer.in_features, layer.out_features = linear.weight.shape
+        layer._become_adapted(transposed=_is_conv1d(linear))
+        return layer
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_trainable()
+        if not self.adapter_in_use:
+            return F.linear(input, self._matrix(self._weight_in_use()), self.bias)
+        return ops.lora_linear(
+            input,
+            self._matrix(self.weight),
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.lora_E,
+            scaling=self.scaling,
+            dropout_p=self.dropout if self.training else 0.0,
+            rank=self.rank,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{nn.Linear.extra_repr(self)}, {self._adapter_repr()}"
+
+
+class AdaLoRALinear(LoRALinear):
+    """``y = x W0^T + b + scaling * ((drop(x) A^T) * E^T) B^T``: AdaLoRA's triplets (arXiv 2303.10512).
+
+    A and B start normal with standard deviation 0.02, E zero, as in the paper's code; ``init`` is not
+    used. The scaling stays alpha / (initial) rank when directions are pruned.
+    """
+
+    _has_E = True
+
+
+class LoRAEmbedding(Adapted, nn.Embedding):
+    """``y[i] = W0[i] + scaling * A^T[i] B^T`` with W0 ``[num_embeddings, embedding_dim]`` frozen.
+
+    ``lora_A [rank, num_embeddings]``, ``lora_B [embedding_dim, rank]``; no dropout. The default
+    initialisation is "swapped", as in the paper's code: A zero, so that rows never seen keep W0.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx, device, dtype: as nn.Embedding.
+        rank, alpha, rslora, init, capacity, adapter_dtype: as LoRALinear.
+    """
+
+    _default_init = "swapped"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        rslora: bool = False,
+        init: str | None = None,
+        capacity: int | None = None,
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Embedding.__init__(
+            self, num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype
+        )
+        options = AdapterOptions(rank, alpha, 0.0, rslora, init, capacity, adapter_dtype)
+        self._become_adapted(transposed=True)
+        self._freeze_and_add(options)
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, **options) -> LoRAEmbedding:
+        """A layer around an nn.Embedding, sharing its parameter. Keyword arguments as AdapterOptions."""
+        if type(embedding) is not nn.Embedding:
+            raise TypeError(
+                f"{cls.__name__}.from_embedding: embedding must be an nn.Embedding, "
+                f"got {type(embedding).__name__}"
+            )
+        layer = cls._around(embedding)
+        layer._freeze_and_add(AdapterOptions(**options))
+        return layer
+
+    @classmethod
+    def _around(cls, embedding: nn.Embedding) -> LoRAEmbedding:
+        for name in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(embedding, name):
+                raise ValueError(f"{cls.__name__}: an embedding with {name} is not supported")
+        layer = _with_state_of(embedding, cls)
+        layer._become_adapted(transposed=True)
+        return layer
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_trainable()
+        if not self.adapter_in_use:
+            return F.embedding(input, self._weight_in_use(), self.padding_idx)
+        return ops.lora_embedding(
+            input,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.lora_E,
+            scaling=self.scaling,
+            padding_idx=self.padding_idx,
+            rank=self.rank,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{nn.Embedding.extra_repr(self)}, {self._adapter_repr()}"
+
+
+def adapt(module: nn.Module) -> Adapted:
+    """The adapted layer for an adaptable module, sharing its parameters, without adapters yet."""
+    kind = LoRAEmbedding if isinstance(module, nn.Embedding) else LoRALinear
+    return kind._around(module)
+
+
+def _with_state_of(module: nn.Module, cls: type) -> nn.Module:
+    """A module of `cls` with the parameters, hooks and attributes of `module`."""
+    if "forward" in vars(module):
+        raise TypeError(
+            f"{cls.__name__}: the {type(module).__name__}'s forward was replaced on the instance "
+            "(by a hook of accelerate, for example); add adapters before that"
+        )
+    layer = cls.__new__(cls)
+    for name, value in vars(module).items():  # dicts (parameters, hooks) are each module's own
+        layer.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    return layer

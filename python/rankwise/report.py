@@ -1,0 +1,172 @@
+"""What an adapted model is and whether it trains: summary() and health_check()."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from . import ops
+from .adapted import Adapted
+from .model import ModelAdapters, adapted_layers
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One adapted layer; `adapter` None when the base alone is computed there."""
+
+    name: str
+    in_features: int
+    out_features: int
+    adapter: str | None
+    rank: int
+    capacity: int
+    scaling: float
+    dropout: float
+    base_dtype: torch.dtype
+    adapter_dtype: torch.dtype | None
+    path: str
+    merged: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All adapted layers and the parameter counts; print it for a table.
+
+    Args:
+        layers: in the model's order.
+        trainable, total: parameters that require a gradient, and all but those of adapters that
+            are not active.
+    """
+
+    layers: list[LayerSummary]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        rows = [("layer", "in", "out", "rank", "scaling", "dropout", "base", "adapter", "path")]
+        for x in self.layers:
+            rank = f"{x.rank}" if x.rank == x.capacity else f"{x.rank}/{x.capacity}"
+            path = "merged" if x.merged else "base only" if x.adapter is None else x.path
+            dtypes = [str(d).removeprefix("torch.") for d in (x.base_dtype, x.adapter_dtype)]
+            sizes = (str(x.in_features), str(x.out_features))
+            rows.append((x.name, *sizes, rank, f"{x.scaling:g}", f"{x.dropout:g}", *dtypes, path))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(f"{c:<{w}}" for c, w in zip(r, widths, strict=True)) for r in rows]
+        share = 100.0 * self.trainable / max(self.total, 1)
+        lines.append(
+            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
+            f"trainable%: {share:.4f}"
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """The adapted layers of a model: sizes, ranks, dtypes, and which implementation runs each."""
+    ModelAdapters.of(model)
+    layers = adapted_layers(model)
+    stored = {id(p) for m in layers.values() for p in m.adapters.parameters()}
+    parameters = [p for p in model.parameters() if id(p) not in stored]
+    return Summary(
+        [_layer_summary(name, layer) for name, layer in layers.items()],
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+    )
+
+
+def _layer_summary(name: str, layer: Adapted) -> LayerSummary:
+    inputs, outputs = layer._sizes
+    return LayerSummary(
+        name=name,
+        in_features=inputs,
+        out_features=outputs,
+        adapter=layer.adapter,
+        rank=layer.rank,
+        capacity=layer.capacity,
+        scaling=layer.scaling,
+        dropout=layer.dropout,
+        base_dtype=layer.weight.dtype,
+        adapter_dtype=None if layer.lora_A is None else layer.lora_A.dtype,
+        path="embedding" if isinstance(layer, nn.Embedding) else ops.path(layer.weight),
+        merged=layer.merged,
+    )
+
+
+@dataclass(frozen=True)
+class HealthReport:
+    """What health_check() found.
+
+    Args:
+        problems: one sentence each; empty when the model trains as asked.
+        checked: layers with an active adapter.
+        paths: {implementation: number of layers it serves}.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    checked: int = 0
+    paths: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        served = ", ".join(f"{count} by {path}" for path, count in self.paths.items())
+        head = f"{self.checked} adapters checked ({served})"
+        return "\n".join([f"{head}: {'ok' if self.ok else 'PROBLEMS'}", *self.problems])
+
+
+def health_check(model: nn.Module) -> HealthReport:
+    """Whether every active adapter trains: call it after backward, while the gradients are there.
+
+    Looks for adapters without a gradient or with one that is not finite, factors in another dtype
+    than was asked for, layers switched off or merged, weights tied to an adapted layer's, and says
+    which implementation runs.
+    """
+    ModelAdapters.of(model)
+    layers = {name: m for name, m in adapted_layers(model).items() if m.adapter is not None}
+    problems = [problem for name, layer in layers.items() for problem in _problems(name, layer)]
+    problems += _tied(model, layers)
+    if not layers:
+        problems.append("no adapter is active")
+    paths = Counter(
+        "embedding" if isinstance(m, nn.Embedding) else ops.path(m.weight) for m in layers.values()
+    )
+    return HealthReport(problems, len(layers), dict(paths))
+
+
+def _problems(name: str, layer: Adapted) -> list[str]:
+    if layer.merged:
+        return [f"{name}: merged, so its adapter does not train"]
+    if not layer.adapters_enabled:
+        return [f"{name}: adapters are disabled"]
+    problems = []
+    wanted = layer.options.dtype or layer.weight.dtype
+    if layer.lora_A.dtype != wanted:
+        problems.append(f"{name}: factors are {layer.lora_A.dtype}, but {wanted} was asked for")
+    for factor in ("lora_A", "lora_B", "lora_E"):
+        parameter = getattr(layer, factor)
+        if parameter is None or parameter.numel() == 0:
+            continue
+        if not parameter.requires_grad:
+            problems.append(f"{name}.{factor}: frozen (requires_grad is False)")
+        elif parameter.grad is None:
+            problems.append(f"{name}.{factor}: no gradient; the layer took no part in the step")
+        elif not parameter.grad.isfinite().all():
+            problems.append(f"{name}.{factor}: the gradient is not finite")
+    return problems
+
+
+def _tied(model: nn.Module, layers: dict[str, Adapted]) -> list[str]:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    return [
+        f"{name}: the weight is tied to {', '.join(o for o in owners[id(layer.weight)] if o != name)}"
+        for name, layer in layers.items()
+        if len(owners[id(layer.weight)]) > 1
+    ]
