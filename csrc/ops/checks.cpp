@@ -6,6 +6,8 @@
 
 #include <cmath>
 
+#include "dropout.h"
+
 namespace rankwise {
 namespace {
 
@@ -123,8 +125,18 @@ void check_lora_linear(const char* op, const at::Tensor& input, const at::Tensor
   check_dropout_p(op, dropout_p);
 }
 
-void check_grad_output(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
-                       const at::Tensor& weight) {
+void check_seed(const char* op, const at::Tensor& seed, double dropout_p) {
+  TORCH_CHECK(seed.scalar_type() == at::kLong && seed.dim() == 1, op,
+              ": seed must be int64 [1], got ", dtype_name(seed.scalar_type()), " ",
+              seed.sym_sizes());
+  if (!Dropout(dropout_p).active()) return;
+  TORCH_SYM_CHECK(seed.sym_size(0).sym_eq(1), op, ": seed must be int64 [1], got int64 ",
+                  seed.sym_sizes());
+}
+
+void check_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
+                    const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& hidden,
+                    const at::Tensor& seed, double dropout_p, const c10::SymInt& rank) {
   auto wanted = input.sym_sizes().vec();
   wanted.back() = weight.sym_size(0);
   TORCH_CHECK(grad_output.dim() == input.dim(), op, ": grad_output must be ",
@@ -134,6 +146,11 @@ void check_grad_output(const char* op, const at::Tensor& grad_output, const at::
                     c10::SymIntArrayRef(wanted), ", got ", grad_output.sym_sizes());
   }
   check_like(op, "grad_output", grad_output, "input", input);
+  check_shape(op, "hidden", hidden, sym_token_count(input), nullptr, rank, nullptr);
+  check_like(op, "hidden", hidden, "lora_A", lora_A);
+  check_seed(op, seed, dropout_p);
+  TORCH_CHECK(seed.device() == input.device(), op, ": seed must be on ", input.device(),
+              " like input, got ", seed.device());
 }
 
 c10::SymInt sym_token_count(const at::Tensor& tensor) {

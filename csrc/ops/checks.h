@@ -22,8 +22,14 @@ void check_factors(const char* op, const at::Tensor& weight, const c10::SymInt& 
                    const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
                    double scaling, const c10::SymInt& rank);
 
-void check_grad_output(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
-                       const at::Tensor& weight);
+// What backward gets besides the forward's arguments: grad_output like the output, `hidden` and
+// `seed` as the forward returned them.
+void check_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
+                    const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& hidden,
+                    const at::Tensor& seed, double dropout_p, const c10::SymInt& rank);
+
+// int64 [1] on the op's device; [0] will do where nothing is dropped.
+void check_seed(const char* op, const at::Tensor& seed, double dropout_p);
 
 void check_dropout_p(const char* op, double dropout_p);
 

@@ -47,6 +47,7 @@ at::Tensor dropout_mask_composite(const at::Tensor& seed, int64_t rows, int64_t 
                                   double dropout_p, at::ScalarType dtype) {
   using kernels::Philox;
   check_dropout_p("_dropout_mask", dropout_p);
+  check_seed("_dropout_mask", seed, dropout_p);
   const int64_t count = rows * cols;
   const int64_t blocks = (count + kernels::elements_per_block - 1) / kernels::elements_per_block;
   const at::Tensor counter = at::arange(blocks, seed.options().dtype(at::kLong));

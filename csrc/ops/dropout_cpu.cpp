@@ -104,6 +104,7 @@ void copy_block(const at::Tensor& src, const at::Tensor& dst, BlockOrigin origin
 at::Tensor dropout_mask_cpu(const at::Tensor& seed, int64_t rows, int64_t cols, double dropout_p,
                             at::ScalarType dtype) {
   check_dropout_p("_dropout_mask", dropout_p);
+  check_seed("_dropout_mask", seed, dropout_p);
   const Dropout dropout(dropout_p);
   const at::Tensor mask = at::ones({rows, cols}, seed.options().dtype(dtype));
   if (!dropout.active()) return mask;

@@ -69,12 +69,12 @@ BackwardResult lora_linear_backward_composite(const at::Tensor& grad_output,
                                               const at::Tensor& input, const at::Tensor& weight,
                                               const at::Tensor& lora_A, const at::Tensor& lora_B,
                                               const std::optional<at::Tensor>& lora_E,
-                                              const at::Tensor& /*hidden*/, const at::Tensor& seed,
+                                              const at::Tensor& hidden, const at::Tensor& seed,
                                               double scaling, double dropout_p, c10::SymInt rank,
                                               std::array<bool, 6> output_mask) {
   check_lora_linear("lora_linear", input, weight, {}, lora_A, lora_B, lora_E, scaling, dropout_p,
                     rank);
-  check_grad_output("lora_linear", grad_output, input, weight);
+  check_backward("lora_linear", grad_output, input, weight, lora_A, hidden, seed, dropout_p, rank);
   const auto dtype = lora_A.scalar_type();
   const c10::SymInt capacity = lora_A.sym_size(0);
   const Factors f(lora_A, lora_B, lora_E, rank);

@@ -212,7 +212,7 @@ BackwardResult lora_linear_backward_cpu(const at::Tensor& grad_output, const at:
                                         std::array<bool, 6> output_mask) {
   check_lora_linear("lora_linear", input, weight, {}, lora_A, lora_B, lora_E, scaling, dropout_p,
                     rank);
-  check_grad_output("lora_linear", grad_output, input, weight);
+  check_backward("lora_linear", grad_output, input, weight, lora_A, hidden, seed, dropout_p, rank);
   const Adapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
   const at::Tensor dy = matrix(grad_output);
   const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;

@@ -26,6 +26,7 @@ void launch(const at::Tensor& seed, uint32_t threshold, const at::Tensor& mask) 
 at::Tensor dropout_mask_cuda(const at::Tensor& seed, int64_t rows, int64_t cols, double dropout_p,
                              at::ScalarType dtype) {
   check_dropout_p("_dropout_mask", dropout_p);
+  check_seed("_dropout_mask", seed, dropout_p);
   const c10::cuda::CUDAGuard guard(seed.device());
   const uint32_t threshold = Dropout(dropout_p).threshold();
   if (threshold == 0) return at::ones({rows, cols}, seed.options().dtype(dtype));

@@ -31,12 +31,12 @@ BackwardResult lora_linear_backward_meta(const at::Tensor& grad_output, const at
                                          const at::Tensor& weight, const at::Tensor& lora_A,
                                          const at::Tensor& lora_B,
                                          const std::optional<at::Tensor>& lora_E,
-                                         const at::Tensor& /*hidden*/, const at::Tensor& /*seed*/,
+                                         const at::Tensor& hidden, const at::Tensor& seed,
                                          double scaling, double dropout_p, c10::SymInt rank,
                                          std::array<bool, 6> output_mask) {
   check_lora_linear("lora_linear", input, weight, {}, lora_A, lora_B, lora_E, scaling, dropout_p,
                     rank);
-  check_grad_output("lora_linear", grad_output, input, weight);
+  check_backward("lora_linear", grad_output, input, weight, lora_A, hidden, seed, dropout_p, rank);
   const auto when = [&](int i, const at::Tensor& like) {
     return output_mask[i] ? like.new_empty_symint(like.sym_sizes()) : at::Tensor();
   };
@@ -53,6 +53,7 @@ BackwardResult lora_linear_backward_meta(const at::Tensor& grad_output, const at
 at::Tensor dropout_mask_meta(const at::Tensor& seed, c10::SymInt rows, c10::SymInt cols,
                              double dropout_p, at::ScalarType dtype) {
   check_dropout_p("_dropout_mask", dropout_p);
+  check_seed("_dropout_mask", seed, dropout_p);
   return seed.new_empty_symint({rows, cols}, seed.options().dtype(dtype));
 }
 
