@@ -1,8 +1,74 @@
-// rankwise._C: what was built, for the import check. Importing it loads librankwise, which
-// registers the ops.
+// rankwise._C: the file layer for Python. Importing it loads librankwise, which registers the ops.
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+#include <rankwise/adapter_file.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+namespace py = pybind11;
+using rankwise::AdapterConfig;
+using rankwise::AdapterFile;
+using rankwise::AdapterKey;
+
+namespace {
+
+void bind_config(py::module_& m) {
+  py::class_<AdapterConfig>(m, "AdapterConfig")
+      .def(py::init<>())
+      .def_readonly("peft_type", &AdapterConfig::peft_type)
+      .def_readwrite("rank", &AdapterConfig::rank)
+      .def_readwrite("alpha", &AdapterConfig::alpha)
+      .def_readwrite("dropout", &AdapterConfig::dropout)
+      .def_readwrite("rslora", &AdapterConfig::rslora)
+      .def_readwrite("fan_in_fan_out", &AdapterConfig::fan_in_fan_out)
+      .def_readwrite("target_modules", &AdapterConfig::target_modules)
+      .def_readwrite("modules_to_save", &AdapterConfig::modules_to_save)
+      .def_readwrite("rank_pattern", &AdapterConfig::rank_pattern)
+      .def_readwrite("alpha_pattern", &AdapterConfig::alpha_pattern)
+      .def_readwrite("base_model_name_or_path", &AdapterConfig::base_model_name_or_path)
+      .def_readwrite("task_type", &AdapterConfig::task_type)
+      .def("rank_of", &AdapterConfig::rank_of)
+      .def("alpha_of", &AdapterConfig::alpha_of)
+      .def("scaling", &AdapterConfig::scaling);
+}
+
+void bind_key(py::module_& m) {
+  py::class_<AdapterKey> key(m, "AdapterKey");
+  py::enum_<AdapterKey::Part>(key, "Part")
+      .value("lora_A", AdapterKey::Part::lora_A)
+      .value("lora_B", AdapterKey::Part::lora_B)
+      .value("embedding_A", AdapterKey::Part::embedding_A)
+      .value("embedding_B", AdapterKey::Part::embedding_B)
+      .value("saved", AdapterKey::Part::saved);
+  key.def(py::init([](std::string module, AdapterKey::Part part, std::string parameter) {
+            return AdapterKey{std::move(module), part, std::move(parameter)};
+          }),
+          py::arg("module"), py::arg("part"), py::arg("parameter") = "")
+      .def_readonly("module", &AdapterKey::module)
+      .def_readonly("part", &AdapterKey::part)
+      .def_readonly("parameter", &AdapterKey::parameter)
+      .def("__str__", [](const AdapterKey& self) { return rankwise::to_string(self); });
+  m.def("parse_adapter_key", &rankwise::parse_adapter_key);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
-  m.attr("built_for_torch") = RANKWISE_BUILT_FOR_TORCH;
   m.attr("cuda") = bool(RANKWISE_CUDA_BUILT);
+  py::register_exception<rankwise::io::FileError>(m, "FileError");
+  bind_config(m);
+  bind_key(m);
+  py::class_<AdapterFile>(m, "AdapterFile")
+      .def(py::init([](AdapterConfig config, std::map<std::string, at::Tensor> tensors) {
+             return AdapterFile{std::move(config), std::move(tensors), {}};
+           }),
+           py::arg("config"), py::arg("tensors"))
+      .def_readonly("config", &AdapterFile::config)
+      .def_readonly("tensors", &AdapterFile::tensors);
+  m.def("read_adapter", [](const std::filesystem::path& directory) {
+    torch::PyWarningHandler warnings;  // C++ warnings become Python's, with the interpreter's lock
+    const py::gil_scoped_release release;
+    return rankwise::read_adapter(directory);
+  });
+  m.def("write_adapter", &rankwise::write_adapter, py::call_guard<py::gil_scoped_release>());
 }

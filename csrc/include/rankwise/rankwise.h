@@ -1,4 +1,5 @@
 // Everything public, for C++ programs.
 #pragma once
 
+#include <rankwise/adapter_file.h>
 #include <rankwise/ops.h>

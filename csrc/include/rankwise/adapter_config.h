@@ -1,0 +1,61 @@
+// AdapterConfig: what adapter_config.json says about a LoRA adapter. No torch here.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace rankwise {
+
+/// Ordered (pattern, value) pairs. The order counts: as in PEFT, the first pattern that matches
+/// wins.
+template <class Value>
+using PatternList = std::vector<std::pair<std::string, Value>>;
+
+/// The settings of a LoRA adapter, with the fields of PEFT's LoraConfig that change what it
+/// computes or where. PEFT's file names are given where they differ. Defaults are PEFT's.
+struct AdapterConfig {
+  std::string peft_type = "LORA";  ///< the only type this library reads and writes
+  int64_t rank = 8;                ///< `r`, 1 .. 2^20
+  double alpha = 8;                ///< `lora_alpha`, finite
+  double dropout = 0;              ///< `lora_dropout`, probability in [0, 1]
+  bool rslora = false;  ///< `use_rslora`: scaling = alpha / sqrt(rank) in place of alpha / rank
+  bool fan_in_fan_out = false;  ///< the base weight is stored [in, out] (GPT-2's Conv1D)
+
+  std::vector<std::string>
+      target_modules;                ///< names or name endings; exclusive with target_modules_regex
+  std::string target_modules_regex;  ///< when the file has one string (or "all-linear")
+  std::vector<std::string> exclude_modules;  ///< exclusive with exclude_modules_regex
+  std::string exclude_modules_regex;
+  std::vector<int64_t>
+      layers_to_transform;  ///< empty: all layers. Carried, not applied, by the file layer
+  std::vector<std::string> layers_pattern;  ///< carried like layers_to_transform
+  std::vector<std::string> modules_to_save;
+
+  PatternList<int64_t> rank_pattern;  ///< values 0 .. 2^20, instead of rank
+  PatternList<double> alpha_pattern;  ///< finite values, instead of alpha
+
+  std::string base_model_name_or_path;  ///< empty: null in the file
+  std::string revision;                 ///< of the base model; empty: null
+  std::string task_type;                ///< e.g. "CAUSAL_LM"; empty: null
+
+  /// Rank of a module (path inside the base model): the first matching rank_pattern, else rank.
+  /// Patterns match as PEFT's get_pattern_key: Python `re.match(rf"(.*\.)?({key})$", module)`, else
+  /// a key equal to the name. Throws std::invalid_argument for a pattern that cannot be matched
+  /// exactly as Python would (look-around, back-references, inline flags, possessive quantifiers,
+  /// non-ASCII regexes) or in bounded time.
+  int64_t rank_of(std::string_view module) const;
+
+  /// Alpha of a module: the first matching alpha_pattern, else alpha. Throws as rank_of.
+  double alpha_of(std::string_view module) const;
+
+  /// alpha / rank, or alpha / sqrt(rank) with rslora, patterns applied; 0 for a module of rank 0.
+  /// Throws as rank_of.
+  double scaling(std::string_view module) const;
+
+  bool operator==(const AdapterConfig&) const = default;
+};
+
+}  // namespace rankwise
