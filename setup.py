@@ -63,7 +63,7 @@ class CMakeBuild(build_ext):
 
 
 def torch_requirement() -> list[str]:
-    """One binary serves one torch minor, so the built package asks for the minor it was built for."""
+    """One binary serves one torch minor: the package asks for the one it was built for."""
     version = build_torch()
     if not version:
         return ["torch>=2.11"]

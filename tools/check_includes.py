@@ -1,4 +1,4 @@
-"""Checks who includes and imports whom (README, Architecture): prints each breach, exits 1 if any."""
+"""Checks who includes and imports whom (README, Architecture): prints breaches, exits 1 if any."""
 
 from __future__ import annotations
 

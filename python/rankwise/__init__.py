@@ -4,6 +4,7 @@ from . import nn, ops
 from ._library import __version__
 from .adapted import MergeReport
 from .config import LoRAConfig
+from .files import FileError, LoadReport, load_adapter, save_adapter
 from .model import (
     activate_adapter,
     adapter_names,
@@ -17,7 +18,9 @@ from .model import (
 from .report import health_check, summary
 
 __all__ = [
+    "FileError",
     "LoRAConfig",
+    "LoadReport",
     "MergeReport",
     "__version__",
     "activate_adapter",
@@ -27,9 +30,11 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "health_check",
+    "load_adapter",
     "merge",
     "nn",
     "ops",
+    "save_adapter",
     "summary",
     "unmerge",
 ]

@@ -20,11 +20,11 @@ def _built_for_torch() -> str:
 
 
 def load(found: str, built: str):
-    """Imports the binary module, or says in one sentence how to rebuild it for the torch `found`."""
+    """The binary module; one sentence with the command that rebuilds it if torch does not fit."""
     if _minor(found) != _minor(built):
         raise ImportError(
-            f"rankwise was built for torch {built}, but torch {found} is installed; rebuild it with: "
-            "pip install --no-build-isolation --force-reinstall --no-deps ."
+            f"rankwise was built for torch {built}, but torch {found} is installed; "
+            "rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps ."
         )
     return import_module("rankwise._C")
 

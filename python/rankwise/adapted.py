@@ -31,7 +31,8 @@ class MergeReport:
 
     def __str__(self) -> str:
         share = 100.0 * self.changed / max(self.total, 1)
-        return f"{share:.1f} % of weights changed, rounding error at most {self.max_rounding_error:.2g}"
+        error = f"rounding error at most {self.max_rounding_error:.2g}"
+        return f"{share:.1f} % of weights changed, {error}"
 
 
 def check_adapter_name(operation: str, name: str) -> None:
@@ -50,6 +51,17 @@ class StoredAdapter(nn.Module):
         self.requires_grad_(False)
         self.options = options
         self.rank = rank
+
+
+@dataclass(frozen=True)
+class HeldAdapter:
+    """One adapter of a layer, active or not: the parameters themselves, not copies."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_E: nn.Parameter | None
+    options: AdapterOptions
+    rank: int
 
 
 class Adapted:
@@ -121,6 +133,18 @@ class Adapted:
         """All adapters of this layer, the active one first."""
         return ([self.adapter] if self.adapter is not None else []) + list(self.adapters)
 
+    def held_adapter(self, name: str) -> HeldAdapter:
+        """An adapter by name, active or not.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        if name not in self.adapter_names:
+            raise KeyError(f"held_adapter: adapters are {self.adapter_names}, got {name!r}")
+        holder = self if name == self.adapter else self.adapters[name]
+        factors = [getattr(holder, factor) for factor in _FACTORS]
+        return HeldAdapter(*factors, holder.options, holder.rank)
+
     def add_adapter(self, name: str, options: AdapterOptions) -> None:
         """A new adapter, not active."""
         check_adapter_name("add_adapter", name)
@@ -129,7 +153,7 @@ class Adapted:
         self.adapters[name] = self.new_adapter(options)
 
     def activate_adapter(self, name: str | None) -> None:
-        """Makes `name` the active adapter; None, or a name this layer lacks, leaves the base alone."""
+        """Makes `name` the active adapter; None, or a name not here, leaves the base alone."""
         if name == self.adapter:
             return
         if self.merged:
@@ -166,8 +190,8 @@ class Adapted:
         masters = dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
         if dtype != weight.dtype and not masters:
             raise ValueError(
-                f"adapter: dtype must be {weight.dtype} like the base's, or torch.float32 over a 16-bit "
-                f"base, got {dtype}"
+                f"adapter: dtype must be {weight.dtype} like the base's, or torch.float32 over "
+                f"a 16-bit base, got {dtype}"
             )
 
         def new(*size: int) -> nn.Parameter:
@@ -230,7 +254,7 @@ class Adapted:
         return report
 
     def unmerge(self) -> None:
-        """Puts the base parameter back, bit for bit. Does nothing (with a warning) when not merged."""
+        """Puts the base parameter back, bit for bit; when not merged, only warns."""
         if not self.merged:
             warnings.warn("unmerge: the layer is not merged; nothing was done", stacklevel=2)
             return

@@ -9,30 +9,41 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .adapted import Adapted, MergeReport, check_adapter_name
-from .config import LoRAConfig
+from .adapted import Adapted, MergeReport, StoredAdapter, check_adapter_name
+from .config import AdapterOptions, LoRAConfig
 from .nn import adapt
 from .targets import find_targets, find_whole, lookup, module_paths
 
 
 @dataclass
 class ModelAdapters:
-    """What a model's layers do not know: the configurations, and modules trained whole.
+    """What a model's layers do not know: the adapters' names, and modules trained whole.
 
     Kept as a plain attribute of the model, so that it is copied and pickled with it.
+
+    Args:
+        active: the adapter in use, or None for the base alone.
+        whole: adapter -> {module name: its own trained copy}; under None the base's originals.
     """
 
-    configs: dict[str, LoRAConfig] = field(default_factory=dict)
     active: str | None = None
-    # adapter -> {name: its own trained copy}; under None the base's originals.
     whole: dict[str | None, dict[str, nn.Module]] = field(default_factory=lambda: {None: {}})
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self.whole if name is not None]
 
     @staticmethod
     def of(model: nn.Module) -> ModelAdapters:
-        state = vars(model).get("_rankwise")
-        if state is None:
-            raise ValueError("the model has no adapters: call apply_lora(model, config) first")
-        return state
+        """The model's state; made from its layers if they were put there by hand."""
+        if "_rankwise" not in vars(model):
+            layers = list(adapted_layers(model).values())
+            if not layers:
+                raise ValueError("the model has no adapters: call apply_lora(model, config) first")
+            names = dict.fromkeys(name for layer in layers for name in layer.adapter_names)
+            active = next((x.adapter for x in layers if x.adapter is not None), None)
+            model._rankwise = ModelAdapters(active, {None: {}, **{name: {} for name in names}})
+        return model._rankwise
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
@@ -55,11 +66,12 @@ def apply_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> n
         The same model.
 
     Raises:
-        ValueError: no such targets (near misses are listed), tied weights, or adapters there already.
+        ValueError: no such targets (near misses are listed), tied weights, or adapters already.
     """
-    if "_rankwise" in vars(model):
+    if adapted_layers(model):
         raise ValueError("apply_lora: the model has adapters already; use add_adapter()")
-    _add(model, ModelAdapters(), name, config)
+    state = ModelAdapters()
+    install_adapter(model, state, name, prepare_adapter(model, state, name, *plan(model, config)))
     model.requires_grad_(False)
     activate_adapter(model, name)
     return model
@@ -67,34 +79,69 @@ def apply_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> n
 
 def add_adapter(model: nn.Module, name: str, config: LoRAConfig) -> None:
     """Adds an adapter, not active, over the same base; its targets may differ from others'."""
-    _add(model, ModelAdapters.of(model), name, config)
+    state = ModelAdapters.of(model)
+    install_adapter(model, state, name, prepare_adapter(model, state, name, *plan(model, config)))
 
 
-def _add(model: nn.Module, state: ModelAdapters, name: str, config: LoRAConfig) -> None:
-    if name in state.configs:
-        raise ValueError(f"add_adapter: there is an adapter {name!r} already")
+def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, AdapterOptions], list[str]]:
+    """({layer: options}, modules trained whole) that a configuration means for a model."""
+    options = {
+        path: config.options(lookup(config.rank_pattern, path), lookup(config.alpha_pattern, path))
+        for path in find_targets(model, config)
+    }
+    return options, list(find_whole(model, config.modules_to_save))
+
+
+@dataclass
+class PreparedAdapter:
+    """An adapter made for a model but not in it yet: nothing of the model has changed.
+
+    Args:
+        layers: layer name -> the adapted layer (new, or in the model already).
+        adapters: layer name -> its adapter.
+        originals, copies: module name -> the base's module and the adapter's own, trained whole.
+    """
+
+    layers: dict[str, Adapted]
+    adapters: dict[str, StoredAdapter]
+    originals: dict[str, nn.Module]
+    copies: dict[str, nn.Module]
+
+
+def prepare_adapter(
+    model: nn.Module,
+    state: ModelAdapters,
+    name: str,
+    options: dict[str, AdapterOptions],
+    whole: list[str],
+) -> PreparedAdapter:
+    """Makes an adapter by plan; whatever can fail fails here."""
     check_adapter_name("add_adapter", name)
-    targets = find_targets(model, config)
-    originals = {**find_whole(model, config.modules_to_save), **state.whole[None]}
-    # Everything that can fail comes before the model is changed.
+    if name in state.whole:
+        raise ValueError(f"add_adapter: there is an adapter {name!r} already")
+    if "" in options:
+        raise ValueError("the model itself is a layer; use LoRALinear.from_linear(layer) instead")
+    targets = {path: model.get_submodule(path) for path in options}
     layers = {p: m if isinstance(m, Adapted) else adapt(m) for p, m in targets.items()}
-    adapters = {
-        path: layer.new_adapter(
-            config.options(lookup(config.rank_pattern, path), lookup(config.alpha_pattern, path))
-        )
-        for path, layer in layers.items()
-    }
-    copies = {
-        path: copy.deepcopy(originals[path]) for path in find_whole(model, config.modules_to_save)
-    }
+    originals = {**{path: model.get_submodule(path) for path in whole}, **state.whole[None]}
+    return PreparedAdapter(
+        layers,
+        {path: layer.new_adapter(options[path]) for path, layer in layers.items()},
+        originals,
+        {path: copy.deepcopy(originals[path]) for path in whole},
+    )
+
+
+def install_adapter(
+    model: nn.Module, state: ModelAdapters, name: str, prepared: PreparedAdapter
+) -> None:
+    """Puts a prepared adapter into the model, not active."""
     paths = module_paths(model)
-    for path, layer in layers.items():
-        layer.adapters[name] = adapters[path]
-        for place in paths[targets[path]]:
+    for path, layer in prepared.layers.items():
+        layer.adapters[name] = prepared.adapters[path]
+        for place in paths[model.get_submodule(path)]:
             _replace(model, place, layer)
-    state.whole[None] = originals
-    state.whole[name] = copies
-    state.configs[name] = config
+    state.whole.update({None: prepared.originals, name: prepared.copies})
     model._rankwise = state
 
 
@@ -104,8 +151,8 @@ def activate_adapter(model: nn.Module, name: str | None) -> None:
     The active adapter's parameters require gradients, all others' do not.
     """
     state = ModelAdapters.of(model)
-    if name is not None and name not in state.configs:
-        raise KeyError(f"activate_adapter: adapters are {list(state.configs)}, got {name!r}")
+    if name is not None and name not in state.whole:
+        raise KeyError(f"activate_adapter: adapters are {state.names}, got {name!r}")
     layers = adapted_layers(model).values()
     if any(layer.merged for layer in layers):
         raise RuntimeError("activate_adapter: the model is merged; call unmerge(model) first")
@@ -118,19 +165,19 @@ def activate_adapter(model: nn.Module, name: str | None) -> None:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Forgets an adapter; if it was active, the model computes the base alone."""
     state = ModelAdapters.of(model)
-    if name not in state.configs:
-        raise KeyError(f"delete_adapter: adapters are {list(state.configs)}, got {name!r}")
+    if name not in state.whole:
+        raise KeyError(f"delete_adapter: adapters are {state.names}, got {name!r}")
     if state.active == name:
         activate_adapter(model, None)
     for layer in adapted_layers(model).values():
         if name in layer.adapter_names:
             layer.delete_adapter(name)
-    del state.configs[name], state.whole[name]
+    del state.whole[name]
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters, in the order they were added."""
-    return list(ModelAdapters.of(model).configs)
+    return ModelAdapters.of(model).names
 
 
 @contextmanager
@@ -147,7 +194,7 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.adapters_enabled = enabled
-        _use_whole(model, state, state.active)
+        _use_whole(model, state, state.active if any(before) else None)
 
 
 def merge(model: nn.Module) -> dict[str, MergeReport]:
@@ -163,12 +210,19 @@ def merge(model: nn.Module) -> dict[str, MergeReport]:
     try:
         for name, layer in layers.items():
             if not layer.merged:
-                reports[name] = layer.merge()
-    except BaseException as error:
+                reports[name] = _merge_layer(name, layer)
+    except BaseException:
         for name in reports:
             layers[name].unmerge()
-        raise type(error)(f"{name}: {error}") from error
+        raise
     return reports
+
+
+def _merge_layer(name: str, layer: Adapted) -> MergeReport:
+    try:
+        return layer.merge()
+    except RuntimeError as error:
+        raise RuntimeError(f"{name}: {error}") from error
 
 
 def unmerge(model: nn.Module) -> None:
@@ -181,8 +235,6 @@ def unmerge(model: nn.Module) -> None:
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent_path, _, attribute = path.rpartition(".")
-    if not attribute:
-        raise ValueError("the model itself is a layer; use LoRALinear.from_linear(layer) instead")
     parent = model.get_submodule(parent_path)
     parent._modules[attribute] = module
     if isinstance(parent, nn.TransformerEncoderLayer):

@@ -73,8 +73,8 @@ class LoRALinear(Adapted, nn.Linear):
         """
         if not (type(linear) is nn.Linear or _is_conv1d(linear)):
             raise TypeError(
-                f"{cls.__name__}.from_linear: linear must be an nn.Linear or a transformers Conv1D, "
-                f"got {type(linear).__name__}"
+                f"{cls.__name__}.from_linear: linear must be an nn.Linear or a transformers "
+                f"Conv1D, got {type(linear).__name__}"
             )
         layer = cls._around(linear)
         layer._freeze_and_add(AdapterOptions(**options))
@@ -113,10 +113,10 @@ class LoRALinear(Adapted, nn.Linear):
 
 
 class AdaLoRALinear(LoRALinear):
-    """``y = x W0^T + b + scaling * ((drop(x) A^T) * E^T) B^T``: AdaLoRA's triplets (arXiv 2303.10512).
+    """``y = x W0^T + b + scaling * ((drop(x) A^T) * E^T) B^T``: AdaLoRA (arXiv 2303.10512).
 
-    A and B start normal with standard deviation 0.02, E zero, as in the paper's code; ``init`` is not
-    used. The scaling stays alpha / (initial) rank when directions are pruned.
+    A and B start normal with standard deviation 0.02, E zero, as in the paper's code; ``init`` is
+    not used. The scaling stays alpha / (initial) rank when directions are pruned.
     """
 
     _has_E = True
@@ -159,7 +159,7 @@ class LoRAEmbedding(Adapted, nn.Embedding):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, **options) -> LoRAEmbedding:
-        """A layer around an nn.Embedding, sharing its parameter. Keyword arguments as AdapterOptions."""
+        """A layer around an nn.Embedding, sharing its parameter; arguments as AdapterOptions."""
         if type(embedding) is not nn.Embedding:
             raise TypeError(
                 f"{cls.__name__}.from_embedding: embedding must be an nn.Embedding, "

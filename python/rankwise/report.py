@@ -166,7 +166,8 @@ def _tied(model: nn.Module, layers: dict[str, Adapted]) -> list[str]:
         if weight is not None:
             owners.setdefault(id(weight), []).append(name)
     return [
-        f"{name}: the weight is tied to {', '.join(o for o in owners[id(layer.weight)] if o != name)}"
+        f"{name}: the weight is tied to {other}'s"
         for name, layer in layers.items()
-        if len(owners[id(layer.weight)]) > 1
+        for other in owners[id(layer.weight)]
+        if other != name
     ]

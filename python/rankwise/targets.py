@@ -58,8 +58,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     for name, module in targets.items():
         if not (is_adaptable(module) or isinstance(module, Adapted)):
             raise ValueError(
-                f"target_modules: {name!r} is a {type(module).__name__}, but adapters go to nn.Linear, "
-                "nn.Embedding and transformers' Conv1D; exclude it with exclude_modules"
+                f"target_modules: {name!r} is a {type(module).__name__}, but adapters go to "
+                "nn.Linear, nn.Embedding and transformers' Conv1D; exclude it with exclude_modules"
             )
     if not targets:
         raise ValueError(f"target_modules: {config.target_modules!r} leaves no module to adapt")
@@ -135,6 +135,6 @@ def _check_ties(paths: dict[nn.Module, list[str]], targets: dict[str, nn.Module]
         others = [other for other in owners[id(module.weight)] if other != name]
         if others:
             raise ValueError(
-                f"target_modules: {name!r} has its weight tied to {', '.join(map(repr, others))}, so an "
-                "adapter on one would untie them; exclude it with exclude_modules or untie first"
+                f"target_modules: {name!r} has its weight tied to {', '.join(map(repr, others))}, "
+                "so an adapter on one would untie them; exclude it or untie first"
             )
