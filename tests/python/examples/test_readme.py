@@ -1,0 +1,72 @@
+"""The README's examples: Python blocks run as they stand, C++ blocks are in programs that run here."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rankwise as rw
+
+ROOT = Path(__file__).resolve().parents[3]
+README = (ROOT / "README.md").read_text()
+PROGRAMS = ["layer", "merge_adapter"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=["layer", "model"])
+def test_python_examples(code, tmp_path):
+    script = tmp_path / "example.py"
+    script.write_text(code)
+    (tmp_path / "build").mkdir()
+    subprocess.run([sys.executable, script], cwd=tmp_path, check=True)
+
+
+def test_cpp_examples_are_parts_of_the_programs():
+    programs = [(ROOT / "examples" / "cpp" / f"{name}.cpp").read_text() for name in PROGRAMS]
+    assert len(blocks("cpp")) == len(programs)
+    for block, program in zip(blocks("cpp"), programs, strict=True):
+        assert block in program
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """examples/cpp, built outside the tree against the installed package."""
+    build = tmp_path_factory.mktemp("cpp")
+    cmake_dir = Path(rw.__file__).parent / "share" / "cmake"
+    configure = ["cmake", "-S", ROOT / "examples" / "cpp", "-B", build, "-G", "Ninja"]
+    subprocess.run([*configure, f"-DCMAKE_PREFIX_PATH={cmake_dir}"], check=True)
+    subprocess.run(["cmake", "--build", build, "-j", "2"], check=True)
+    return build
+
+
+def test_the_layer_program_learns(programs):
+    result = subprocess.run([programs / "layer"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("loss ")
+
+
+def test_the_adapter_program_reads_what_python_saved(programs, tmp_path):
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+    rw.apply_lora(model, rw.LoRAConfig(rank=2, alpha=4.0, target_modules=["0", "1"]))
+    torch.nn.init.normal_(model[0].lora_B)
+    rw.save_adapter(model, tmp_path)
+    run = [programs / "merge_adapter", tmp_path]
+    lines = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
+    norm = (2.0 * model[0].lora_B @ model[0].lora_A).norm().item()
+    assert lines[0].startswith("0: rank 2, scaling 2, update norm ")
+    assert abs(float(lines[0].split()[-1]) - norm) < 1e-5
+    assert lines[1] == "1: rank 2, scaling 2, update norm 0.000000"
+
+
+def test_the_adapter_program_names_a_bad_folder(programs, tmp_path):
+    run = [programs / "merge_adapter", tmp_path / "nothing"]
+    result = subprocess.run(run, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert str(tmp_path / "nothing") in result.stderr
