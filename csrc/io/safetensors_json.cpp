@@ -5,6 +5,7 @@
 
 #include <rankwise/file_error.h>
 
+#include <algorithm>
 #include <limits>
 #include <nlohmann/json.hpp>
 
@@ -205,11 +206,26 @@ class HeaderSax final : public nlohmann::json_sax<Json> {
   int offsets_seen_ = 0;
 };
 
+/// nlohmann copies a token several times before it hands it over, so its length is limited first.
+void check_token_lengths(std::string_view json, const std::string& file) {
+  constexpr size_t longest = 65536;
+  size_t start = 0;
+  while (start < json.size()) {
+    const size_t end = std::min(json.find_first_of("{}[]:,\" \n", start), json.size());
+    if (end - start > longest) {
+      throw FileError(file + ": a name or number is longer than " + std::to_string(longest) +
+                      " bytes");
+    }
+    start = end + 1;
+  }
+}
+
 }  // namespace
 
 void parse_header_json(std::string_view json, const std::string& file, Header& header) {
   if (json.empty() || json.front() != '{')
     throw FileError(file + ": the header must start with '{'");
+  check_token_lengths(json, file);
   HeaderSax sax(file, header);
   Json::sax_parse(json.data(), json.data() + json.size(), &sax);
 }

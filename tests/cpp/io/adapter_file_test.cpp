@@ -1,0 +1,226 @@
+// read_adapter and write_adapter: round trips, determinism, damaged folders, warnings.
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <rankwise/adapter_file.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "system_calls.h"
+#include "temporary_folder.h"
+
+namespace {
+
+using rankwise::AdapterFile;
+using rankwise::read_adapter;
+using rankwise::write_adapter;
+using rankwise::io::FileError;
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+const std::string model_name = "adapter_model.safetensors";
+const std::string config_name = "adapter_config.json";
+const std::string q = "base_model.model.layers.0.q";
+
+AdapterFile adapter(at::ScalarType dtype = at::kFloat, double value = 1) {
+  const auto values = [&](at::IntArrayRef shape) {
+    return at::arange(c10::multiply_integers(shape)).view(shape).to(dtype).mul(value);
+  };
+  AdapterFile file;
+  file.config.rank = 2;
+  file.config.target_modules = {"q", "emb"};
+  file.config.rank_pattern = {{"emb", 0}};
+  file.tensors = {{q + ".lora_A.weight", values({2, 3})},
+                  {q + ".lora_B.weight", values({5, 2})},
+                  {"base_model.model.emb.lora_embedding_A", values({0, 7})},
+                  {"base_model.model.emb.lora_embedding_B", values({3, 0})},
+                  {"base_model.model.head.bias", values({3})}};
+  file.metadata = {{"format", "pt"}, {"note", "x"}};
+  return file;
+}
+
+void expect_equal(const AdapterFile& a, const AdapterFile& b) {
+  EXPECT_EQ(a.config, b.config);
+  EXPECT_EQ(a.metadata, b.metadata);
+  ASSERT_EQ(a.tensors.size(), b.tensors.size());
+  for (const auto& [name, tensor] : a.tensors) {
+    const at::Tensor& other = b.tensors.at(name);
+    EXPECT_EQ(tensor.scalar_type(), other.scalar_type()) << name;
+    EXPECT_TRUE(at::equal(tensor, other)) << name;
+  }
+}
+
+std::string read_error(const TemporaryFolder& folder) {
+  return message_of<FileError>([&] { read_adapter(folder.path()); });
+}
+
+std::string write_error(const AdapterFile& file) {
+  const TemporaryFolder folder;
+  const std::string message = message_of<FileError>([&] { write_adapter(folder.path(), file); });
+  EXPECT_TRUE(folder.names().empty());
+  return message;
+}
+
+class Warnings : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { text += warning.msg(); }
+  std::string text;
+};
+
+TEST(AdapterFile, RoundTripInEveryType) {
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16}) {
+    const TemporaryFolder folder;
+    write_adapter(folder.path(), adapter(dtype));
+    EXPECT_EQ(folder.names(), (std::set<std::string>{config_name, model_name}));
+    expect_equal(read_adapter(folder.path()), adapter(dtype));
+  }
+}
+
+TEST(AdapterFile, MixedTypesStridesAndFlags) {
+  AdapterFile file = adapter();
+  const at::Tensor A = at::arange(6, at::kDouble).view({3, 2}).t();
+  file.tensors[q + ".lora_A.weight"] = A;
+  file.tensors[q + ".lora_B.weight"] =
+      at::arange(10, at::kHalf).view({5, 2}).slice(0, 0, 5).requires_grad_();
+  file.tensors["base_model.model.head.bias"] = at::ones({1}).expand({3});
+  const TemporaryFolder folder;
+  write_adapter(folder.path(), file);
+  const AdapterFile read = read_adapter(folder.path());
+  expect_equal(read, file);
+  EXPECT_TRUE(read.tensors.at(q + ".lora_A.weight").is_contiguous());
+  EXPECT_FALSE(read.tensors.at(q + ".lora_B.weight").requires_grad());
+}
+
+TEST(AdapterFile, SameInputGivesSameBytes) {
+  const TemporaryFolder a;
+  const TemporaryFolder b;
+  write_adapter(a.path(), adapter());
+  write_adapter(b.path(), adapter());
+  EXPECT_EQ(a.read(model_name), b.read(model_name));
+  EXPECT_EQ(a.read(config_name), b.read(config_name));
+}
+
+TEST(AdapterFile, TargetModulesAndFormatAreFilledIn) {
+  AdapterFile file = adapter();
+  file.config.target_modules.clear();
+  file.metadata.clear();
+  const TemporaryFolder folder;
+  write_adapter(folder.path(), file);
+  const AdapterFile read = read_adapter(folder.path());
+  EXPECT_THAT(read.config.target_modules, ElementsAre("emb", "layers.0.q"));
+  EXPECT_EQ(read.metadata, (std::map<std::string, std::string>{{"format", "pt"}}));
+}
+
+TEST(AdapterFile, EveryTruncationIsAnError) {
+  const TemporaryFolder folder;
+  write_adapter(folder.path(), adapter());
+  for (const std::string& name : {model_name, config_name}) {
+    const std::string content = folder.read(name);
+    for (size_t size = 0; size + 1 < content.size(); ++size) {
+      folder.write(name, content.substr(0, size));
+      EXPECT_THAT(read_error(folder), HasSubstr(name)) << size;
+    }
+    folder.write(name, content);
+  }
+}
+
+TEST(AdapterFile, EveryBitFlipIsAnErrorOrTheSameShapes) {
+  const TemporaryFolder folder;
+  write_adapter(folder.path(), adapter());
+  const std::string content = folder.read(model_name);
+  Warnings warnings;  // flips in the data make NaNs
+  const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+  for (size_t bit = 0; bit < 8 * content.size(); ++bit) {
+    std::string changed = content;
+    changed[bit / 8] = static_cast<char>(changed[bit / 8] ^ (1 << (bit % 8)));
+    folder.write(model_name, changed);
+    try {
+      const AdapterFile read = read_adapter(folder.path());
+      EXPECT_EQ(read.tensors.at(q + ".lora_A.weight").sizes(), at::IntArrayRef({2, 3})) << bit;
+      EXPECT_EQ(read.tensors.at(q + ".lora_B.weight").sizes(), at::IntArrayRef({5, 2})) << bit;
+    } catch (const FileError&) {
+    } catch (const std::out_of_range&) {
+      ADD_FAILURE() << "half an adapter was read at bit " << bit;
+    }
+  }
+}
+
+TEST(AdapterFile, MismatchesAreErrors) {
+  AdapterFile file = adapter();
+  file.config.rank = 3;
+  EXPECT_THAT(write_error(file), HasSubstr("lora_A.weight\": must be [3, in], got [2, 3]"));
+  const TemporaryFolder folder;
+  write_adapter(folder.path(), adapter());
+  std::string config = folder.read(config_name);
+  config.replace(config.find("\"r\": 2"), 6, "\"r\": 3");
+  folder.write(config_name, config);
+  EXPECT_THAT(read_error(folder), HasSubstr("lora_A.weight\": must be [3, in], got [2, 3]"));
+  folder.write(config_name, std::string((1 << 20) + 1, ' '));
+  EXPECT_THAT(read_error(folder), HasSubstr("must be at most 1048576 bytes, got 1048577"));
+}
+
+TEST(AdapterFile, TensorsThatCannotBeWritten) {
+  const auto error = [](const at::Tensor& bias) {
+    AdapterFile file = adapter();
+    file.tensors["base_model.model.head.bias"] = bias;
+    return write_error(file);
+  };
+  EXPECT_THAT(error(at::ones({3}, at::kLong)),
+              HasSubstr("head.bias\" must be float64, float32, float16 or bfloat16, got Long"));
+  EXPECT_THAT(error(at::Tensor()), HasSubstr("must be defined, got an undefined tensor"));
+  EXPECT_THAT(error(at::ones({3}).to_sparse()), HasSubstr("must be dense"));
+  EXPECT_THAT(error(at::ones({3}, at::TensorOptions().device(at::kMeta))),
+              HasSubstr("must be dense"));
+  AdapterFile file = adapter();
+  file.tensors["other"] = at::ones({1});
+  EXPECT_THAT(write_error(file), HasSubstr("\"other\": not a tensor of a PEFT LoRA adapter"));
+}
+
+TEST(AdapterFile, PickleFilesAreRefused) {
+  const TemporaryFolder folder;
+  folder.write("adapter_model.bin", "x");
+  folder.write(config_name, "{}");
+  EXPECT_THAT(read_error(folder), HasSubstr("adapter_model.bin: pickle files are not read"));
+  EXPECT_THAT(message_of<FileError>([&] { read_adapter(folder.path() / "none"); }),
+              HasSubstr("none: cannot open the folder"));
+  folder.write(model_name, "x");
+  EXPECT_THAT(read_error(folder), HasSubstr("peft_type must be"));
+}
+
+TEST(AdapterFile, NonFiniteValuesAreReported) {
+  for (const double value :
+       {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+    const TemporaryFolder folder;
+    AdapterFile file = adapter(at::kBFloat16);
+    file.tensors[q + ".lora_A.weight"][0][0] = value;
+    write_adapter(folder.path(), file);
+    Warnings warnings;
+    const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+    read_adapter(folder.path());
+    EXPECT_THAT(warnings.text, HasSubstr("layers.0.q.lora_A.weight\" has NaN or infinite values"));
+    EXPECT_THAT(warnings.text, testing::Not(HasSubstr("lora_B")));
+  }
+}
+
+TEST(AdapterFile, KillAtEveryCallLeavesOldOrNew) {
+  AdapterFile changed = adapter(at::kFloat, 3);
+  changed.config.alpha = 99;
+  for (int at = 1;; ++at) {
+    const TemporaryFolder folder;
+    write_adapter(folder.path(), adapter());
+    const pid_t child = ::fork();
+    if (child == 0) {
+      system_calls::kill_at(at);
+      write_adapter(folder.path(), changed);
+      ::_exit(0);
+    }
+    int status = 0;
+    ::waitpid(child, &status, 0);
+    const AdapterFile read = read_adapter(folder.path());
+    expect_equal(read, read.config.alpha == 99 ? changed : adapter());
+    if (WEXITSTATUS(status) != system_calls::killed_status) break;
+    ASSERT_LT(at, 100);
+  }
+}
+
+}  // namespace
