@@ -26,6 +26,20 @@ c10::SymInt active_rank(const at::Tensor& lora_A, const std::optional<c10::SymIn
   return rank.value_or(lora_A.sym_size(0));
 }
 
+// float64 to `out`'s dtype, rounded once. ATen goes to 16 bits through float32; that step is taken
+// to odd here (Boldo and Melquiond, 2008), which leaves the second one right.
+void round_into(const at::Tensor& out, const at::Tensor& exact) {
+  if (out.element_size() > 2) {
+    out.copy_(exact);
+    return;
+  }
+  const at::Tensor nearest = exact.to(at::kFloat), bits = nearest.view(at::kInt);
+  const at::Tensor wide = nearest.to(at::kDouble);
+  const at::Tensor towards_zero = at::where(wide.abs().gt(exact.abs()), bits - 1, bits);
+  const at::Tensor odd = at::where(wide.ne(exact), towards_zero.bitwise_or(1), bits);
+  out.copy_(odd.view(at::kFloat));
+}
+
 Result merged_weight_kernel(const at::Tensor& weight, const at::Tensor& lora_A,
                             const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
                             double scaling, std::optional<c10::SymInt> rank) {
@@ -43,7 +57,7 @@ Result merged_weight_kernel(const at::Tensor& weight, const at::Tensor& lora_A,
   const auto merge_rows = [&](int64_t i) {
     const at::Tensor base = rows[i].of(weight, 0), out = rows[i].of(merged, 0);
     const at::Tensor exact = base.to(at::kDouble).addmm(rows[i].of(B, 0), A, 1, scaling);
-    out.copy_(exact);
+    round_into(out, exact);
     if (out.numel() == 0) return;
     errors[i].copy_((out.to(at::kDouble) - exact).abs().max());
     changes[i].copy_(out.ne(base).sum());

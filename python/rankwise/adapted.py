@@ -36,9 +36,33 @@ class MergeReport:
 
 
 def check_adapter_name(operation: str, name: str) -> None:
-    """Adapter names are parts of module names and of folders."""
-    if not name or "." in name or "/" in name:
-        raise ValueError(f"{operation}: name must be a word without '.' or '/', got {name!r}")
+    """Adapter names are parts of module names: no separators, no attribute of a module."""
+    word = isinstance(name, str) and name and "." not in name and "/" not in name
+    if not word or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"{operation}: name must be a word without '.' or '/' that names no method of "
+            f"nn.ModuleDict, got {name!r}"
+        )
+
+
+def _is_adapter_key(key: str, prefix: str) -> bool:
+    """Whether a state-dict key under `prefix` is a factor of the active or another adapter."""
+    return key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in (
+        *_FACTORS,
+        "adapters",
+    )
+
+
+def _keep_forward(layer: nn.Module, args: tuple) -> None:
+    """A hook that does nothing."""
+
+
+def _forgive_missing_adapters(layer: Adapted, incompatible) -> None:
+    """After a plain layer's state was loaded: the adapters keep their own values."""
+    prefix, layer._plain_state = layer._plain_state, None
+    if prefix is not None:
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if not _is_adapter_key(key, prefix)]
 
 
 class StoredAdapter(nn.Module):
@@ -74,7 +98,6 @@ class Adapted:
     """
 
     _has_E = False
-    _default_init = "kaiming"
     weight: nn.Parameter
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
@@ -83,15 +106,22 @@ class Adapted:
     def _become_adapted(self, transposed: bool) -> None:
         """The state of a layer without adapters. `transposed`: weight is stored [in, out]."""
         self.transposed = transposed
-        self.adapters = nn.ModuleDict()
+        self.adapters = nn.ModuleDict().train(self.training)
         self.adapters_enabled = True
         self._unmerged: tuple[nn.Parameter] | None = None
+        self.in_merged_model = False  # set by merge(model): state_dict() leaves all adapters out
+        self._plain_state: str | None = None
+        # nn.TransformerEncoderLayer's inference fast path reads weights and would pass the adapter
+        # over; PyTorch does not take it when a layer has a hook.
+        self.register_forward_pre_hook(_keep_forward)
+        self.register_load_state_dict_post_hook(_forgive_missing_adapters)
         self._clear_active()
 
     def _freeze_and_add(self, options: AdapterOptions) -> None:
         """Freezes the base and adds the first adapter, "default"."""
+        adapter = self.new_adapter(options)
         self.requires_grad_(False)
-        self.add_adapter("default", options)
+        self.adapters["default"] = adapter
         self.activate_adapter("default")
 
     # The active adapter
@@ -160,7 +190,8 @@ class Adapted:
             raise RuntimeError("activate_adapter: the layer is merged; call unmerge() first")
         if self.adapter is not None:
             stored = {factor: getattr(self, factor) for factor in _FACTORS}
-            self.adapters[self.adapter] = StoredAdapter(stored, self.options, self.rank)
+            waiting = StoredAdapter(stored, self.options, self.rank).train(self.training)
+            self.adapters[self.adapter] = waiting
             self._clear_active()
         if name in self.adapters:
             chosen = self.adapters.pop(name)
@@ -186,12 +217,12 @@ class Adapted:
         inputs, outputs = self._sizes
         capacity = options.rank if options.capacity is None else options.capacity
         weight = self._base_weight()
-        dtype = weight.dtype if options.dtype is None else options.dtype
+        dtype = options.adapter_dtype or weight.dtype
         masters = dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
         if dtype != weight.dtype and not masters:
             raise ValueError(
-                f"adapter: dtype must be {weight.dtype} like the base's, or torch.float32 over "
-                f"a 16-bit base, got {dtype}"
+                f"adapter: adapter_dtype must be {weight.dtype} like the base's, or torch.float32 "
+                f"over a 16-bit base, got {dtype}"
             )
 
         def new(*size: int) -> nn.Parameter:
@@ -199,20 +230,32 @@ class Adapted:
 
         factors = {"lora_A": new(capacity, inputs), "lora_B": new(outputs, capacity)}
         factors["lora_E"] = new(capacity, 1) if self._has_E else None
-        if options.rank > 0:
-            with torch.no_grad():
-                A, B = factors["lora_A"][: options.rank], factors["lora_B"][:, : options.rank]
-                self._initialise(A, B, options)
-        return StoredAdapter(factors, options, options.rank)
+        adapter = StoredAdapter(factors, options, options.rank).train(self.training)
+        self._reset_adapter(adapter)
+        return adapter
+
+    def reset_parameters(self) -> None:
+        """Gives the base, and the active adapter, their first distributions anew."""
+        super().reset_parameters()
+        if vars(self).get("adapter") is not None:
+            self._reset_adapter(self)
+
+    @torch.no_grad()
+    def _reset_adapter(self, holder: StoredAdapter | Adapted) -> None:
+        for factor in (holder.lora_A, holder.lora_B, holder.lora_E):
+            if factor is not None:
+                factor.zero_()
+        if holder.rank > 0:
+            A, B = holder.lora_A[: holder.rank], holder.lora_B[:, : holder.rank]
+            self._initialise(A, B, holder.options)
 
     def _initialise(self, A: Tensor, B: Tensor, options: AdapterOptions) -> None:
-        init = options.init or self._default_init
         if self._has_E:
             A.normal_(std=0.02)
             B.normal_(std=0.02)
-        elif init == "kaiming":
+        elif options.init in (None, "kaiming"):
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        elif init == "gaussian":
+        elif options.init == "gaussian":
             A.normal_(std=1 / options.rank)
         else:
             B.normal_(std=1 / options.rank)
@@ -281,20 +324,22 @@ class Adapted:
     # nn.Module
 
     def _apply(self, fn, recurse: bool = True):
-        if self.merged:  # the base waits outside of the module's parameters
-            base = self._unmerged[0]
-            base.data = fn(base.data)
-        return super()._apply(fn, recurse)
+        if not self.merged:
+            return super()._apply(fn, recurse)
+        self._parameters["unmerged"] = self._unmerged[0]  # so that the base goes with the rest
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._unmerged = (self._parameters.pop("unmerged"),)
 
     def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
         """While merged a plain layer's state, so that no loader adds the update twice."""
         state = super().state_dict(
             *args, destination=destination, prefix=prefix, keep_vars=keep_vars
         )
-        if self.merged:
-            for key in [key for key in state if key.startswith(prefix)]:
-                if key.removeprefix(prefix).split(".")[0] in (*_FACTORS, "adapters"):
-                    del state[key]
+        if self.merged or self.in_merged_model:
+            for key in [key for key in state if _is_adapter_key(key, prefix)]:
+                del state[key]
         return state
 
     def _load_from_state_dict(
@@ -304,14 +349,14 @@ class Adapted:
             errors.append(
                 f"{prefix.removesuffix('.')}: a merged layer loads no state; unmerge first"
             )
+            for key in [key for key in state_dict if _is_adapter_key(key, prefix)]:
+                del state_dict[key]  # nor do the adapters that wait in it
             return
-        known = len(missing)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected, errors
         )
-        factors = {prefix + factor for factor in _FACTORS}
-        if factors.isdisjoint(state_dict):  # a plain layer's state: the adapter keeps its own
-            missing[known:] = [key for key in missing[known:] if key not in factors]
+        plain = not any(_is_adapter_key(key, prefix) for key in state_dict)
+        self._plain_state = prefix if plain else None
 
     def _adapter_repr(self) -> str:
         if self.adapter is None:

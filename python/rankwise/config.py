@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +30,7 @@ class AdapterOptions:
             deviation 1 / rank, B zero) or "swapped" (A zero, B normal with 1 / rank); None for
             "kaiming" in linear layers and "swapped" in embeddings.
         capacity: directions allocated, >= rank; None for rank.
-        dtype: of the factors: the base's, or float32 over a 16-bit base; None for the base's.
+        adapter_dtype: of the factors: the base's (None), or float32 over a 16-bit base.
     """
 
     rank: int = 8
@@ -39,19 +39,27 @@ class AdapterOptions:
     rslora: bool = False
     init: str | None = None
     capacity: int | None = None
-    dtype: torch.dtype | None = None
+    adapter_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         def require(condition: bool, name: str, wanted: str, got: object) -> None:
             _require(condition, "adapter", name, wanted, got)
 
-        integer = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-        require(integer and self.rank >= 0, "rank", "an integer >= 0", self.rank)
-        require(math.isfinite(self.alpha), "alpha", "finite", self.alpha)
-        require(0.0 <= self.dropout <= 1.0, "dropout", "in [0, 1]", self.dropout)
+        def is_integer(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        def is_finite(value: object) -> bool:
+            return isinstance(value, (int, float)) and math.isfinite(value)
+
+        require(is_integer(self.rank) and self.rank >= 0, "rank", "an integer >= 0", self.rank)
+        require(is_finite(self.alpha), "alpha", "finite", self.alpha)
+        probability = is_finite(self.dropout) and 0.0 <= self.dropout <= 1.0
+        require(probability, "dropout", "in [0, 1]", self.dropout)
         require(self.init in INITS, "init", f"one of {INITS}", self.init)
-        enough = self.capacity is None or self.capacity >= self.rank
-        require(enough, "capacity", f"at least the rank {self.rank}", self.capacity)
+        if self.capacity is not None:
+            require(is_integer(self.capacity), "capacity", "an integer or None", self.capacity)
+            enough = self.capacity >= self.rank
+            require(enough, "capacity", f"at least the rank {self.rank}", self.capacity)
 
     @property
     def scaling(self) -> float:
@@ -88,8 +96,12 @@ class LoRAConfig:
     adapter_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        targets = self.target_modules
+        names = isinstance(targets, str) or (
+            isinstance(targets, Collection) and all(isinstance(name, str) for name in targets)
+        )
         _require(
-            len(self.target_modules) > 0,
+            names and len(targets) > 0,
             "LoRAConfig",
             "target_modules",
             'a list of names, a regular expression or "all-linear"',
@@ -112,5 +124,5 @@ class LoRAConfig:
             dropout=self.dropout,
             rslora=self.rslora,
             init=self.init,
-            dtype=self.adapter_dtype,
+            adapter_dtype=self.adapter_dtype,
         )

@@ -198,7 +198,7 @@ def _plan(model: nn.Module, file) -> tuple[dict[str, AdapterOptions], list[str]]
             alpha=file.config.alpha_of(parsed.module),
             dropout=file.config.dropout,
             rslora=file.config.rslora,
-            dtype=_factor_dtype(tensor.dtype, base.weight.dtype),
+            adapter_dtype=_factor_dtype(tensor.dtype, base.weight.dtype),
         )
     matching = [w for w in file.config.modules_to_save if any(has_suffix(n, w) for n in modules)]
     return options, list(find_whole(model, matching))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,10 +24,12 @@ class ModelAdapters:
 
     Args:
         active: the adapter in use, or None for the base alone.
+        disabled: how many disable_adapters() blocks we are in.
         whole: adapter -> {module name: its own trained copy}; under None the base's originals.
     """
 
     active: str | None = None
+    disabled: int = 0
     whole: dict[str | None, dict[str, nn.Module]] = field(default_factory=lambda: {None: {}})
 
     @property
@@ -35,15 +38,21 @@ class ModelAdapters:
 
     @staticmethod
     def of(model: nn.Module) -> ModelAdapters:
-        """The model's state; made from its layers if they were put there by hand."""
+        """The model's state; made from its layers as far as they were put there by hand."""
+        layers = list(adapted_layers(model).values())
+        if not layers:
+            raise ValueError("the model has no adapters: call apply_lora(model, config) first")
         if "_rankwise" not in vars(model):
-            layers = list(adapted_layers(model).values())
-            if not layers:
-                raise ValueError("the model has no adapters: call apply_lora(model, config) first")
-            names = dict.fromkeys(name for layer in layers for name in layer.adapter_names)
             active = next((x.adapter for x in layers if x.adapter is not None), None)
-            model._rankwise = ModelAdapters(active, {None: {}, **{name: {} for name in names}})
+            model._rankwise = ModelAdapters(active)
+        for layer in layers:
+            for name in layer.adapter_names:
+                model._rankwise.whole.setdefault(name, {})
         return model._rankwise
+
+    def use_whole(self, model: nn.Module) -> None:
+        """Puts the active adapter's own whole modules in place, or the base's while disabled."""
+        _use_whole(model, self, None if self.disabled else self.active)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
@@ -85,9 +94,12 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig) -> None:
 
 def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, AdapterOptions], list[str]]:
     """({layer: options}, modules trained whole) that a configuration means for a model."""
+    paths = module_paths(model)
     options = {
-        path: config.options(lookup(config.rank_pattern, path), lookup(config.alpha_pattern, path))
-        for path in find_targets(model, config)
+        path: config.options(
+            lookup(config.rank_pattern, paths[module]), lookup(config.alpha_pattern, paths[module])
+        )
+        for path, module in find_targets(model, config).items()
     }
     return options, list(find_whole(model, config.modules_to_save))
 
@@ -121,8 +133,8 @@ def prepare_adapter(
         raise ValueError(f"add_adapter: there is an adapter {name!r} already")
     if "" in options:
         raise ValueError("the model itself is a layer; use LoRALinear.from_linear(layer) instead")
-    targets = {path: model.get_submodule(path) for path in options}
-    layers = {p: m if isinstance(m, Adapted) else adapt(m) for p, m in targets.items()}
+    _check_apart(model, state, options, whole)
+    layers = {path: _adapted(path, model.get_submodule(path)) for path in options}
     originals = {**{path: model.get_submodule(path) for path in whole}, **state.whole[None]}
     return PreparedAdapter(
         layers,
@@ -132,6 +144,30 @@ def prepare_adapter(
     )
 
 
+def _adapted(path: str, module: nn.Module) -> Adapted:
+    if isinstance(module, Adapted):
+        return module
+    try:
+        return adapt(module)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _check_apart(
+    model: nn.Module, state: ModelAdapters, options: dict[str, AdapterOptions], whole: list[str]
+) -> None:
+    """A module trained whole for one adapter cannot hold another's layers: refuses by name."""
+    for path in options:
+        for top in state.whole[None]:
+            if f"{path}.".startswith(f"{top}."):
+                raise ValueError(
+                    f"target_modules: {path!r} is in {top!r}, which another adapter trains whole"
+                )
+    for top in whole:
+        if any(isinstance(module, Adapted) for module in model.get_submodule(top).modules()):
+            raise ValueError(f"modules_to_save: {top!r} holds the layers of another adapter")
+
+
 def install_adapter(
     model: nn.Module, state: ModelAdapters, name: str, prepared: PreparedAdapter
 ) -> None:
@@ -139,6 +175,7 @@ def install_adapter(
     paths = module_paths(model)
     for path, layer in prepared.layers.items():
         layer.adapters[name] = prepared.adapters[path]
+        layer.adapters_enabled = not state.disabled
         for place in paths[model.get_submodule(path)]:
             _replace(model, place, layer)
     state.whole.update({None: prepared.originals, name: prepared.copies})
@@ -158,8 +195,8 @@ def activate_adapter(model: nn.Module, name: str | None) -> None:
         raise RuntimeError("activate_adapter: the model is merged; call unmerge(model) first")
     for layer in layers:
         layer.activate_adapter(name)
-    _use_whole(model, state, name)
     state.active = name
+    state.use_whole(model)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -184,29 +221,34 @@ def adapter_names(model: nn.Module) -> list[str]:
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model computes its base, merged or not; also modules trained whole."""
     state = ModelAdapters.of(model)
-    layers = adapted_layers(model).values()
-    before = [layer.adapters_enabled for layer in layers]
-    for layer in layers:
+    before = {layer: layer.adapters_enabled for layer in adapted_layers(model).values()}
+    for layer in before:
         layer.adapters_enabled = False
-    _use_whole(model, state, None)
+    state.disabled += 1
+    state.use_whole(model)
     try:
         yield model
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.adapters_enabled = enabled
-        _use_whole(model, state, state.active if any(before) else None)
+        state.disabled -= 1
+        for layer in adapted_layers(model).values():  # also those added in the block
+            layer.adapters_enabled = before.get(layer, not state.disabled)
+        state.use_whole(model)
 
 
 def merge(model: nn.Module) -> dict[str, MergeReport]:
     """Merges the active adapter into every layer's weight, all or none; {layer: report}.
 
-    While merged, ``model.state_dict()`` is that of the plain model with merged weights.
+    While merged, ``model.state_dict()`` is that of the plain model with merged weights. A model
+    that is merged already is left alone, with a warning.
     """
     ModelAdapters.of(model)
     reports: dict[str, MergeReport] = {}
     layers = {n: m for n, m in adapted_layers(model).items() if m.adapter is not None}
     if not layers:
         raise RuntimeError("merge: no adapter is active")
+    if all(layer.merged for layer in layers.values()):
+        warnings.warn("merge: the model is merged already; nothing was done", stacklevel=2)
+        return reports
     try:
         for name, layer in layers.items():
             if not layer.merged:
@@ -215,6 +257,8 @@ def merge(model: nn.Module) -> dict[str, MergeReport]:
         for name in reports:
             layers[name].unmerge()
         raise
+    for layer in adapted_layers(model).values():
+        layer.in_merged_model = True
     return reports
 
 
@@ -226,20 +270,23 @@ def _merge_layer(name: str, layer: Adapted) -> MergeReport:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Gives every merged layer its base back, bit for bit."""
+    """Gives every merged layer its base back, bit for bit; with none merged, only warns."""
     ModelAdapters.of(model)
-    for layer in adapted_layers(model).values():
+    layers = adapted_layers(model).values()
+    if not any(layer.merged for layer in layers):
+        warnings.warn("unmerge: the model is not merged; nothing was done", stacklevel=2)
+    for layer in layers:
+        layer.in_merged_model = False
         if layer.merged:
             layer.unmerge()
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent_path, _, attribute = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    parent._modules[attribute] = module
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        # Its inference fast path reads the linears' weights and would leave the adapters out.
-        parent.activation_relu_or_gelu = 0
+    model.get_submodule(parent_path)._modules[attribute] = module
+    for name, ancestor in model.named_modules():
+        if isinstance(ancestor, nn.TransformerEncoder) and f"{path}.".startswith(name):
+            ancestor.use_nested_tensor = False  # only its layers' fast path can take nested tensors
 
 
 def _use_whole(model: nn.Module, state: ModelAdapters, name: str | None) -> None:
@@ -251,10 +298,18 @@ def _use_whole(model: nn.Module, state: ModelAdapters, name: str | None) -> None
         current = by_name[path]
         if chosen is current:
             continue
-        reference = next(current.parameters(), None)
-        if reference is not None:  # model.to() did not reach modules that are not in place
-            chosen.to(device=reference.device, dtype=reference.dtype)
-        chosen.train(current.training)
+        _follow(chosen, current)
         chosen.requires_grad_(chosen is not original)
         for place in paths[current]:
             _replace(model, place, chosen)
+
+
+def _follow(module: nn.Module, current: nn.Module) -> None:
+    """Gives a module that was not in place the devices, dtypes and modes of its twin that was."""
+    for mine, twin in zip(module.parameters(), current.parameters(), strict=True):
+        mine.data = mine.data.to(twin)
+    for mine, twin in zip(module.modules(), current.modules(), strict=True):
+        mine.training = twin.training
+        for name, buffer in mine._buffers.items():
+            if buffer is not None:
+                mine._buffers[name] = buffer.to(twin._buffers[name])

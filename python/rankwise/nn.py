@@ -133,8 +133,6 @@ class LoRAEmbedding(Adapted, nn.Embedding):
         rank, alpha, rslora, init, capacity, adapter_dtype: as LoRALinear.
     """
 
-    _default_init = "swapped"
-
     def __init__(
         self,
         num_embeddings: int,
@@ -165,6 +163,8 @@ class LoRAEmbedding(Adapted, nn.Embedding):
                 f"{cls.__name__}.from_embedding: embedding must be an nn.Embedding, "
                 f"got {type(embedding).__name__}"
             )
+        if "dropout" in options:
+            raise TypeError(f"{cls.__name__}.from_embedding: an embedding has no dropout")
         layer = cls._around(embedding)
         layer._freeze_and_add(AdapterOptions(**options))
         return layer
@@ -179,8 +179,19 @@ class LoRAEmbedding(Adapted, nn.Embedding):
         return layer
 
     @property
+    def dropout(self) -> float:
+        """0: indices cannot be dropped."""
+        return 0.0
+
+    @property
     def _sizes(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
+
+    def _initialise(self, A: Tensor, B: Tensor, options: AdapterOptions) -> None:
+        if options.init in (None, "swapped"):  # as loralib: unit variance
+            B.normal_()
+        else:
+            super()._initialise(A, B, options)
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_trainable()
@@ -214,7 +225,13 @@ def _with_state_of(module: nn.Module, cls: type) -> nn.Module:
             f"{cls.__name__}: the {type(module).__name__}'s forward was replaced on the instance "
             "(by a hook of accelerate, for example); add adapters before that"
         )
+    if "weight" not in module._parameters:
+        raise TypeError(
+            f"{cls.__name__}: the {type(module).__name__}'s weight is computed (by pruning, for "
+            "example), not a parameter; make it permanent before adding adapters"
+        )
     layer = cls.__new__(cls)
-    for name, value in vars(module).items():  # dicts (parameters, hooks) are each module's own
-        layer.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    own = ("_parameters", "_buffers", "_modules", "_load_state_dict_post_hooks")
+    for name, value in vars(module).items():  # hooks are shared, so that their handles still work
+        layer.__dict__[name] = value.copy() if name in own else value
     return layer

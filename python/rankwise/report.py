@@ -50,7 +50,7 @@ class Summary:
         for x in self.layers:
             rank = f"{x.rank}" if x.rank == x.capacity else f"{x.rank}/{x.capacity}"
             path = "merged" if x.merged else "base only" if x.adapter is None else x.path
-            dtypes = [str(d).removeprefix("torch.") for d in (x.base_dtype, x.adapter_dtype)]
+            dtypes = [str(d or "-").removeprefix("torch.") for d in (x.base_dtype, x.adapter_dtype)]
             sizes = (str(x.in_features), str(x.out_features))
             rows.append((x.name, *sizes, rank, f"{x.scaling:g}", f"{x.dropout:g}", *dtypes, path))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -89,7 +89,7 @@ def _layer_summary(name: str, layer: Adapted) -> LayerSummary:
         dropout=layer.dropout,
         base_dtype=layer.weight.dtype,
         adapter_dtype=None if layer.lora_A is None else layer.lora_A.dtype,
-        path="embedding" if isinstance(layer, nn.Embedding) else ops.path(layer.weight),
+        path=_path(layer) if layer.adapters_enabled else "disabled",
         merged=layer.merged,
     )
 
@@ -125,16 +125,21 @@ def health_check(model: nn.Module) -> HealthReport:
     than was asked for, layers switched off or merged, weights tied to an adapted layer's, and says
     which implementation runs.
     """
-    ModelAdapters.of(model)
+    state = ModelAdapters.of(model)
     layers = {name: m for name, m in adapted_layers(model).items() if m.adapter is not None}
     problems = [problem for name, layer in layers.items() for problem in _problems(name, layer)]
+    for path in state.whole.get(state.active, {}):
+        for name, parameter in model.get_submodule(path).named_parameters(path):
+            problems += _gradient_problems(name, parameter)
     problems += _tied(model, layers)
     if not layers:
         problems.append("no adapter is active")
-    paths = Counter(
-        "embedding" if isinstance(m, nn.Embedding) else ops.path(m.weight) for m in layers.values()
-    )
+    paths = Counter(_path(layer) for layer in layers.values())
     return HealthReport(problems, len(layers), dict(paths))
+
+
+def _path(layer: Adapted) -> str:
+    return "embedding" if isinstance(layer, nn.Embedding) else ops.path(layer.weight)
 
 
 def _problems(name: str, layer: Adapted) -> list[str]:
@@ -143,31 +148,43 @@ def _problems(name: str, layer: Adapted) -> list[str]:
     if not layer.adapters_enabled:
         return [f"{name}: adapters are disabled"]
     problems = []
-    wanted = layer.options.dtype or layer.weight.dtype
-    if layer.lora_A.dtype != wanted:
-        problems.append(f"{name}: factors are {layer.lora_A.dtype}, but {wanted} was asked for")
-    for factor in ("lora_A", "lora_B", "lora_E"):
-        parameter = getattr(layer, factor)
-        if parameter is None or parameter.numel() == 0:
-            continue
-        if not parameter.requires_grad:
-            problems.append(f"{name}.{factor}: frozen (requires_grad is False)")
-        elif parameter.grad is None:
-            problems.append(f"{name}.{factor}: no gradient; the layer took no part in the step")
-        elif not parameter.grad.isfinite().all():
-            problems.append(f"{name}.{factor}: the gradient is not finite")
+    wanted = layer.options.adapter_dtype or layer.weight.dtype
+    factors = {f: getattr(layer, f) for f in ("lora_A", "lora_B", "lora_E")}
+    factors = {f: parameter for f, parameter in factors.items() if parameter is not None}
+    for other in {parameter.dtype for parameter in factors.values()} - {wanted}:
+        problems.append(f"{name}: factors are {other}, but {wanted} was asked for")
+    for factor, parameter in factors.items():
+        problems += _gradient_problems(f"{name}.{factor}", parameter)
     return problems
+
+
+def _gradient_problems(name: str, parameter: nn.Parameter) -> list[str]:
+    if parameter.numel() == 0:
+        return []
+    if not parameter.requires_grad:
+        return [f"{name}: frozen (requires_grad is False)"]
+    if parameter.grad is None:
+        return [f"{name}: no gradient; the layer took no part in the step"]
+    if not parameter.grad.isfinite().all():
+        return [f"{name}: the gradient is not finite"]
+    return []
 
 
 def _tied(model: nn.Module, layers: dict[str, Adapted]) -> list[str]:
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
+        weight = _base_weight(module)
         if weight is not None:
             owners.setdefault(id(weight), []).append(name)
     return [
         f"{name}: the weight is tied to {other}'s"
         for name, layer in layers.items()
-        for other in owners[id(layer.weight)]
+        for other in owners[id(_base_weight(layer))]
         if other != name
     ]
+
+
+def _base_weight(module: nn.Module) -> nn.Parameter | None:
+    if isinstance(module, Adapted):
+        return module._base_weight()
+    return module._parameters.get("weight")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -16,10 +16,18 @@ ALL_LINEAR = "all-linear"
 
 
 def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module with all its names; a module used at two places has two."""
+    """Every module with all its names; a module used at two places has two.
+
+    What is inside of adapted layers is left out: adapters' names are no modules' names.
+    """
     paths: dict[nn.Module, list[str]] = {}
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
+        if inside and name.startswith(inside):
+            continue
         paths.setdefault(module, []).append(name)
+        if isinstance(module, Adapted):
+            inside = (f"{name}." if name else "adapters",)
     return paths
 
 
@@ -28,12 +36,23 @@ def has_suffix(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
-def lookup(patterns: dict, name: str):
-    """The value of the first pattern (name, suffix or regular expression) that fits, or None."""
+def lookup(patterns: Mapping, names: Iterable[str]):
+    """The value of the first pattern that fits one of a module's names, or None.
+
+    A pattern is a name, a dotted suffix, or a regular expression for one of these.
+    """
     for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+        matcher = _compiled("pattern", rf"(.*\.)?({pattern})")
+        if any(matcher.fullmatch(name) for name in names):
             return value
     return None
+
+
+def _compiled(field: str, pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from error
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -57,16 +76,15 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     targets = {paths[module][0]: module for module in chosen}
     for name, module in targets.items():
         if not (is_adaptable(module) or isinstance(module, Adapted)):
-            raise ValueError(
-                f"target_modules: {name!r} is a {type(module).__name__}, but adapters go to "
-                "nn.Linear, nn.Embedding and transformers' Conv1D; exclude it with exclude_modules"
-            )
+            raise ValueError(_not_adaptable("target_modules", name, module))
     if not targets:
         raise ValueError(f"target_modules: {config.target_modules!r} leaves no module to adapt")
-    _check_ties(paths, targets)
+    for name, module in targets.items():
+        _check_ties("target_modules", name, module, paths, {module})
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
-            if all(lookup({pattern: True}, name) is None for name in targets):
+            _compiled(field, pattern)
+            if all(lookup({pattern: True}, paths[m]) is None for m in targets.values()):
                 raise ValueError(
                     f"{field}: {pattern!r} matches none of the {len(targets)} targets"
                     + _near_misses(pattern, targets)
@@ -86,6 +104,10 @@ def find_whole(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
                 f"modules_to_save: {wanted!r} matches no module" + _near_misses(wanted, every)
             )
         found.update({paths[module][0]: module for module in matches})
+    for name, module in found.items():
+        inside = set(module.modules())
+        for own in module.modules():
+            _check_ties("modules_to_save", name, own, paths, inside)
     return found
 
 
@@ -98,8 +120,12 @@ def _selected(
         output = getattr(model, "get_output_embeddings", lambda: None)()
         return [m for m in adaptable if not isinstance(m, nn.Embedding) and m is not output]
     if isinstance(wanted, str):
-        matches = [m for m in adaptable if any(re.fullmatch(wanted, n) for n in paths[m])]
+        matcher = _compiled(field, wanted)
+        matches = [m for m in adaptable if any(matcher.fullmatch(n) for n in paths[m])]
         if not matches:
+            for module, own in paths.items():
+                for name in filter(matcher.fullmatch, own):
+                    raise ValueError(_not_adaptable(field, name, module))
             raise ValueError(
                 f"{field}: the regular expression {wanted!r} matches no whole name of a layer"
                 + _near_misses(wanted, names)
@@ -124,17 +150,30 @@ def _near_misses(wanted: str, names: Iterable[str]) -> str:
     return f"; names end in {', '.join(map(repr, last[:20]))}" if last else ""
 
 
-def _check_ties(paths: dict[nn.Module, list[str]], targets: dict[str, nn.Module]) -> None:
-    """Refuses targets whose weight another module uses too: it is one matrix with two functions."""
-    owners: dict[int, list[str]] = {}
-    for module, own in paths.items():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(own[0])
-    for name, module in targets.items():
-        others = [other for other in owners[id(module.weight)] if other != name]
-        if others:
-            raise ValueError(
-                f"target_modules: {name!r} has its weight tied to {', '.join(map(repr, others))}, "
-                "so an adapter on one would untie them; exclude it or untie first"
-            )
+def _not_adaptable(field: str, name: str, module: nn.Module) -> str:
+    return (
+        f"{field}: {name!r} is a {type(module).__name__}, but adapters go to nn.Linear, "
+        "nn.Embedding and transformers' Conv1D; exclude it with exclude_modules"
+    )
+
+
+def _check_ties(
+    field: str,
+    name: str,
+    module: nn.Module,
+    paths: dict[nn.Module, list[str]],
+    inside: set[nn.Module],
+) -> None:
+    """Refuses a module whose parameters another one, not among `inside`, uses too."""
+    parameters = {id(p) for p in module._parameters.values() if p is not None}
+    others = [
+        own[0] if key == "weight" else f"{own[0]}.{key}".removeprefix(".")
+        for other, own in paths.items()
+        for key, parameter in other._parameters.items()
+        if other not in inside and id(parameter) in parameters
+    ]
+    if others:
+        raise ValueError(
+            f"{field}: {name!r} has its weight tied to {', '.join(map(repr, others))}, so an "
+            "adapter on one would untie them; exclude it or untie first"
+        )

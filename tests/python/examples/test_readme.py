@@ -1,4 +1,4 @@
-"""The README's examples: Python blocks run as they stand, C++ blocks are in programs that run here."""
+"""The README's examples: Python blocks run as they stand, C++ blocks are parts of programs run here."""
 
 import re
 import subprocess

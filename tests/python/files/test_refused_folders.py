@@ -1,4 +1,4 @@
-"""Folders that do not fit or are damaged: an error that says what, and a model that is unchanged."""
+"""Folders that do not fit or are damaged: an error that says what, and an unchanged model."""
 
 import json
 import re
