@@ -66,6 +66,13 @@ void check_like(const char* op, const char* name, const at::Tensor& tensor, cons
 
 }  // namespace
 
+c10::SymInt active_rank(const char* op, const at::Tensor& lora_A, const c10::SymInt& in_features,
+                        const std::optional<c10::SymInt>& rank) {
+  TORCH_CHECK(lora_A.dim() == 2, op, ": lora_A must be [rank, ", in_features, "], got ",
+              lora_A.sym_sizes());
+  return rank.value_or(lora_A.sym_size(0));
+}
+
 void check_dropout_p(const char* op, double dropout_p) {
   TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0, op, ": dropout_p must be in [0, 1], got ",
               dropout_p);
@@ -75,9 +82,7 @@ void check_factors(const char* op, const at::Tensor& weight, const c10::SymInt& 
                    const c10::SymInt& out_features, const at::Tensor& lora_A,
                    const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
                    double scaling, const c10::SymInt& rank) {
-  TORCH_CHECK(lora_A.dim() == 2, op, ": lora_A must be [rank, ", in_features, "], got ",
-              lora_A.sym_sizes());
-  const c10::SymInt capacity = lora_A.sym_size(0);
+  const c10::SymInt capacity = active_rank(op, lora_A, in_features, {});
   check_shape(op, "lora_A", lora_A, capacity, "rank", in_features, nullptr);
   check_shape(op, "lora_B", lora_B, out_features, nullptr, capacity, nullptr);
   TORCH_CHECK(lora_A.device() == weight.device(), op, ": lora_A must be on ", weight.device(),

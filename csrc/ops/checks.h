@@ -31,6 +31,10 @@ void check_backward(const char* op, const at::Tensor& grad_output, const at::Ten
 // int64 [1] on the op's device; [0] will do where nothing is dropped.
 void check_seed(const char* op, const at::Tensor& seed, double dropout_p);
 
+// `rank`, or all of lora_A's directions when it is not given.
+c10::SymInt active_rank(const char* op, const at::Tensor& lora_A, const c10::SymInt& in_features,
+                        const std::optional<c10::SymInt>& rank);
+
 void check_dropout_p(const char* op, double dropout_p);
 
 // The product of all sizes but the last: 1 for a vector.

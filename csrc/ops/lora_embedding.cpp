@@ -18,9 +18,7 @@ at::Tensor lora_embedding_composite(const at::Tensor& indices, const at::Tensor&
               ": indices must be int64 or int32, got ", indices.scalar_type());
   TORCH_CHECK(weight.dim() == 2, op, ": weight must be [num_embeddings, embedding_dim], got ",
               weight.sym_sizes());
-  TORCH_CHECK(lora_A.dim() == 2, op, ": lora_A must be [rank, ", weight.sym_size(0), "], got ",
-              lora_A.sym_sizes());
-  const c10::SymInt active = rank.value_or(lora_A.sym_size(0));
+  const c10::SymInt active = active_rank(op, lora_A, weight.sym_size(0), rank);
   check_factors(op, weight, weight.sym_size(0), weight.sym_size(1), lora_A, lora_B, lora_E, scaling,
                 active);
   const at::Tensor base = at::embedding(weight, indices, padding_idx);

@@ -4,6 +4,7 @@
 #include <rankwise/ops.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "dispatch.h"
 
 namespace rankwise {
@@ -19,10 +20,9 @@ at::Tensor lora_linear_below_autograd(const at::Tensor& input, const at::Tensor&
                                       const at::Tensor& lora_A, const at::Tensor& lora_B,
                                       const std::optional<at::Tensor>& lora_E, double scaling,
                                       double dropout_p, std::optional<c10::SymInt> rank) {
-  TORCH_CHECK(lora_A.dim() == 2, "lora_linear: lora_A must be [rank, in_features], got ",
-              lora_A.sym_sizes());
-  return std::get<0>(lora_linear_forward(input, weight, bias, lora_A, lora_B, lora_E, scaling,
-                                         dropout_p, rank.value_or(lora_A.sym_size(0))));
+  const c10::SymInt active = active_rank("lora_linear", lora_A, weight.sym_size(-1), rank);
+  return std::get<0>(
+      lora_linear_forward(input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p, active));
 }
 
 }  // namespace

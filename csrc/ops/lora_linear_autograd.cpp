@@ -1,7 +1,7 @@
 // lora_linear's gradient: one node that saves x by reference, `hidden` and the dropout seed.
 #include <ATen/ATen.h>
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/functorch/DynamicLayer.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -71,12 +71,11 @@ at::Tensor lora_linear_autograd(const at::Tensor& input, const at::Tensor& weigh
                                 const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
                                 const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
                                 double scaling, double dropout_p, std::optional<c10::SymInt> rank) {
-  TORCH_CHECK(lora_A.dim() == 2, "lora_linear: lora_A must be [rank, in_features], got ",
-              lora_A.sym_sizes());
-  const c10::SymInt active = rank.value_or(lora_A.sym_size(0));
+  const c10::SymInt active = active_rank("lora_linear", lora_A, weight.sym_size(-1), rank);
   // A C++ autograd node knows neither functorch's levels nor tangents; ATen's ops do.
-  if (at::functorch::functorchTLSAccessor() || has_tangent(input) || has_tangent(weight) ||
-      has_tangent(bias) || has_tangent(lora_A) || has_tangent(lora_B) || has_tangent(lora_E)) {
+  if (at::functorch::maybeCurrentDynamicLayer().has_value() || has_tangent(input) ||
+      has_tangent(weight) || has_tangent(bias) || has_tangent(lora_A) || has_tangent(lora_B) ||
+      has_tangent(lora_E)) {
     return std::get<0>(lora_linear_forward_composite(input, weight, bias, lora_A, lora_B, lora_E,
                                                      scaling, dropout_p, active));
   }

@@ -56,6 +56,11 @@ ForwardResult lora_linear_forward_composite(const at::Tensor& input, const at::T
                                             double dropout_p, c10::SymInt rank) {
   check_lora_linear("lora_linear", input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p,
                     rank);
+  if (input.dim() == 1) {  // at::linear under vmap gives a vector another dimension
+    auto [row, row_hidden, row_seed] = lora_linear_forward_composite(
+        input.unsqueeze(0), weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p, rank);
+    return {row.squeeze(0), row_hidden, row_seed};
+  }
   const Factors f(lora_A, lora_B, lora_E, rank);
   const at::Tensor seed = Dropout(dropout_p).draw_seed(input);
   const at::Tensor hidden = at::linear(dropped(input, seed, dropout_p, lora_A.scalar_type()), f.A);

@@ -20,12 +20,6 @@ void check(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor&
                 lora_E, scaling, rank);
 }
 
-c10::SymInt active_rank(const at::Tensor& lora_A, const std::optional<c10::SymInt>& rank) {
-  TORCH_CHECK(lora_A.dim() == 2, "merged_weight: lora_A must be [rank, in_features], got ",
-              lora_A.sym_sizes());
-  return rank.value_or(lora_A.sym_size(0));
-}
-
 // float64 to `out`'s dtype, rounded once. ATen goes to 16 bits through float32; that step is taken
 // to odd here (Boldo and Melquiond, 2008), which leaves the second one right.
 void round_into(const at::Tensor& out, const at::Tensor& exact) {
@@ -43,7 +37,7 @@ void round_into(const at::Tensor& out, const at::Tensor& exact) {
 Result merged_weight_kernel(const at::Tensor& weight, const at::Tensor& lora_A,
                             const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
                             double scaling, std::optional<c10::SymInt> rank) {
-  const c10::SymInt active = active_rank(lora_A, rank);
+  const c10::SymInt active = active_rank("merged_weight", lora_A, weight.sym_size(-1), rank);
   check(weight, lora_A, lora_B, lora_E, scaling, active);
   const int64_t directions = active.guard_int(__FILE__, __LINE__);
   at::Tensor A = lora_A.narrow(0, 0, directions).to(at::kDouble);
@@ -73,7 +67,8 @@ Result merged_weight_kernel(const at::Tensor& weight, const at::Tensor& lora_A,
 Result merged_weight_meta(const at::Tensor& weight, const at::Tensor& lora_A,
                           const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
                           double scaling, std::optional<c10::SymInt> rank) {
-  check(weight, lora_A, lora_B, lora_E, scaling, active_rank(lora_A, rank));
+  check(weight, lora_A, lora_B, lora_E, scaling,
+        active_rank("merged_weight", lora_A, weight.sym_size(-1), rank));
   return {at::empty_like(weight), at::empty({}, weight.options().dtype(at::kDouble)),
           at::empty({}, weight.options().dtype(at::kLong))};
 }
