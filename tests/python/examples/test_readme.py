@@ -1,4 +1,4 @@
-"""The README's examples: Python blocks run as they stand, C++ blocks are parts of programs run here."""
+"""The README's examples: Python blocks run as they stand, C++ blocks are parts of programs."""
 
 import re
 import subprocess

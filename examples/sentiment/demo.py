@@ -1,0 +1,120 @@
+"""The demo: fine-tunes all-MiniLM-L6-v2 on film reviews with rankwise and checks what it promises.
+
+Run it with `make demo`, or with `python examples/sentiment/demo.py --help` in the environment of
+requirements.txt. Exits with status 1 when a promise is not kept.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated
+
+import torch
+import typer
+from batches import TokenizedSnippets
+from classifier import load_tokenizer
+from figure import draw
+from promises import Promise, accuracy_promise, check_adapter
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from snippets import DataError, load_snippets, split
+from training import LORA, Run, encode, train_head, train_lora
+
+OUTPUT = Path(__file__).resolve().parents[2] / "build" / "demo"
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main(
+    epochs: Annotated[int, typer.Option(min=1, help="Passes of LoRA over the data.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the head, the adapters and the batches.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs, with seeds from --seed on.")] = 1,
+    output: Annotated[Path, typer.Option(help="Folder for adapter and figure.")] = OUTPUT,
+) -> None:
+    """Fine-tunes all-MiniLM-L6-v2 for the sentiment of film reviews, with LoRA by rankwise."""
+    start = time.perf_counter()
+    sys.stdout.reconfigure(line_buffering=True)  # a pipe, too, shows each line at once
+    try:
+        train, test = load_data()
+    except DataError as error:
+        console.print(str(error), style="red")
+        raise typer.Exit(1) from error
+    features = encode(train, test)
+    heads = [train_head(features, train, test, s) for s in range(seed, seed + seeds)]
+    console.print(f"frozen encoder + head: accuracy {mean(run.accuracy for run in heads):.4f}")
+    loras = [train_lora(train, test, s, epochs) for s in range(seed, seed + seeds)]
+    adapter = output / "adapter"
+    promises = [accuracy_promise(mean(run.accuracy for run in loras))]
+    promises += check_adapter(loras[0].model, test, adapter)
+    head_file = output / "frozen_head.safetensors"
+    save_file(heads[0].model.head.state_dict(), head_file)
+    console.print(results(heads, head_file, loras, adapter / "adapter_model.safetensors"))
+    console.print(checks(promises))
+    draw(heads, loras, output / "training.png")
+    console.print(f"adapter: {adapter}\nfigure:  {output / 'training.png'}")
+    console.print(f"total time {duration(time.perf_counter() - start)}")
+    if not all(promise.kept for promise in promises):
+        console.print("A promise was not kept; see the table above.", style="red")
+        raise typer.Exit(1)
+
+
+def load_data() -> tuple[TokenizedSnippets, TokenizedSnippets]:
+    """Training and test set as tokens, with a line on what they are."""
+    parts = split(load_snippets())
+    tokenizer = load_tokenizer()
+    train, test = (TokenizedSnippets(part, tokenizer) for part in parts)
+    positive = 100 * test.labels.double().mean().item()
+    console.print(
+        f"{len(train) + len(test):,} film-review snippets: {len(train):,} for training, "
+        f"{len(test):,} held out ({positive:.1f} % positive); {torch.get_num_threads()} threads"
+    )
+    return train, test
+
+
+def results(heads: list[Run], head_file: Path, loras: list[Run], lora_file: Path) -> Table:
+    """The comparison of both runs."""
+    seeds = f" (mean and deviation of {len(loras)} seeds)" if len(loras) > 1 else ""
+    table = Table(title=f"Held-out film reviews{seeds}", title_justify="left")
+    table.add_column("all-MiniLM-L6-v2")
+    for column in ("accuracy", "trainable\nparameters", "adapter\nfile", "training\ntime"):
+        table.add_column(column, justify="right")
+    lora = f"LoRA (r {LORA.rank}, alpha {LORA.alpha:g}) + head"
+    for name, runs, file in (("frozen encoder + head", heads, head_file), (lora, loras, lora_file)):
+        table.add_row(
+            name,
+            spread([run.accuracy for run in runs]),
+            f"{runs[0].trainable:,}",
+            f"{file.stat().st_size / 1000:,.0f} kB",
+            duration(mean(run.seconds for run in runs)),
+        )
+    return table
+
+
+def checks(promises: list[Promise]) -> Table:
+    """What was promised, and what came out."""
+    table = Table(title="Promises", title_justify="left")
+    for column in ("what", "measured", "promised", ""):
+        table.add_column(column)
+    for promise in promises:
+        kept = "[green]kept[/green]" if promise.kept else "[red]BROKEN[/red]"
+        table.add_row(promise.what, promise.measured, promise.promised, kept)
+    return table
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and with several values their standard deviation."""
+    deviation = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{mean(values):.4f}{deviation}"
+
+
+def duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,153 @@
+"""The two runs: a head over the frozen encoder, and LoRA on every linear layer of the encoder."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from batches import TokenizedSnippets
+from classifier import PREDICTION_BATCH, Classifier, accuracy, new_classifier, predict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LinearLR
+from tqdm import tqdm
+
+import rankwise as rw
+
+BATCH_SIZE = 32
+LEARNING_RATE = 1e-3
+HEAD_EPOCHS = 20  # more than the head can use; they take seconds on stored features
+LORA = rw.LoRAConfig(rank=8, alpha=16.0, target_modules="all-linear", modules_to_save=["head"])
+
+
+@dataclass
+class Run:
+    """A trained model: its accuracies on the test set after each measured epoch, one loss a step.
+
+    `seconds` is the time of training alone.
+    """
+
+    model: Classifier
+    trainable: int
+    seconds: float = 0.0
+    accuracies: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> float:
+        return self.accuracies[-1]
+
+
+@dataclass(frozen=True)
+class Features:
+    """The frozen encoder's pooled output [snippets, 384], and the time for the training set."""
+
+    train: Tensor
+    test: Tensor
+    seconds: float
+
+
+def encode(train: TokenizedSnippets, test: TokenizedSnippets) -> Features:
+    """The features of both sets: the frozen encoder never changes, so once is enough."""
+    model = new_classifier(seed=0)
+    start = time.perf_counter()
+    with _progress("frozen encoder", len(train) + len(test)) as bar:
+        pooled = _pool(model, train, bar)
+        seconds = time.perf_counter() - start
+        return Features(pooled, _pool(model, test, bar), seconds)
+
+
+@torch.no_grad()
+def _pool(model: Classifier, data: TokenizedSnippets, bar: tqdm) -> Tensor:
+    pooled = torch.empty(len(data), model.head.in_features)
+    for batch in data.evaluation_batches(PREDICTION_BATCH):
+        pooled[batch.indices] = model.pool(**batch.inputs)
+        bar.update(len(batch.indices))
+    return pooled
+
+
+def train_head(
+    features: Features, train: TokenizedSnippets, test: TokenizedSnippets, seed: int
+) -> Run:
+    """Run A: the encoder stays frozen, and the head is trained on the stored features."""
+    model = new_classifier(seed)
+    model.encoder.requires_grad_(False)
+    run = Run(model, sum(p.numel() for p in model.head.parameters()))
+    start = time.perf_counter()
+    optimizer, schedule = _optimizer(model, HEAD_EPOCHS * _steps(train))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(HEAD_EPOCHS):
+        for rows in torch.randperm(len(train), generator=generator).split(BATCH_SIZE):
+            loss = F.cross_entropy(model.head(features.train[rows]), train.labels[rows])
+            run.losses.append(_step(loss, optimizer))
+            schedule.step()
+    run.seconds = features.seconds + time.perf_counter() - start
+    with torch.no_grad():
+        run.accuracies.append(accuracy(model.head(features.test), test.labels))
+    return run
+
+
+def train_lora(train: TokenizedSnippets, test: TokenizedSnippets, seed: int, epochs: int) -> Run:
+    """Run B: LoRA on the encoder and the head together; accuracy is measured after every epoch.
+
+    Raises:
+        RuntimeError: an adapter does not train (rw.health_check after the first step).
+    """
+    model = rw.apply_lora(new_classifier(seed), LORA).train()
+    run = Run(model, rw.summary(model).trainable)
+    optimizer, schedule = _optimizer(model, epochs * _steps(train))
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(1, epochs + 1):
+        start = time.perf_counter()
+        with _progress(f"LoRA, epoch {epoch} of {epochs}", len(train)) as bar:
+            for batch in train.training_batches(BATCH_SIZE, generator):
+                loss = F.cross_entropy(model(**batch.inputs), batch.labels)
+                run.losses.append(_step(loss, optimizer))
+                schedule.step()
+                if len(run.losses) == 1:
+                    tqdm.write(f"health check after the first step: {_healthy(model)}")
+                bar.set_postfix(loss=f"{mean(run.losses[-20:]):.3f}", refresh=False)
+                bar.update(len(batch.indices))
+        seconds = time.perf_counter() - start
+        run.seconds += seconds
+        run.accuracies.append(accuracy(predict(model, test), test.labels))
+        loss = mean(run.losses[-_steps(train) :])
+        speed = f"{len(train) / seconds:.0f} samples/s"
+        print(f"epoch {epoch}: loss {loss:.3f}, accuracy {run.accuracy:.4f}, {speed}")
+    return run
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _healthy(model: nn.Module) -> str:
+    report = rw.health_check(model)
+    if not report.ok:
+        raise RuntimeError(str(report))
+    return str(report)
+
+
+def _steps(train: TokenizedSnippets) -> int:
+    """Steps of an epoch; the last batch may be smaller."""
+    return -(-len(train) // BATCH_SIZE)
+
+
+def _optimizer(model: nn.Module, steps: int) -> tuple[Optimizer, LinearLR]:
+    """AdamW over what is trainable, with a learning rate that falls linearly to 0."""
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE)
+    return optimizer, LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+
+
+def _step(loss: Tensor, optimizer: Optimizer) -> float:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def _progress(title: str, total: int) -> tqdm:
+    """A bar in samples and samples/s; silent where the output is not a terminal."""
+    return tqdm(total=total, desc=title, unit=" samples", disable=None)

@@ -1,0 +1,135 @@
+# The demo's pieces on a few hundred snippets: data, batches, training, promises, figure.
+import demo
+import promises
+import pytest
+import snippets
+import torch
+import training
+import typer
+from batches import TokenizedSnippets
+from classifier import load_encoder, load_tokenizer, predict
+
+import rankwise as rw
+
+TRAIN, TEST = 320, 64
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Training and test set."""
+    train, test = snippets.split(snippets.load_snippets())
+    tokenizer = load_tokenizer()
+    return TokenizedSnippets(train[:TRAIN], tokenizer), TokenizedSnippets(test[:TEST], tokenizer)
+
+
+@pytest.fixture(scope="module")
+def first():
+    """Two batches of snippets, for what depends on no number of them."""
+    return TokenizedSnippets(snippets.load_snippets()[:64], load_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def lora(data):
+    """Two epochs over 320 snippets, that is 20 steps."""
+    return training.train_lora(*data, seed=0, epochs=2)
+
+
+def test_data_and_split():
+    every = snippets.load_snippets()
+    train, test = snippets.split(every)
+    assert (len(every), len(train), len(test)) == (10_605, 8_484, 2_121)
+    assert sorted(train + test, key=repr) == sorted(every, key=repr)
+    assert (train, test) == snippets.split(every)
+    assert sum(s.label for s in every) == 5_242
+    assert every[92].text.count("clichés") == 1
+    assert every[-1].text == every[-1].text.strip() != ""
+
+
+def test_a_damaged_archive_is_fetched_again(tmp_path):
+    good = (snippets.CACHE / snippets.ARCHIVE).read_bytes()
+    (tmp_path / snippets.ARCHIVE).write_bytes(good[:-1])
+    assert len(snippets.load_snippets(tmp_path)) == snippets.COUNT
+    assert (tmp_path / snippets.ARCHIVE).read_bytes() == good
+    assert [path.name for path in tmp_path.iterdir()] == [snippets.ARCHIVE]
+
+
+def test_no_download_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(snippets.DataError, match=r"^The review snippets \(.*\) cannot be .*\.$"):
+        snippets.load_snippets(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batches_cover_every_snippet_once_and_follow_the_seed(data):
+    train, _ = data
+
+    def epoch(seed):
+        return list(train.training_batches(32, torch.Generator().manual_seed(seed)))
+
+    first, again, other = epoch(0), epoch(0), epoch(1)
+    rows = torch.cat([batch.indices for batch in first])
+    assert rows.sort().values.tolist() == list(range(TRAIN))
+    assert rows.tolist() == torch.cat([batch.indices for batch in again]).tolist()
+    assert rows.tolist() != torch.cat([batch.indices for batch in other]).tolist()
+    for batch in first:
+        lengths = train.lengths[batch.indices]
+        assert batch.attention_mask.sum(1).tolist() == lengths.tolist()
+        assert batch.input_ids.shape[1] == lengths.max()
+        assert batch.labels.tolist() == train.labels[batch.indices].tolist()
+    padded = sum(batch.input_ids.numel() for batch in first)
+    assert padded < 1.25 * train.lengths.sum(), "texts of like length must share a batch"
+
+
+def test_padding_does_not_change_the_logits(data, lora):
+    _, test = data
+    alone = torch.cat([lora.model.eval()(**b.inputs).detach() for b in test.evaluation_batches(1)])
+    order = torch.cat([b.indices for b in test.evaluation_batches(1)])
+    assert torch.allclose(alone, predict(lora.model, test)[order], atol=1e-5, rtol=0)
+
+
+def test_lora_learns(lora):
+    assert len(lora.losses) == 20 and len(lora.accuracies) == 2
+    assert training.mean(lora.losses[-5:]) < training.mean(lora.losses[:5]) - 0.05
+    assert lora.trainable == rw.summary(lora.model).trainable
+
+
+def test_same_seed_same_numbers(first):
+    runs = [training.train_lora(first, first, seed=3, epochs=1) for _ in range(2)]
+    assert runs[0].losses == runs[1].losses
+    assert torch.equal(predict(runs[0].model, first), predict(runs[1].model, first))
+
+
+def test_promises_of_the_adapter_are_kept(data, lora, tmp_path):
+    _, test = data
+    checked = promises.check_adapter(lora.model, test, tmp_path)
+    assert [promise for promise in checked if not promise.kept] == []
+    assert len(checked) == 4
+
+
+def test_one_changed_bit_is_found():
+    encoder = load_encoder()
+    with torch.no_grad():
+        encoder.embeddings.LayerNorm.weight.view(torch.int32)[7] ^= 1
+    assert promises.changed_bits(encoder, load_encoder()) == 1
+
+
+def test_head_on_frozen_features(data):
+    train, test = data
+    head = training.train_head(training.encode(train, test), train, test, seed=0)
+    assert head.trainable == 2 * 384 + 2
+    assert training.mean(head.losses[-10:]) < training.mean(head.losses[:10])
+
+
+def test_the_command_reports_a_broken_promise(first, tmp_path, monkeypatch, capsys):
+    """The whole command on 64 snippets: too few for the accuracy that it promises."""
+    monkeypatch.setattr(demo, "load_data", lambda: (first, first))
+    monkeypatch.setattr(promises, "MINIMUM_ACCURACY", 1.01)
+    with pytest.raises(typer.Exit) as stopped:
+        demo.main(epochs=1, seed=0, seeds=2, output=tmp_path)
+    assert stopped.value.exit_code == 1
+    printed = capsys.readouterr().out
+    assert printed.count("BROKEN") == 1 and printed.count("kept") >= 4
+    assert "health check after the first step: 36 adapters" in printed
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
