@@ -41,6 +41,11 @@ if(LibTorch_INCLUDE_DIR)
   endforeach()
 endif()
 
+if(LibTorch_INCLUDE_DIR)
+  # A wheel brings its own copy; a torch of a distribution uses the system's.
+  find_library(LibTorch_gomp_LIBRARY NAMES libgomp.so.1 HINTS ${LibTorch_LIBRARY_DIR})
+endif()
+
 find_package_handle_standard_args(LibTorch
   REQUIRED_VARS LibTorch_c10_LIBRARY LibTorch_torch_cpu_LIBRARY LibTorch_torch_LIBRARY
     LibTorch_INCLUDE_DIR

@@ -7,6 +7,13 @@
 
 #include <algorithm>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// In libtorch where torch was built with MKL, else null. Returns the thread's former setting.
+extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
+
 namespace rankwise {
 namespace {
 
@@ -16,6 +23,31 @@ constexpr int64_t most_tiles = 64, least_rows = 128, least_cols = 256, col_multi
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
+
+// Holds MKL and oneDNN to the calling thread. Being inside a parallel region is not enough for MKL
+// once torch.set_num_threads() was called, and a lone block runs outside of one.
+class OneThreadedMath {
+ public:
+  OneThreadedMath() {
+    if (MKL_Set_Num_Threads_Local != nullptr) mkl_ = MKL_Set_Num_Threads_Local(1);
+#ifdef _OPENMP
+    openmp_ = omp_get_max_threads();
+    omp_set_num_threads(1);
+#endif
+  }
+  ~OneThreadedMath() {
+    if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(mkl_);
+#ifdef _OPENMP
+    omp_set_num_threads(openmp_);
+#endif
+  }
+  OneThreadedMath(const OneThreadedMath&) = delete;
+  OneThreadedMath& operator=(const OneThreadedMath&) = delete;
+
+ private:
+  int mkl_ = 0;
+  [[maybe_unused]] int openmp_ = 1;
+};
 
 }  // namespace
 
@@ -39,12 +71,11 @@ int64_t scratch_step(int64_t width) {
 }
 
 void run_blocks(int64_t count, const std::function<void(int64_t)>& body) {
-  // At least two iterations: a parallel region is what holds BLAS to one thread per block, and a
-  // loop of one iteration would open none.
-  at::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    for (int64_t i = begin; i < std::min(end, count); ++i) body(i);
+    const OneThreadedMath one_thread;
+    for (int64_t i = begin; i < end; ++i) body(i);
   });
 }
 

@@ -23,7 +23,7 @@ at::Tensor lora_embedding_composite(const at::Tensor& indices, const at::Tensor&
                 active);
   const at::Tensor base = at::embedding(weight, indices, padding_idx);
   at::Tensor hidden = at::embedding(lora_A.narrow_symint(0, 0, active).t(), indices, padding_idx);
-  if (has(lora_E)) hidden = hidden * lora_E->narrow_symint(0, 0, active).t();
+  if (has(lora_E)) hidden = hidden * lora_E->narrow_symint(0, 0, active).select(1, 0);
   const at::Tensor update = at::linear(hidden, lora_B.narrow_symint(1, 0, active)) * scaling;
   return (base + update).to(weight.scalar_type());
 }

@@ -69,7 +69,8 @@ def load_data() -> tuple[TokenizedSnippets, TokenizedSnippets]:
     positive = 100 * test.labels.double().mean().item()
     console.print(
         f"{len(train) + len(test):,} film-review snippets: {len(train):,} for training, "
-        f"{len(test):,} held out ({positive:.1f} % positive); {torch.get_num_threads()} threads"
+        f"{len(test):,} held out ({positive:.1f} % positive); "
+        f"torch threads: {torch.get_num_threads()}"
     )
     return train, test
 

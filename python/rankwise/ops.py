@@ -70,11 +70,17 @@ def lora_embedding(
         lora_B: ``[dim, capacity]``.
         lora_E: ``[capacity, 1]`` or None for ones.
         scaling: factor of the update, finite.
-        padding_idx: the row of the table and of A^T that gets no gradient, or None.
+        padding_idx: the row of the table and of A^T that gets no gradient, or None; a negative one
+            counts from the end, as in F.embedding.
         rank: the leading directions that take part; default all.
 
     Returns ``[*indices.shape, dim]`` in W0's dtype.
     """
+    rows = weight.shape[0]
+    if padding_idx is not None and not -rows <= padding_idx < rows:
+        raise ValueError(
+            f"lora_embedding: padding_idx must be in [{-rows}, {rows}), got {padding_idx}"
+        )
     return _ops.lora_embedding(
         indices,
         weight,
@@ -82,7 +88,7 @@ def lora_embedding(
         lora_B,
         lora_E,
         scaling=scaling,
-        padding_idx=-1 if padding_idx is None else padding_idx,
+        padding_idx=-1 if padding_idx is None else padding_idx % rows,
         rank=rank,
     )
 
