@@ -25,7 +25,8 @@ def data():
 @pytest.fixture(scope="module")
 def first():
     """Two batches of snippets, for what depends on no number of them."""
-    return TokenizedSnippets(snippets.load_snippets()[:64], load_tokenizer())
+    train, _ = snippets.split(snippets.load_snippets())
+    return TokenizedSnippets(train[:64], load_tokenizer())
 
 
 @pytest.fixture(scope="module")
