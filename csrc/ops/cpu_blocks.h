@@ -25,6 +25,7 @@ struct Range {
 class Split {
  public:
   Split(int64_t total, int64_t step) : total_(total), step_(step) {}
+  int64_t step() const { return step_; }
   int64_t count() const { return (total_ + step_ - 1) / step_; }
   Range operator[](int64_t i) const { return {i * step_, std::min(step_, total_ - i * step_)}; }
 
