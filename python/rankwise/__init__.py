@@ -3,7 +3,7 @@
 from . import nn, ops
 from ._library import __version__
 from .adapted import MergeReport
-from .config import LoRAConfig
+from .config import AdaLoRAConfig, LoRAConfig
 from .files import FileError, LoadReport, load_adapter, save_adapter
 from .model import (
     activate_adapter,
@@ -18,6 +18,7 @@ from .model import (
 from .report import health_check, summary
 
 __all__ = [
+    "AdaLoRAConfig",
     "FileError",
     "LoRAConfig",
     "LoadReport",

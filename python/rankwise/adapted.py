@@ -97,7 +97,6 @@ class Adapted:
     weights are not touched.
     """
 
-    _has_E = False
     weight: nn.Parameter
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
@@ -229,7 +228,7 @@ class Adapted:
             return nn.Parameter(torch.zeros(size, device=weight.device, dtype=dtype))
 
         factors = {"lora_A": new(capacity, inputs), "lora_B": new(outputs, capacity)}
-        factors["lora_E"] = new(capacity, 1) if self._has_E else None
+        factors["lora_E"] = new(capacity, 1) if options.triplets else None
         adapter = StoredAdapter(factors, options, options.rank).train(self.training)
         self._reset_adapter(adapter)
         return adapter
@@ -250,7 +249,7 @@ class Adapted:
             self._initialise(A, B, holder.options)
 
     def _initialise(self, A: Tensor, B: Tensor, options: AdapterOptions) -> None:
-        if self._has_E:
+        if options.triplets:
             A.normal_(std=0.02)
             B.normal_(std=0.02)
         elif options.init in (None, "kaiming"):

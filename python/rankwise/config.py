@@ -31,6 +31,8 @@ class AdapterOptions:
             "kaiming" in linear layers and "swapped" in embeddings.
         capacity: directions allocated, >= rank; None for rank.
         adapter_dtype: of the factors: the base's (None), or float32 over a 16-bit base.
+        triplets: with the factor lora_E, as AdaLoRA: A and B start normal with standard deviation
+            0.02, E zero, as in the paper's code; ``init`` is not used.
     """
 
     rank: int = 8
@@ -40,6 +42,7 @@ class AdapterOptions:
     init: str | None = None
     capacity: int | None = None
     adapter_dtype: torch.dtype | None = None
+    triplets: bool = False
 
     def __post_init__(self) -> None:
         def require(condition: bool, name: str, wanted: str, got: object) -> None:
@@ -69,55 +72,60 @@ class AdapterOptions:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-@dataclass(frozen=True)
-class LoRAConfig:
-    """LoRA for a model (arXiv 2106.09685).
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """Which modules of a model are adapted or trained whole.
 
     Args:
         target_modules: names: a list of names or dotted suffixes, one regular expression that must
             match whole module names, or "all-linear" (every linear layer but the output layer).
         exclude_modules: the same forms, taken out again.
-        rank, alpha, dropout, rslora, init, adapter_dtype: see AdapterOptions.
-        rank_pattern, alpha_pattern: {name, suffix or regular expression: value} for modules that
-            differ; the first match counts.
+        rank_pattern, alpha_pattern: {name, suffix or regular expression: value} for modules whose
+            (initial) rank or alpha differ; the first match counts.
         modules_to_save: names or suffixes of modules trained and saved whole, such as a classifier.
+        dropout, adapter_dtype: see AdapterOptions.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
     target_modules: Sequence[str] | str = ()
     exclude_modules: Sequence[str] | str | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
-    rslora: bool = False
-    init: str | None = None
+    dropout: float = 0.0
     adapter_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        targets = self.target_modules
-        names = isinstance(targets, str) or (
-            isinstance(targets, Collection) and all(isinstance(name, str) for name in targets)
-        )
-        _require(
-            names and len(targets) > 0,
-            "LoRAConfig",
-            "target_modules",
-            'a list of names, a regular expression or "all-linear"',
-            self.target_modules,
-        )
-        _require(
-            not isinstance(self.modules_to_save, str),
-            "LoRAConfig",
-            "modules_to_save",
-            "a list of names",
-            self.modules_to_save,
-        )
+        def is_names(value: object) -> bool:
+            return isinstance(value, Collection) and all(isinstance(name, str) for name in value)
+
+        owner, targets, whole = type(self).__name__, self.target_modules, self.modules_to_save
+        wanted = 'a list of names, a regular expression or "all-linear"'
+        _require(is_names(targets) and len(targets) > 0, owner, "target_modules", wanted, targets)
+        names = is_names(whole) and not isinstance(whole, str)
+        _require(names, owner, "modules_to_save", "a list of names", whole)
         self.options()
 
     def options(self, rank: int | None = None, alpha: float | None = None) -> AdapterOptions:
         """The options of one module, with its rank and alpha where a pattern gives them."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(TargetConfig):
+    """LoRA for a model (arXiv 2106.09685).
+
+    Args:
+        rank, alpha, rslora, init: see AdapterOptions.
+        target_modules, exclude_modules, rank_pattern, alpha_pattern, modules_to_save, dropout,
+            adapter_dtype: see TargetConfig.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    rslora: bool = False
+    init: str | None = None
+
+    def options(self, rank: int | None = None, alpha: float | None = None) -> AdapterOptions:
         return AdapterOptions(
             rank=self.rank if rank is None else rank,
             alpha=self.alpha if alpha is None else alpha,
@@ -125,4 +133,49 @@ class LoRAConfig:
             rslora=self.rslora,
             init=self.init,
             adapter_dtype=self.adapter_dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoRAConfig(TargetConfig):
+    """AdaLoRA for a model (arXiv 2303.10512): what apply_lora() makes and RankAllocator prunes.
+
+    Args:
+        initial_rank: of every adapter at the start, >= 1.
+        target_rank: the mean rank at the end, 0 .. initial_rank.
+        alpha: the update is scaled by alpha / initial_rank, also after pruning.
+        total_steps: optimizer steps of the whole training, >= 1.
+        warmup_steps: steps at the start that prune nothing.
+        final_steps: steps at the end with the pattern frozen and the adapters shrunk.
+        allocation_interval: steps between two allocations.
+        beta1, beta2: decay of the averages of sensitivity and uncertainty, in [0, 1).
+        budget_unit: "triplets" as in the paper, or "parameters" (a triplet of an [out, in] layer
+            costs in + out).
+        min_rank: directions that every adapter keeps.
+        shrink: move the kept directions to the front when the pattern is frozen, so that later
+            steps compute and store them alone; False masks only.
+        target_modules, exclude_modules, rank_pattern, alpha_pattern, modules_to_save, dropout,
+            adapter_dtype: see TargetConfig. Only linear layers can be targets.
+    """
+
+    initial_rank: int = 12
+    target_rank: int = 8
+    alpha: float = 24.0
+    total_steps: int
+    warmup_steps: int = 0
+    final_steps: int = 0
+    allocation_interval: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    budget_unit: str = "triplets"
+    min_rank: int = 0
+    shrink: bool = True
+
+    def options(self, rank: int | None = None, alpha: float | None = None) -> AdapterOptions:
+        return AdapterOptions(
+            rank=self.initial_rank if rank is None else rank,
+            alpha=self.alpha if alpha is None else alpha,
+            dropout=self.dropout,
+            adapter_dtype=self.adapter_dtype,
+            triplets=True,
         )

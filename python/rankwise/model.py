@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .adapted import Adapted, MergeReport, StoredAdapter, check_adapter_name
-from .config import AdapterOptions, LoRAConfig
+from .config import AdapterOptions, TargetConfig
 from .nn import adapt
 from .targets import find_targets, find_whole, lookup, module_paths
 
@@ -60,15 +60,15 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:
-    """Puts LoRA layers in the place of a model's linear and embedding layers, in place.
+def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") -> nn.Module:
+    """Puts adapted layers in the place of a model's linear and embedding layers, in place.
 
     Every other parameter is frozen but those of `config.modules_to_save`, which are copied and
     trained whole. Parameters are shared, never copied.
 
     Args:
         model: any nn.Module that contains (not is) the layers to adapt.
-        config: what and where.
+        config: what and where: a LoRAConfig or an AdaLoRAConfig.
         name: of the adapter; more are added with add_adapter().
 
     Returns:
@@ -86,13 +86,13 @@ def apply_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> n
     return model
 
 
-def add_adapter(model: nn.Module, name: str, config: LoRAConfig) -> None:
+def add_adapter(model: nn.Module, name: str, config: TargetConfig) -> None:
     """Adds an adapter, not active, over the same base; its targets may differ from others'."""
     state = ModelAdapters.of(model)
     install_adapter(model, state, name, prepare_adapter(model, state, name, *plan(model, config)))
 
 
-def plan(model: nn.Module, config: LoRAConfig) -> tuple[dict[str, AdapterOptions], list[str]]:
+def plan(model: nn.Module, config: TargetConfig) -> tuple[dict[str, AdapterOptions], list[str]]:
     """({layer: options}, modules trained whole) that a configuration means for a model."""
     paths = module_paths(model)
     options = {
@@ -134,23 +134,30 @@ def prepare_adapter(
     if "" in options:
         raise ValueError("the model itself is a layer; use LoRALinear.from_linear(layer) instead")
     _check_apart(model, state, options, whole)
-    layers = {path: _adapted(path, model.get_submodule(path)) for path in options}
+    layers = {path: _adapted(path, model.get_submodule(path), options[path]) for path in options}
     originals = {**{path: model.get_submodule(path) for path in whole}, **state.whole[None]}
     return PreparedAdapter(
         layers,
-        {path: layer.new_adapter(options[path]) for path, layer in layers.items()},
+        {path: _new_adapter(path, layer, options[path]) for path, layer in layers.items()},
         originals,
         {path: copy.deepcopy(originals[path]) for path in whole},
     )
 
 
-def _adapted(path: str, module: nn.Module) -> Adapted:
+def _adapted(path: str, module: nn.Module, options: AdapterOptions) -> Adapted:
     if isinstance(module, Adapted):
         return module
     try:
-        return adapt(module)
+        return adapt(module, options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def _new_adapter(path: str, layer: Adapted, options: AdapterOptions) -> StoredAdapter:
+    try:
+        return layer.new_adapter(options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _check_apart(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .adapted import Adapted
+from .adapted import Adapted, StoredAdapter
 from .config import AdapterOptions
 
 __all__ = ["AdaLoRALinear", "LoRAEmbedding", "LoRALinear"]
@@ -43,6 +43,8 @@ class LoRALinear(Adapted, nn.Linear):
     Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype.
     """
 
+    _triplets = False
+
     def __init__(
         self,
         in_features: int,
@@ -60,7 +62,9 @@ class LoRALinear(Adapted, nn.Linear):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        options = AdapterOptions(rank, alpha, dropout, rslora, init, capacity, adapter_dtype)
+        options = AdapterOptions(
+            rank, alpha, dropout, rslora, init, capacity, adapter_dtype, self._triplets
+        )
         self._become_adapted(transposed=False)
         self._freeze_and_add(options)
 
@@ -77,7 +81,7 @@ class LoRALinear(Adapted, nn.Linear):
                 f"Conv1D, got {type(linear).__name__}"
             )
         layer = cls._around(linear)
-        layer._freeze_and_add(AdapterOptions(**options))
+        layer._freeze_and_add(AdapterOptions(**options, triplets=cls._triplets))
         return layer
 
     @classmethod
@@ -116,10 +120,10 @@ class AdaLoRALinear(LoRALinear):
     """``y = x W0^T + b + scaling * ((drop(x) A^T) * E^T) B^T``: AdaLoRA (arXiv 2303.10512).
 
     A and B start normal with standard deviation 0.02, E zero, as in the paper's code; ``init`` is
-    not used. The scaling stays alpha / (initial) rank when directions are pruned.
+    not used. The scaling stays alpha / (initial) rank when a RankAllocator prunes directions.
     """
 
-    _has_E = True
+    _triplets = True
 
 
 class LoRAEmbedding(Adapted, nn.Embedding):
@@ -187,6 +191,11 @@ class LoRAEmbedding(Adapted, nn.Embedding):
     def _sizes(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
 
+    def new_adapter(self, options: AdapterOptions) -> StoredAdapter:
+        if options.triplets:
+            raise ValueError("an embedding takes no AdaLoRA adapter; adapt linear layers")
+        return super().new_adapter(options)
+
     def _initialise(self, A: Tensor, B: Tensor, options: AdapterOptions) -> None:
         if options.init in (None, "swapped"):  # as loralib: unit variance
             B.normal_()
@@ -212,9 +221,11 @@ class LoRAEmbedding(Adapted, nn.Embedding):
         return f"{nn.Embedding.extra_repr(self)}, {self._adapter_repr()}"
 
 
-def adapt(module: nn.Module) -> Adapted:
+def adapt(module: nn.Module, options: AdapterOptions) -> Adapted:
     """The adapted layer for an adaptable module, sharing its parameters, without adapters yet."""
-    kind = LoRAEmbedding if isinstance(module, nn.Embedding) else LoRALinear
+    if isinstance(module, nn.Embedding):
+        return LoRAEmbedding._around(module)
+    kind = AdaLoRALinear if options.triplets else LoRALinear
     return kind._around(module)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from .adapted import Adapted
-from .config import LoRAConfig
+from .config import TargetConfig
 from .nn import is_adaptable
 
 ALL_LINEAR = "all-linear"
@@ -55,7 +55,7 @@ def _compiled(field: str, pattern: str) -> re.Pattern:
         raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from error
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, config: TargetConfig) -> dict[str, nn.Module]:
     """{first name: module} of the layers that get an adapter, in the model's order.
 
     Raises:
