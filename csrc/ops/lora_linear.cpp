@@ -1,19 +1,14 @@
 // lora_linear: the public C++ function, the typed dispatcher calls, and the kernel of the public
 // op below autograd (which keeps the output of the forward op and drops the rest).
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <rankwise/ops.h>
 #include <torch/library.h>
 
 #include "checks.h"
 #include "dispatch.h"
+#include "find_op.h"
 
 namespace rankwise {
 namespace {
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 at::Tensor lora_linear_below_autograd(const at::Tensor& input, const at::Tensor& weight,
                                       const std::optional<at::Tensor>& bias,

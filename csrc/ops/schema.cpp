@@ -35,6 +35,22 @@ TORCH_LIBRARY(rankwise, m) {
       "float scaling, SymInt? rank=None) "
       "-> (Tensor merged, Tensor max_rounding_error, Tensor changed)",
       pure);
+  // AdaLoRA's passes over all adapters at once (importance.h).
+  m.def("_importance_check(Tensor[] parameters, Tensor[] gradients) -> Tensor", pure);
+  m.def(
+      "_importance_update_(Tensor[] parameters, Tensor[] gradients, Tensor(a!)[] sensitivity, "
+      "Tensor(b!)[] uncertainty, float beta1, float beta2) -> ()",
+      pure);
+  m.def("_triplet_scores(Tensor[] sensitivity, Tensor[] uncertainty, int[] ranks) -> Tensor", pure);
+  m.def(
+      "_select_triplets(Tensor scores, int[] ranks, int[] costs, int budget, int min_rank) "
+      "-> Tensor",
+      pure);
+  m.def("_mask_triplets_(Tensor(a!)[] lora_E, int[] ranks, Tensor kept) -> ()", pure);
+  m.def(
+      "orthogonality_penalty(Tensor[] lora_A, Tensor[] lora_B, int[] ranks, bool squared) "
+      "-> Tensor",
+      pure);
   // The name of the implementation that serves a tensor's device, for summary() and doctor.
   m.def("_lora_linear_path(Tensor tensor) -> str", pure);
 }

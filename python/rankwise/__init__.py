@@ -3,6 +3,7 @@
 from . import nn, ops
 from ._library import __version__
 from .adapted import MergeReport
+from .allocation import RankAllocator
 from .config import AdaLoRAConfig, LoRAConfig
 from .files import FileError, LoadReport, load_adapter, save_adapter
 from .model import (
@@ -23,6 +24,7 @@ __all__ = [
     "LoRAConfig",
     "LoadReport",
     "MergeReport",
+    "RankAllocator",
     "__version__",
     "activate_adapter",
     "adapter_names",

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ._library import library
+
+BUDGET_UNITS = ("triplets", "parameters")
 INITS = (None, "kaiming", "gaussian", "swapped")
 
 
@@ -171,6 +174,10 @@ class AdaLoRAConfig(TargetConfig):
     min_rank: int = 0
     shrink: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.allocation_options()
+
     def options(self, rank: int | None = None, alpha: float | None = None) -> AdapterOptions:
         return AdapterOptions(
             rank=self.initial_rank if rank is None else rank,
@@ -178,4 +185,23 @@ class AdaLoRAConfig(TargetConfig):
             dropout=self.dropout,
             adapter_dtype=self.adapter_dtype,
             triplets=True,
+        )
+
+    def allocation_options(self):
+        """The schedule for the C++ allocator, which checks it."""
+        unit = self.budget_unit
+        known = unit in BUDGET_UNITS
+        _require(known, "AdaLoRAConfig", "budget_unit", f"one of {BUDGET_UNITS}", unit)
+        return library.AdaLoRAOptions(
+            initial_rank=self.initial_rank,
+            target_rank=self.target_rank,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            final_steps=self.final_steps,
+            allocation_interval=self.allocation_interval,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            count_parameters=unit == "parameters",
+            min_rank=self.min_rank,
+            shrink=self.shrink,
         )

@@ -1,5 +1,7 @@
 """The operators. Shapes, dtypes and formulas; the implementations are C++ (csrc/ops)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -110,6 +112,31 @@ def merged_weight(
         (int64, 0-d).
     """
     return _ops.merged_weight(weight, lora_A, lora_B, lora_E, scaling=scaling, rank=rank)
+
+
+def orthogonality_penalty(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    *,
+    squared: bool = True,
+    ranks: Sequence[int] | None = None,
+) -> Tensor:
+    """How far factors are from orthonormal directions, as one differentiable scalar.
+
+    With ``D = A A^T - I`` and ``B^T B - I``: the sum over all factors of ``||D||_F^2`` (AdaLoRA,
+    arXiv 2303.10512, equation 4), or with ``squared=False`` the mean of ``||D||_F`` (the paper's
+    code and PEFT).
+
+    Args:
+        lora_A: ``[capacity, in]`` each.
+        lora_B: ``[out, capacity]`` each.
+        ranks: of each pair, the leading directions that count; default all.
+
+    Returns a 0-d tensor, float64 for float64 factors and float32 for all others.
+    """
+    if ranks is None:
+        ranks = [A.shape[0] for A in lora_A]
+    return _ops.orthogonality_penalty(lora_A, lora_B, ranks, squared)
 
 
 def dropout_mask(

@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace rankwise {
 
@@ -47,5 +48,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merged_weight(
     const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
     const std::optional<at::Tensor>& lora_E = {}, double scaling = 1.0,
     std::optional<int64_t> rank = {});
+
+// How far factors are from orthonormal rows (A) and columns (B), with D = A A^T - I or B^T B - I.
+enum class OrthogonalityForm {
+  squared_sum,  // sum over all factors of ||D||_F^2 (arXiv 2303.10512, equation 4)
+  mean_norm,    // mean over all factors of ||D||_F (the paper's code and PEFT)
+};
+
+// The penalty over all adapters' factors, lora_A[m] [capacity, in] and lora_B[m] [out, capacity],
+// as one differentiable scalar, over the leading ranks[m] directions of each (default: all).
+// Float32, or float64 when the factors are; 16-bit factors are widened first.
+at::Tensor orthogonality_penalty(at::TensorList lora_A, at::TensorList lora_B,
+                                 OrthogonalityForm form = OrthogonalityForm::squared_sum,
+                                 std::optional<std::vector<int64_t>> ranks = {});
 
 }  // namespace rankwise

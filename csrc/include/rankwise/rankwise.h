@@ -3,3 +3,5 @@
 
 #include <rankwise/adapter_file.h>
 #include <rankwise/ops.h>
+#include <rankwise/optim.h>
+#include <rankwise/rank_allocator.h>

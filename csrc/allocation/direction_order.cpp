@@ -1,0 +1,51 @@
+// Moving an adapter's kept directions to the front, in place.
+#include "direction_order.h"
+
+#include <ATen/ATen.h>
+
+#include <array>
+
+namespace rankwise {
+namespace {
+
+// A factor and the dimension its directions lie along.
+std::array<std::pair<at::Tensor, int64_t>, 3> factors(const Adapter& adapter) {
+  return {{{adapter.lora_A, 0}, {adapter.lora_B, 1}, {adapter.lora_E, 0}}};
+}
+
+std::optional<std::vector<at::Tensor>> state_of(const at::Tensor& parameter,
+                                                const OptimizerView& optimizer) {
+  if (!optimizer.state_of) return std::vector<at::Tensor>();
+  return optimizer.state_of(parameter);
+}
+
+void keep(const at::Tensor& tensor, int64_t dim, int64_t rank, const at::Tensor& kept) {
+  const at::Tensor first = tensor.index_select(dim, kept.to(tensor.device()));
+  tensor.narrow(dim, 0, first.size(dim)).copy_(first);
+  tensor.narrow(dim, first.size(dim), rank - first.size(dim)).zero_();
+}
+
+}  // namespace
+
+bool can_move(const Adapter& adapter, const OptimizerView& optimizer) {
+  for (const auto& [factor, dim] : factors(adapter)) {
+    if (!state_of(factor, optimizer)) return false;
+  }
+  return true;
+}
+
+void keep_directions(const Adapter& adapter, const at::Tensor& kept,
+                     const OptimizerView& optimizer) {
+  for (const auto& [factor, dim] : factors(adapter)) {
+    keep(factor, dim, adapter.rank, kept);
+    if (factor.grad().defined()) keep(factor.grad(), dim, adapter.rank, kept);
+    const std::vector<at::Tensor> states = state_of(factor, optimizer).value();
+    for (const at::Tensor& state : states) {
+      TORCH_CHECK(state.sizes() == factor.sizes(), "RankAllocator: optimizer state must be ",
+                  factor.sizes(), " like the parameter, got ", state.sizes());
+      keep(state, dim, adapter.rank, kept);
+    }
+  }
+}
+
+}  // namespace rankwise

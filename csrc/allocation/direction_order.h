@@ -1,0 +1,16 @@
+// Moving an adapter's kept directions to the front, in place, with all that belongs to them.
+#pragma once
+
+#include <rankwise/rank_allocator.h>
+
+namespace rankwise {
+
+// Whether all of the optimizer's state for these factors can follow their directions.
+bool can_move(const Adapter& adapter, const OptimizerView& optimizer);
+
+// Puts the directions `kept` (int64, ascending) first and zeros behind them, up to the adapter's
+// rank: in the factors, in their gradients and in the optimizer's state.
+void keep_directions(const Adapter& adapter, const at::Tensor& kept,
+                     const OptimizerView& optimizer);
+
+}  // namespace rankwise

@@ -1,0 +1,295 @@
+// RankAllocator: one step over all adapters, the choice of directions, freezing and shrinking.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <rankwise/rank_allocator.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
+
+#include "../ops/importance.h"
+#include "direction_order.h"
+
+namespace rankwise {
+namespace {
+
+std::array<at::Tensor, 3> factors(const Adapter& adapter) {
+  return {adapter.lora_A, adapter.lora_B, adapter.lora_E};
+}
+
+[[noreturn]] void fail(const std::string& message) {
+  throw std::invalid_argument("RankAllocator: " + message);
+}
+
+void check_adapter(const Adapter& adapter) {
+  const auto& [name, A, B, E, rank, set_rank] = adapter;
+  const auto shape = [](const at::Tensor& tensor) {
+    std::ostringstream text;
+    if (tensor.defined()) {
+      text << tensor.sizes();
+    } else {
+      text << "none";
+    }
+    return text.str();
+  };
+  const bool fits = A.defined() && B.defined() && E.defined() && A.dim() == 2 && B.dim() == 2 &&
+                    B.size(1) == A.size(0) && E.dim() == 2 && E.size(0) == A.size(0) &&
+                    E.size(1) == 1;
+  if (!fits) {
+    fail("'" + name +
+         "' must have lora_A [capacity, in], lora_B [out, capacity] and lora_E "
+         "[capacity, 1], got " +
+         shape(A) + ", " + shape(B) + " and " + shape(E));
+  }
+  if (!A.is_contiguous() || !B.is_contiguous() || !E.is_contiguous()) {
+    fail("the factors of '" + name + "' must be contiguous");
+  }
+  if (rank < 0 || rank > A.size(0)) {
+    fail("the rank of '" + name + "' must be from 0 to its capacity " + std::to_string(A.size(0)) +
+         ", got " + std::to_string(rank));
+  }
+}
+
+std::vector<Adapter> checked(std::vector<Adapter> adapters) {
+  if (adapters.empty()) fail("there must be at least one adapter");
+  std::set<std::string> names;
+  for (const Adapter& adapter : adapters) {
+    check_adapter(adapter);
+    if (!names.insert(adapter.name).second) fail("two adapters are called '" + adapter.name + "'");
+  }
+  return adapters;
+}
+
+std::vector<int64_t> ranks_of(const std::vector<Adapter>& adapters) {
+  std::vector<int64_t> ranks;
+  for (const Adapter& adapter : adapters) ranks.push_back(adapter.rank);
+  return ranks;
+}
+
+std::vector<int64_t> costs_of(const std::vector<Adapter>& adapters, BudgetUnit unit) {
+  std::vector<int64_t> costs;
+  for (const Adapter& adapter : adapters) {
+    const int64_t parameters = adapter.lora_A.size(1) + adapter.lora_B.size(0);
+    costs.push_back(unit == BudgetUnit::triplets ? 1 : parameters);
+  }
+  return costs;
+}
+
+// What the adapters cost with at most `rank` directions each.
+int64_t cost_at(const std::vector<int64_t>& ranks, const std::vector<int64_t>& costs,
+                int64_t rank) {
+  int64_t sum = 0;
+  for (size_t m = 0; m < ranks.size(); ++m) sum += std::min(ranks[m], rank) * costs[m];
+  return sum;
+}
+
+BudgetSchedule make_schedule(const std::vector<int64_t>& ranks, const std::vector<int64_t>& costs,
+                             const AdaLoRAOptions& options) {
+  const int64_t all = std::numeric_limits<int64_t>::max();
+  return {cost_at(ranks, costs, all), cost_at(ranks, costs, options.target_rank()), options};
+}
+
+}  // namespace
+
+RankAllocator::RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions& options)
+    : adapters_(checked(std::move(adapters))),
+      initial_ranks_(ranks_of(adapters_)),
+      costs_(costs_of(adapters_, options.budget_unit())),
+      options_(options),
+      schedule_(make_schedule(initial_ranks_, costs_, options)) {
+  const int64_t directions = std::accumulate(initial_ranks_.begin(), initial_ranks_.end(), 0LL);
+  if (directions == 0) fail("the adapters have rank 0: there is nothing to allocate");
+  kept_ = at::ones({directions}, at::kBool);
+  for (const Adapter& adapter : adapters_) {
+    for (const at::Tensor& factor : factors(adapter)) {
+      const bool wide = factor.scalar_type() == at::kDouble;
+      const auto average = factor.options().dtype(wide ? at::kDouble : at::kFloat);
+      sensitivity_.push_back(at::zeros(factor.sizes(), average));
+      uncertainty_.push_back(at::zeros(factor.sizes(), average));
+    }
+  }
+}
+
+void RankAllocator::step(const OptimizerView& optimizer) {
+  const at::NoGradGuard no_grad;
+  if (optimizer.found_inf.defined() && optimizer.found_inf.item<double>() != 0) {
+    ++skipped_steps_;
+    return;
+  }
+  const int64_t now = steps_ + 1;
+  if (frozen_) {
+    if (!shrunk_) mask();
+  } else if (!take_gradients()) {
+    ++skipped_steps_;
+    return;
+  } else if (now >= options_.freeze_step()) {
+    freeze_pattern(now, optimizer);
+  } else if (schedule_.allocates(now)) {
+    allocate(now);
+  }
+  steps_ = now;
+}
+
+void RankAllocator::freeze(const OptimizerView& optimizer) {
+  const at::NoGradGuard no_grad;
+  if (!frozen_) freeze_pattern(steps_, optimizer);
+}
+
+// Updates the averages; false when a gradient is not finite, with nothing changed.
+bool RankAllocator::take_gradients() {
+  std::vector<at::Tensor> parameters, gradients, sensitivity, uncertainty;
+  std::vector<std::string> missing;
+  for (size_t m = 0; m < adapters_.size(); ++m) {
+    const std::array<at::Tensor, 3> all = factors(adapters_[m]);
+    bool complete = true;
+    for (size_t f = 0; f < all.size(); ++f) {
+      const at::Tensor& gradient = all[f].grad();
+      if (gradient.defined()) {
+        parameters.push_back(all[f]);
+        gradients.push_back(gradient.contiguous());
+        sensitivity.push_back(sensitivity_[3 * m + f]);
+        uncertainty.push_back(uncertainty_[3 * m + f]);
+      } else {
+        complete = false;
+      }
+    }
+    if (!complete) missing.push_back(adapters_[m].name);
+  }
+  TORCH_CHECK(!parameters.empty(),
+              "RankAllocator: no adapter has a gradient. It must run after optimizer.step() and "
+              "before zero_grad(): allocator.attach(optimizer) does that; after that, nothing may "
+              "clear the gradients before the step ends");
+  warn_of_missing(missing);
+  const at::Tensor found = importance_check(parameters, gradients).cpu();
+  if (found[0].item<bool>()) return false;
+  if (!found[1].item<bool>() && !std::exchange(warned_of_zeros_, true)) {
+    TORCH_WARN("RankAllocator: all gradients are zero: were they cleared before the step ended?");
+  }
+  // As the paper's code and PEFT: the last choice uses the scores of the step before.
+  if (steps_ + 1 < options_.freeze_step()) {
+    fit_averages();
+    importance_update_(parameters, gradients, sensitivity, uncertainty, options_.beta1(),
+                       options_.beta2());
+  }
+  return true;
+}
+
+void RankAllocator::warn_of_missing(const std::vector<std::string>& names) {
+  std::string fresh;
+  for (const std::string& name : names) {
+    if (warned_.insert(name).second) fresh += (fresh.empty() ? "'" : ", '") + name + "'";
+  }
+  if (!fresh.empty()) {
+    TORCH_WARN("RankAllocator: no gradient in step ", steps_ + 1, " for (a factor of) ", fresh,
+               ", whose scores stay as they are; a module that never takes part loses its "
+               "directions to others");
+  }
+}
+
+at::Tensor RankAllocator::scores() const {
+  return frozen_ ? at::Tensor() : triplet_scores(sensitivity_, uncertainty_, initial_ranks_);
+}
+
+void RankAllocator::allocate(int64_t step) {
+  const int64_t budget = schedule_.budget(step);
+  const at::Tensor now = scores().cpu();
+  kept_ = select_triplets(now, initial_ranks_, costs_, budget, options_.min_rank());
+  mask();
+  record(step, budget, now);
+}
+
+void RankAllocator::freeze_pattern(int64_t step, const OptimizerView& optimizer) {
+  const int64_t budget = schedule_.final_budget();
+  const at::Tensor now = scores().cpu();
+  kept_ = select_triplets(now, initial_ranks_, costs_, budget, options_.min_rank());
+  mask();
+  record(step, budget, now);
+  frozen_ = true;
+  sensitivity_.clear();
+  uncertainty_.clear();
+  if (options_.shrink()) shrink(optimizer);
+}
+
+void RankAllocator::mask() {
+  std::vector<at::Tensor> lora_E;
+  for (const Adapter& adapter : adapters_) lora_E.push_back(adapter.lora_E);
+  mask_triplets_(lora_E, initial_ranks_, kept_);
+}
+
+void RankAllocator::shrink(const OptimizerView& optimizer) {
+  for (const Adapter& adapter : adapters_) {
+    if (can_move(adapter, optimizer)) continue;
+    TORCH_WARN("RankAllocator: the optimizer's state of '", adapter.name,
+               "' cannot follow its directions, so adapters are masked in each step in place of "
+               "being shrunk");
+    return;
+  }
+  const std::vector<at::Tensor> kept = kept_.split_with_sizes(initial_ranks_);
+  for (size_t m = 0; m < adapters_.size(); ++m) {
+    Adapter& adapter = adapters_[m];
+    const at::Tensor directions = kept[m].nonzero().squeeze(1);
+    keep_directions(adapter, directions, optimizer);
+    adapter.rank = directions.numel();
+    if (adapter.set_rank) adapter.set_rank(adapter.rank);
+  }
+  shrunk_ = true;
+}
+
+void RankAllocator::record(int64_t step, int64_t budget, const at::Tensor& scores) {
+  Allocation entry{.step = step, .budget = budget, .ranks = {}};
+  for (const auto& [name, rank] : ranks()) entry.ranks.push_back(rank);
+  if (!history_.empty() && history_.back().budget == budget &&
+      history_.back().ranks == entry.ranks && step != options_.freeze_step()) {
+    return;
+  }
+  const auto nan = std::numeric_limits<double>::quiet_NaN();
+  const at::Tensor kept = scores.masked_select(kept_), pruned = scores.masked_select(~kept_);
+  entry.mean_score = scores.mean().item<double>();
+  entry.largest_score = scores.max().item<double>();
+  entry.lowest_kept = kept.numel() > 0 ? kept.min().item<double>() : nan;
+  entry.highest_pruned = pruned.numel() > 0 ? pruned.max().item<double>() : nan;
+  history_.push_back(std::move(entry));
+}
+
+std::vector<std::pair<std::string, int64_t>> RankAllocator::ranks() const {
+  std::vector<std::pair<std::string, int64_t>> result;
+  const bool* keep = kept_.const_data_ptr<bool>();
+  for (size_t m = 0; m < adapters_.size(); keep += initial_ranks_[m], ++m)
+    result.emplace_back(adapters_[m].name, std::count(keep, keep + initial_ranks_[m], true));
+  return result;
+}
+
+std::vector<std::pair<std::string, at::Tensor>> RankAllocator::pattern() const {
+  std::vector<std::pair<std::string, at::Tensor>> result;
+  const std::vector<at::Tensor> kept = kept_.split_with_sizes(initial_ranks_);
+  for (size_t m = 0; m < adapters_.size(); ++m)
+    result.emplace_back(adapters_[m].name, kept[m].clone());
+  return result;
+}
+
+at::Tensor RankAllocator::orthogonality_penalty(OrthogonalityForm form) const {
+  std::vector<at::Tensor> lora_A, lora_B;
+  for (const Adapter& adapter : adapters_) {
+    lora_A.push_back(adapter.lora_A);
+    lora_B.push_back(adapter.lora_B);
+  }
+  return rankwise::orthogonality_penalty(lora_A, lora_B, form, ranks_of(adapters_));
+}
+
+// Puts the averages where the parameters are, which a module's to() may have moved or widened.
+void RankAllocator::fit_averages() {
+  for (size_t m = 0; m < adapters_.size(); ++m) {
+    const std::array<at::Tensor, 3> all = factors(adapters_[m]);
+    for (size_t f = 0; f < all.size(); ++f) {
+      const bool wide = all[f].scalar_type() == at::kDouble;
+      const auto options = all[f].options().dtype(wide ? at::kDouble : at::kFloat);
+      for (at::Tensor* average : {&sensitivity_[3 * m + f], &uncertainty_[3 * m + f]})
+        *average = average->to(options);
+    }
+  }
+}
+
+}  // namespace rankwise

@@ -1,0 +1,204 @@
+// RankAllocator's state as named tensors: what a checkpoint holds.
+//
+//   options.<name>       0-d, compared on loading
+//   steps, skipped_steps, frozen, shrunk                      0-d int64
+//   <adapter>.kept       bool [initial rank]
+//   <adapter>.lora_{A,B,E}.{sensitivity,uncertainty}          until the pattern is frozen
+//   history.steps, .budgets [n], .ranks [n, adapters], .scores [n, 4]
+#include <ATen/ATen.h>
+#include <rankwise/rank_allocator.h>
+
+#include <algorithm>
+#include <array>
+#include <sstream>
+#include <stdexcept>
+
+namespace rankwise {
+namespace {
+
+using State = std::map<std::string, at::Tensor>;
+constexpr std::array factor_names = {"lora_A", "lora_B", "lora_E"};
+
+at::Tensor number(int64_t value) {
+  return at::scalar_tensor(value, at::kLong);
+}
+at::Tensor number(double value) {
+  return at::scalar_tensor(value, at::kDouble);
+}
+
+State options_state(const AdaLoRAOptions& o, const BudgetSchedule& schedule) {
+  return {{"options.initial_budget", number(schedule.initial_budget())},
+          {"options.final_budget", number(schedule.final_budget())},
+          {"options.total_steps", number(o.total_steps())},
+          {"options.warmup_steps", number(o.warmup_steps())},
+          {"options.final_steps", number(o.final_steps())},
+          {"options.allocation_interval", number(o.allocation_interval())},
+          {"options.beta1", number(o.beta1())},
+          {"options.beta2", number(o.beta2())},
+          {"options.min_rank", number(o.min_rank())},
+          {"options.shrink", number(int64_t{o.shrink()})}};
+}
+
+State history_state(const std::vector<Allocation>& history, int64_t adapters) {
+  const auto n = static_cast<int64_t>(history.size());
+  const at::Tensor steps = at::empty({n}, at::kLong), budgets = at::empty({n}, at::kLong);
+  const at::Tensor ranks = at::empty({n, adapters}, at::kLong);
+  const at::Tensor scores = at::empty({n, 4}, at::kDouble);
+  for (int64_t i = 0; i < n; ++i) {
+    const Allocation& entry = history[i];
+    steps.mutable_data_ptr<int64_t>()[i] = entry.step;
+    budgets.mutable_data_ptr<int64_t>()[i] = entry.budget;
+    std::copy(entry.ranks.begin(), entry.ranks.end(),
+              ranks.mutable_data_ptr<int64_t>() + i * adapters);
+    const std::array summary = {entry.mean_score, entry.largest_score, entry.lowest_kept,
+                                entry.highest_pruned};
+    std::copy(summary.begin(), summary.end(), scores.mutable_data_ptr<double>() + 4 * i);
+  }
+  return {{"history.steps", steps},
+          {"history.budgets", budgets},
+          {"history.ranks", ranks},
+          {"history.scores", scores}};
+}
+
+std::vector<Allocation> history_from(const State& state) {
+  const at::Tensor steps = state.at("history.steps").contiguous();
+  const at::Tensor budgets = state.at("history.budgets").contiguous();
+  const at::Tensor ranks = state.at("history.ranks").contiguous();
+  const at::Tensor scores = state.at("history.scores").contiguous();
+  std::vector<Allocation> history;
+  for (int64_t i = 0; i < steps.numel(); ++i) {
+    const int64_t* row = ranks.const_data_ptr<int64_t>() + i * ranks.size(1);
+    const double* score = scores.const_data_ptr<double>() + 4 * i;
+    history.push_back({steps.const_data_ptr<int64_t>()[i], budgets.const_data_ptr<int64_t>()[i],
+                       std::vector<int64_t>(row, row + ranks.size(1)), score[0], score[1], score[2],
+                       score[3]});
+  }
+  return history;
+}
+
+std::string text_of(const at::Tensor& tensor) {
+  std::ostringstream text;
+  if (tensor.dim() == 0) {
+    text << tensor.item<double>();
+  } else {
+    text << tensor.scalar_type() << " " << tensor.sizes();
+  }
+  return text.str();
+}
+
+class StateCheck {
+ public:
+  explicit StateCheck(const State& state) : state_(state) {}
+
+  // A tensor of this dtype and shape; -1 for any size.
+  void tensor(const std::string& name, at::ScalarType dtype, const std::vector<int64_t>& shape) {
+    expected_.insert(name);
+    const auto it = state_.find(name);
+    if (it == state_.end()) return fault(name + ": missing");
+    const at::Tensor& got = it->second;
+    bool fits = got.defined() && got.scalar_type() == dtype &&
+                got.dim() == static_cast<int64_t>(shape.size());
+    for (size_t i = 0; fits && i < shape.size(); ++i)
+      fits = shape[i] == -1 || got.size(static_cast<int64_t>(i)) == shape[i];
+    if (fits) return;
+    std::ostringstream wanted;
+    wanted << name << ": must be " << dtype << " " << at::IntArrayRef(shape) << ", got "
+           << (got.defined() ? text_of(got) : "none");
+    fault(wanted.str());
+  }
+
+  void equal(const std::string& name, const at::Tensor& wanted) {
+    tensor(name, wanted.scalar_type(), wanted.sizes().vec());
+    const auto it = state_.find(name);
+    if (it == state_.end() || faults_.contains(name)) return;
+    if (!it->second.cpu().equal(wanted))
+      fault(name + ": must be " + text_of(wanted) + ", got " + text_of(it->second));
+  }
+
+  void finish() {
+    for (const auto& [name, tensor] : state_) {
+      if (!expected_.contains(name)) fault(name + ": not expected");
+    }
+    if (!lines_.empty())
+      throw std::invalid_argument("RankAllocator: the state is not this allocator's:" + lines_);
+  }
+
+ private:
+  void fault(const std::string& line) {
+    faults_.insert(line.substr(0, line.find(':')));
+    lines_ += "\n  " + line;
+  }
+
+  const State& state_;
+  std::set<std::string> expected_, faults_;
+  std::string lines_;
+};
+
+}  // namespace
+
+std::map<std::string, at::Tensor> RankAllocator::state() const {
+  State state = options_state(options_, schedule_);
+  state.merge(history_state(history_, static_cast<int64_t>(adapters_.size())));
+  state["steps"] = number(steps_);
+  state["skipped_steps"] = number(skipped_steps_);
+  state["frozen"] = number(int64_t{frozen_});
+  state["shrunk"] = number(int64_t{shrunk_});
+  for (const auto& [name, kept] : pattern()) state[name + ".kept"] = kept;
+  for (size_t i = 0; i < sensitivity_.size(); ++i) {
+    const std::string factor = adapters_[i / 3].name + "." + factor_names[i % 3];
+    state[factor + ".sensitivity"] = sensitivity_[i].clone();
+    state[factor + ".uncertainty"] = uncertainty_[i].clone();
+  }
+  return state;
+}
+
+void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
+  StateCheck check(state);
+  for (const auto& [name, value] : options_state(options_, schedule_)) check.equal(name, value);
+  for (const char* name : {"steps", "skipped_steps", "frozen", "shrunk"})
+    check.tensor(name, at::kLong, {});
+  const bool frozen = state.contains("frozen") && state.at("frozen").item<int64_t>() != 0;
+  const auto adapters = static_cast<int64_t>(adapters_.size());
+  check.tensor("history.steps", at::kLong, {-1});
+  const int64_t n = state.contains("history.steps") ? state.at("history.steps").numel() : -1;
+  check.tensor("history.budgets", at::kLong, {n});
+  check.tensor("history.ranks", at::kLong, {n, adapters});
+  check.tensor("history.scores", at::kDouble, {n, 4});
+  for (size_t m = 0; m < adapters_.size(); ++m) {
+    const Adapter& adapter = adapters_[m];
+    check.tensor(adapter.name + ".kept", at::kBool, {initial_ranks_[m]});
+    const std::array factors = {adapter.lora_A, adapter.lora_B, adapter.lora_E};
+    for (size_t f = 0; !frozen && f < factors.size(); ++f) {
+      const auto dtype = factors[f].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+      for (const char* kind : {".sensitivity", ".uncertainty"})
+        check.tensor(adapter.name + "." + factor_names[f] + kind, dtype, factors[f].sizes().vec());
+    }
+  }
+  check.finish();
+
+  const auto integer = [&](const char* name) { return state.at(name).item<int64_t>(); };
+  steps_ = integer("steps");
+  skipped_steps_ = integer("skipped_steps");
+  frozen_ = frozen;
+  shrunk_ = integer("shrunk") != 0;
+  history_ = history_from(state);
+  sensitivity_.clear();
+  uncertainty_.clear();
+  std::vector<at::Tensor> kept;
+  for (size_t m = 0; m < adapters_.size(); ++m) {
+    Adapter& adapter = adapters_[m];
+    kept.push_back(state.at(adapter.name + ".kept").cpu());
+    adapter.rank = shrunk_ ? kept.back().sum().item<int64_t>() : initial_ranks_[m];
+    if (adapter.set_rank) adapter.set_rank(adapter.rank);
+    for (size_t f = 0; !frozen_ && f < factor_names.size(); ++f) {
+      const std::string factor = adapter.name + "." + factor_names[f];
+      const at::Device device = adapter.lora_A.device();
+      for (auto [kind, list] :
+           {std::pair(".sensitivity", &sensitivity_), std::pair(".uncertainty", &uncertainty_)})
+        list->push_back(state.at(factor + kind).to(device).clone().contiguous());
+    }
+  }
+  kept_ = at::cat(kept);
+}
+
+}  // namespace rankwise

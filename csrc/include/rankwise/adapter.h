@@ -1,0 +1,22 @@
+// Adapter: one low-rank update as the allocators see it, whatever module it belongs to.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <string>
+
+namespace rankwise {
+
+/// The factors themselves (not copies), contiguous, and how many leading directions are active.
+struct Adapter {
+  std::string name;   ///< for messages, ranks and checkpoints; unique within a model
+  at::Tensor lora_A;  ///< [capacity, in]
+  at::Tensor lora_B;  ///< [out, capacity]
+  at::Tensor lora_E;  ///< [capacity, 1]
+  int64_t rank = 0;   ///< active directions, 0 .. capacity
+  /// Told the new rank when it changes; may be empty.
+  std::function<void(int64_t)> set_rank = {};
+};
+
+}  // namespace rankwise

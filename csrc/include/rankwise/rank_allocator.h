@@ -1,0 +1,123 @@
+// RankAllocator: AdaLoRA's importance, pruning and rank allocation between optimizer steps.
+#pragma once
+
+#include <rankwise/adapter.h>
+#include <rankwise/budget_schedule.h>
+#include <rankwise/ops.h>
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <utility>
+#include <vector>
+
+namespace rankwise {
+
+/// One choice of directions.
+struct Allocation {
+  int64_t step = 0;
+  int64_t budget = 0;          ///< in the budget's unit
+  std::vector<int64_t> ranks;  ///< kept directions, in the order of the adapters
+  double mean_score = 0, largest_score = 0;
+  double lowest_kept = 0, highest_pruned = 0;  ///< NaN where nothing is kept or pruned
+};
+
+/// What an allocator needs to know of the optimizer that just stepped.
+struct OptimizerView {
+  /// A parameter's state tensors of the parameter's shape, which move with its directions; nullopt
+  /// when there is state that cannot be moved. Empty function: no state.
+  std::function<std::optional<std::vector<at::Tensor>>(const at::Tensor& parameter)> state_of = {};
+  /// Not zero when the optimizer left the parameters alone (fused optimizers under a GradScaler).
+  at::Tensor found_inf = {};
+};
+
+/// Prunes adapters to a falling budget (AdaLoRA, arXiv 2303.10512, algorithm 1).
+///
+/// step() belongs after the optimizer's step and before the gradients are cleared: it averages
+/// |w dL/dw| and its uncertainty, scores every triplet and, on the schedule's steps, sets lora_E of
+/// all but the best to zero. A pruned direction keeps being trained and may return until
+/// freeze_step. There the last choice is made and, with options.shrink, the kept directions move to
+/// the front of the factors in place, with their gradients and the optimizer's state, and the ranks
+/// are lowered: later steps compute and save only what is kept. Parameters keep their identity and
+/// data pointers.
+///
+/// A step whose gradients are infinite or NaN changes nothing but skipped_steps(). Ties are decided
+/// by the order of adapters and directions; results do not depend on the number of threads. Not
+/// thread-safe: one caller at a time.
+class RankAllocator {
+ public:
+  /// Throws std::invalid_argument for wrong options, no adapters, repeated names, wrong shapes, or
+  /// a target below what min_rank needs.
+  RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions& options);
+  RankAllocator(const RankAllocator&) = delete;
+  RankAllocator& operator=(const RankAllocator&) = delete;
+
+  /// Throws c10::Error when no adapter has a gradient; warns once of each adapter without one,
+  /// which keeps its scores.
+  void step(const OptimizerView& optimizer = {});
+
+  /// Chooses the final directions now, as at freeze_step: for a training that ends early.
+  void freeze(const OptimizerView& optimizer = {});
+
+  /// Runs step() after each of the optimizer's (rankwise/optim.h) until the handle is removed or
+  /// the allocator is destroyed.
+  template <class Optimizer>
+  auto attach(Optimizer& optimizer);
+
+  /// The adapters' orthogonality_penalty (ops.h) over their active directions.
+  at::Tensor orthogonality_penalty(OrthogonalityForm form = OrthogonalityForm::squared_sum) const;
+
+  const AdaLoRAOptions& options() const { return options_; }
+  const BudgetSchedule& schedule() const { return schedule_; }
+  int64_t steps() const { return steps_; }                  ///< taken into the scores
+  int64_t skipped_steps() const { return skipped_steps_; }  ///< with gradients not finite
+  bool frozen() const { return frozen_; }
+
+  /// Kept directions by adapter name, in the adapters' order.
+  std::vector<std::pair<std::string, int64_t>> ranks() const;
+  /// Which of its initial directions each adapter keeps, bool [initial rank].
+  std::vector<std::pair<std::string, at::Tensor>> pattern() const;
+  /// The scores of all adapters' directions now, float64; undefined once frozen.
+  at::Tensor scores() const;
+  /// The allocations that changed the budget or a rank.
+  const std::vector<Allocation>& history() const { return history_; }
+
+  /// Everything a bit-exact resume needs besides parameters and optimizer.
+  std::map<std::string, at::Tensor> state() const;
+  /// Throws std::invalid_argument, and changes nothing, unless the state is of an allocator with
+  /// the same options and adapters.
+  void load_state(const std::map<std::string, at::Tensor>& state);
+
+ private:
+  void warn_of_missing(const std::vector<std::string>& names);
+  bool take_gradients();
+  void allocate(int64_t step);
+  void freeze_pattern(int64_t step, const OptimizerView& optimizer);
+  void mask();
+  void shrink(const OptimizerView& optimizer);
+  void record(int64_t step, int64_t budget, const at::Tensor& scores);
+  void fit_averages();
+
+  std::vector<Adapter> adapters_;
+  std::vector<int64_t> initial_ranks_, costs_;
+  AdaLoRAOptions options_;
+  BudgetSchedule schedule_;
+  std::vector<at::Tensor> sensitivity_, uncertainty_;  // of A, B, E of each adapter; until frozen
+  at::Tensor kept_;                                    // bool, all initial directions
+  int64_t steps_ = 0, skipped_steps_ = 0;
+  bool frozen_ = false, shrunk_ = false, warned_of_zeros_ = false;
+  std::set<std::string> warned_;
+  std::vector<Allocation> history_;
+  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+};
+
+template <class Optimizer>
+auto RankAllocator::attach(Optimizer& optimizer) {
+  return optimizer.add_callback(
+      [this, alive = std::weak_ptr<bool>(alive_)](const OptimizerView& view) {
+        if (!alive.expired()) step(view);
+      });
+}
+
+}  // namespace rankwise

@@ -1,0 +1,8 @@
+// One binary for all x86 processors: the loader picks the widest form the machine has.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
+#define RANKWISE_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define RANKWISE_VECTOR_CLONES
+#endif
