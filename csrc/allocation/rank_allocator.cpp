@@ -122,59 +122,78 @@ void RankAllocator::step(const OptimizerView& optimizer) {
   const int64_t now = steps_ + 1;
   if (frozen_) {
     if (!shrunk_) mask();
-  } else if (!take_gradients()) {
-    ++skipped_steps_;
-    return;
-  } else if (now >= options_.freeze_step()) {
-    freeze_pattern(now, optimizer);
-  } else if (schedule_.allocates(now)) {
-    allocate(now);
+  } else {
+    const Gradients gradients = gather();
+    if (!finite(gradients)) {
+      ++skipped_steps_;
+      return;
+    }
+    // As the paper's code and PEFT: the last choice uses the scores of the step before.
+    const bool last = now >= options_.freeze_step();
+    const bool allocates = last || schedule_.allocates(now);
+    const at::Tensor scores = take(last ? none() : gradients, allocates);
+    if (allocates) choose(now, schedule_.budget(now), scores);
+    if (last) freeze_pattern(optimizer);
   }
   steps_ = now;
 }
 
 void RankAllocator::freeze(const OptimizerView& optimizer) {
   const at::NoGradGuard no_grad;
-  if (!frozen_) freeze_pattern(steps_, optimizer);
+  if (frozen_) return;
+  choose(steps_, schedule_.final_budget(), scores());
+  freeze_pattern(optimizer);
 }
 
-// Updates the averages; false when a gradient is not finite, with nothing changed.
-bool RankAllocator::take_gradients() {
-  std::vector<at::Tensor> parameters, gradients, sensitivity, uncertainty;
+// The gradients of all factors, contiguous; nullopt where there is none.
+RankAllocator::Gradients RankAllocator::gather() {
+  Gradients gradients;
   std::vector<std::string> missing;
-  for (size_t m = 0; m < adapters_.size(); ++m) {
-    const std::array<at::Tensor, 3> all = factors(adapters_[m]);
-    bool complete = true;
-    for (size_t f = 0; f < all.size(); ++f) {
-      const at::Tensor& gradient = all[f].grad();
-      if (gradient.defined()) {
-        parameters.push_back(all[f]);
-        gradients.push_back(gradient.contiguous());
-        sensitivity.push_back(sensitivity_[3 * m + f]);
-        uncertainty.push_back(uncertainty_[3 * m + f]);
-      } else {
-        complete = false;
-      }
+  size_t present = 0;
+  for (const Adapter& adapter : adapters_) {
+    size_t here = 0;
+    for (const at::Tensor& factor : factors(adapter)) {
+      const at::Tensor& gradient = factor.grad();
+      here += gradient.defined();
+      gradients.push_back(gradient.defined() ? std::optional(gradient.contiguous()) : std::nullopt);
     }
-    if (!complete) missing.push_back(adapters_[m].name);
+    if (here < 3) missing.push_back(adapter.name);
+    present += here;
   }
-  TORCH_CHECK(!parameters.empty(),
+  TORCH_CHECK(present > 0,
               "RankAllocator: no adapter has a gradient. It must run after optimizer.step() and "
               "before zero_grad(): allocator.attach(optimizer) does that; after that, nothing may "
               "clear the gradients before the step ends");
   warn_of_missing(missing);
-  const at::Tensor found = importance_check(parameters, gradients).cpu();
-  if (found[0].item<bool>()) return false;
-  if (!found[1].item<bool>() && !std::exchange(warned_of_zeros_, true)) {
+  return gradients;
+}
+
+bool RankAllocator::finite(const Gradients& gradients) {
+  std::vector<at::Tensor> present;
+  for (const std::optional<at::Tensor> gradient : gradients)
+    if (gradient) present.push_back(*gradient);
+  const at::Tensor found = importance_check(present).cpu();
+  const bool* const facts = found.const_data_ptr<bool>();  // not finite, not zero
+  if (!facts[0] && !facts[1] && !std::exchange(warned_of_zeros_, true)) {
     TORCH_WARN("RankAllocator: all gradients are zero: were they cleared before the step ended?");
   }
-  // As the paper's code and PEFT: the last choice uses the scores of the step before.
-  if (steps_ + 1 < options_.freeze_step()) {
-    fit_averages();
-    importance_update_(parameters, gradients, sensitivity, uncertainty, options_.beta1(),
-                       options_.beta2());
-  }
-  return true;
+  return !facts[0];
+}
+
+RankAllocator::Gradients RankAllocator::none() const {
+  Gradients gradients;
+  gradients.resize(sensitivity_.size());
+  return gradients;
+}
+
+// Takes gradients into the averages; the scores, when asked for.
+at::Tensor RankAllocator::take(const Gradients& gradients, bool score) {
+  fit_averages();
+  std::vector<at::Tensor> parameters;
+  for (const Adapter& adapter : adapters_)
+    for (const at::Tensor& factor : factors(adapter)) parameters.push_back(factor);
+  return importance_step_(parameters, gradients, sensitivity_, uncertainty_, initial_ranks_,
+                          options_.beta1(), options_.beta2(), score);
 }
 
 void RankAllocator::warn_of_missing(const std::vector<std::string>& names) {
@@ -189,24 +208,19 @@ void RankAllocator::warn_of_missing(const std::vector<std::string>& names) {
   }
 }
 
-at::Tensor RankAllocator::scores() const {
-  return frozen_ ? at::Tensor() : triplet_scores(sensitivity_, uncertainty_, initial_ranks_);
+at::Tensor RankAllocator::scores() {
+  const at::NoGradGuard no_grad;
+  return frozen_ ? at::Tensor() : take(none(), true);
 }
 
-void RankAllocator::allocate(int64_t step) {
-  const int64_t budget = schedule_.budget(step);
-  const at::Tensor now = scores().cpu();
+void RankAllocator::choose(int64_t step, int64_t budget, const at::Tensor& scores) {
+  const at::Tensor now = scores.cpu();
   kept_ = select_triplets(now, initial_ranks_, costs_, budget, options_.min_rank());
   mask();
   record(step, budget, now);
 }
 
-void RankAllocator::freeze_pattern(int64_t step, const OptimizerView& optimizer) {
-  const int64_t budget = schedule_.final_budget();
-  const at::Tensor now = scores().cpu();
-  kept_ = select_triplets(now, initial_ranks_, costs_, budget, options_.min_rank());
-  mask();
-  record(step, budget, now);
+void RankAllocator::freeze_pattern(const OptimizerView& optimizer) {
   frozen_ = true;
   sensitivity_.clear();
   uncertainty_.clear();
@@ -284,10 +298,11 @@ void RankAllocator::fit_averages() {
   for (size_t m = 0; m < adapters_.size(); ++m) {
     const std::array<at::Tensor, 3> all = factors(adapters_[m]);
     for (size_t f = 0; f < all.size(); ++f) {
-      const bool wide = all[f].scalar_type() == at::kDouble;
-      const auto options = all[f].options().dtype(wide ? at::kDouble : at::kFloat);
-      for (at::Tensor* average : {&sensitivity_[3 * m + f], &uncertainty_[3 * m + f]})
-        *average = average->to(options);
+      const auto dtype = all[f].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+      for (at::Tensor* average : {&sensitivity_[3 * m + f], &uncertainty_[3 * m + f]}) {
+        if (average->scalar_type() != dtype || average->device() != all[f].device())
+          *average = average->to(all[f].device(), dtype);
+      }
     }
   }
 }

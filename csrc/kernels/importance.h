@@ -4,15 +4,19 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "host_device.h"
 
 namespace rankwise::kernels {
 
-// |w dL/dw|, the first-order change of the loss when w is set to zero.
+// |w dL/dw|, the first-order change of the loss when w is set to zero; finite whatever w is, as
+// long as averages of it are.
 template <class T>
 RANKWISE_HOST_DEVICE inline T sensitivity_now(T parameter, T gradient) {
-  return std::fabs(parameter * gradient);
+  constexpr T largest = std::numeric_limits<T>::max() / 4;
+  const T now = std::fabs(parameter * gradient);
+  return now < largest ? now : largest;
 }
 
 template <class T>

@@ -6,22 +6,17 @@
 #include "find_op.h"
 
 namespace rankwise {
-at::Tensor importance_check(at::TensorList parameters, at::TensorList gradients) {
+at::Tensor importance_check(at::TensorList gradients) {
   static const auto call = find_op<decltype(importance_check)>("rankwise::_importance_check");
-  return call.call(parameters, gradients);
+  return call.call(gradients);
 }
 
-void importance_update_(at::TensorList parameters, at::TensorList gradients,
-                        at::TensorList sensitivity, at::TensorList uncertainty, double beta1,
-                        double beta2) {
-  static const auto call = find_op<decltype(importance_update_)>("rankwise::_importance_update_");
-  call.call(parameters, gradients, sensitivity, uncertainty, beta1, beta2);
-}
-
-at::Tensor triplet_scores(at::TensorList sensitivity, at::TensorList uncertainty,
-                          at::IntArrayRef ranks) {
-  static const auto call = find_op<decltype(triplet_scores)>("rankwise::_triplet_scores");
-  return call.call(sensitivity, uncertainty, ranks);
+at::Tensor importance_step_(at::TensorList parameters,
+                            const c10::List<std::optional<at::Tensor>>& gradients,
+                            at::TensorList sensitivity, at::TensorList uncertainty,
+                            at::IntArrayRef ranks, double beta1, double beta2, bool score) {
+  static const auto call = find_op<decltype(importance_step_)>("rankwise::_importance_step_");
+  return call.call(parameters, gradients, sensitivity, uncertainty, ranks, beta1, beta2, score);
 }
 
 at::Tensor select_triplets(const at::Tensor& scores, at::IntArrayRef ranks, at::IntArrayRef costs,
@@ -39,8 +34,8 @@ void mask_triplets_(at::TensorList lora_E, at::IntArrayRef ranks, const at::Tens
 
 // They take parameters that require gradients, and have none.
 TORCH_LIBRARY_IMPL(rankwise, Autograd, m) {
-  for (const char* name : {"_importance_check", "_importance_update_", "_triplet_scores",
-                           "_select_triplets", "_mask_triplets_"}) {
+  for (const char* name :
+       {"_importance_check", "_importance_step_", "_select_triplets", "_mask_triplets_"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }

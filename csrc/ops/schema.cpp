@@ -36,12 +36,11 @@ TORCH_LIBRARY(rankwise, m) {
       "-> (Tensor merged, Tensor max_rounding_error, Tensor changed)",
       pure);
   // AdaLoRA's passes over all adapters at once (importance.h).
-  m.def("_importance_check(Tensor[] parameters, Tensor[] gradients) -> Tensor", pure);
+  m.def("_importance_check(Tensor[] gradients) -> Tensor", pure);
   m.def(
-      "_importance_update_(Tensor[] parameters, Tensor[] gradients, Tensor(a!)[] sensitivity, "
-      "Tensor(b!)[] uncertainty, float beta1, float beta2) -> ()",
+      "_importance_step_(Tensor[] parameters, Tensor?[] gradients, Tensor(a!)[] sensitivity, "
+      "Tensor(b!)[] uncertainty, int[] ranks, float beta1, float beta2, bool score) -> Tensor",
       pure);
-  m.def("_triplet_scores(Tensor[] sensitivity, Tensor[] uncertainty, int[] ranks) -> Tensor", pure);
   m.def(
       "_select_triplets(Tensor scores, int[] ranks, int[] costs, int budget, int min_rank) "
       "-> Tensor",

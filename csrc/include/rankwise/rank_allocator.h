@@ -1,6 +1,7 @@
 // RankAllocator: AdaLoRA's importance, pruning and rank allocation between optimizer steps.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <rankwise/adapter.h>
 #include <rankwise/budget_schedule.h>
 #include <rankwise/ops.h>
@@ -79,7 +80,7 @@ class RankAllocator {
   /// Which of its initial directions each adapter keeps, bool [initial rank].
   std::vector<std::pair<std::string, at::Tensor>> pattern() const;
   /// The scores of all adapters' directions now, float64; undefined once frozen.
-  at::Tensor scores() const;
+  at::Tensor scores();
   /// The allocations that changed the budget or a rank.
   const std::vector<Allocation>& history() const { return history_; }
 
@@ -90,10 +91,15 @@ class RankAllocator {
   void load_state(const std::map<std::string, at::Tensor>& state);
 
  private:
+  using Gradients = c10::List<std::optional<at::Tensor>>;
+
   void warn_of_missing(const std::vector<std::string>& names);
-  bool take_gradients();
-  void allocate(int64_t step);
-  void freeze_pattern(int64_t step, const OptimizerView& optimizer);
+  Gradients gather();
+  Gradients none() const;
+  bool finite(const Gradients& gradients);
+  at::Tensor take(const Gradients& gradients, bool score);
+  void choose(int64_t step, int64_t budget, const at::Tensor& scores);
+  void freeze_pattern(const OptimizerView& optimizer);
   void mask();
   void shrink(const OptimizerView& optimizer);
   void record(int64_t step, int64_t budget, const at::Tensor& scores);

@@ -1,0 +1,128 @@
+# The AdaLoRA allocator against PEFT's update_and_allocate, on the same adapters.
+"""Prints medians and quartiles of milliseconds, and the median of the ratios of paired runs.
+
+    python tests/bench/allocator.py [--repeats 100] [--threads 2]
+
+Each phase of the schedule is timed by itself: warm-up (averages only), budgeting (averages and an
+allocation in each step), final (PEFT masks in each step; ours has shrunk). Contenders alternate in
+one process, in random order; "twice" times rankwise against itself, the noise of the method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from statistics import median, quantiles
+
+import torch
+from peft import AdaLoraConfig, get_peft_model
+from transformers import BertConfig, BertModel
+
+import rankwise as rw
+
+SIZES = {
+    "MiniLM-L6": BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
+    "BERT-base": BertConfig(),
+}
+RANK, TARGET, STEPS = 12, 4, 10**6
+# phase -> (step that is timed, warmup_steps, final_steps)
+PHASES = {
+    "warm-up": (2, 10, 10),
+    "budgeting": (STEPS // 2, 0, 10),
+    "final": (STEPS - 5, 0, 10),
+}
+
+
+def targets(model: torch.nn.Module) -> list[str]:
+    """Every linear layer of the encoder, 6 in each of its layers."""
+    linear = torch.nn.Linear
+    return [n for n, m in model.named_modules() if isinstance(m, linear) and "encoder" in n]
+
+
+def set_gradients(model: torch.nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            with torch.no_grad():
+                parameter.normal_(std=0.02)
+            parameter.grad = torch.randn_like(parameter)
+
+
+def peft_pass(config: BertConfig, phase: str):
+    step, warmup, final = PHASES[phase]
+    base = BertModel(config, add_pooling_layer=False)
+    peft_config = AdaLoraConfig(
+        init_r=RANK, target_r=TARGET, tinit=warmup, tfinal=final, deltaT=1, total_step=STEPS,
+        target_modules=targets(base),
+    )  # fmt: skip
+    model = get_peft_model(base, peft_config)
+    set_gradients(model, 0)
+    if phase == "final":
+        model.base_model.update_and_allocate(1)
+        model.base_model.update_and_allocate(STEPS - final)
+    return lambda: model.base_model.update_and_allocate(step)
+
+
+def our_pass(config: BertConfig, phase: str):
+    _, warmup, final = PHASES[phase]
+    base = BertModel(config, add_pooling_layer=False)
+    options = rw.AdaLoRAConfig(
+        initial_rank=RANK, target_rank=TARGET, total_steps=STEPS,
+        warmup_steps=STEPS - final - 1 if phase == "warm-up" else 0, final_steps=final,
+        target_modules=targets(base),
+    )  # fmt: skip
+    model = rw.apply_lora(base, options)
+    set_gradients(model, 0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    allocator = rw.RankAllocator(model, options)
+    if phase == "final":
+        allocator.step(optimizer)
+        allocator.freeze(optimizer)
+    return lambda: allocator.step(optimizer)
+
+
+def milliseconds(action) -> float:
+    start = time.perf_counter()
+    action()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def measure(contenders: dict, repeats: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for action in contenders.values():
+        action()
+    order = list(contenders)
+    for _ in range(repeats):
+        random.shuffle(order)
+        for name in order:
+            times[name].append(milliseconds(contenders[name]))
+    return times
+
+
+def line(name: str, times: list[float], reference: list[float]) -> str:
+    low, _, high = quantiles(times, n=4)
+    ratio = median(r / t for r, t in zip(reference, times, strict=True))
+    return f"{name:<16} {median(times):9.3f} ({low:.3f} .. {high:.3f}) ms  {ratio:8.1f}x"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    random.seed(0)
+    for size, config in SIZES.items():
+        for phase in PHASES:
+            contenders = {"PEFT": peft_pass(config, phase), "rankwise": our_pass(config, phase)}
+            contenders["rankwise, twice"] = our_pass(config, phase)
+            times = measure(contenders, arguments.repeats)
+            count = 6 * config.num_hidden_layers
+            print(f"{size}, {count} matrices, rank {RANK}, {phase}: PEFT's time over ...")
+            for name in contenders:
+                print("  " + line(name, times[name], times["PEFT"]))
+
+
+if __name__ == "__main__":
+    main()
