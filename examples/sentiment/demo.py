@@ -16,25 +16,25 @@ import torch
 import typer
 from batches import TokenizedSnippets
 from classifier import load_tokenizer
-from figure import draw
+from figure import draw_ranks, draw_training
 from promises import Promise, accuracy_promise, check_adapter
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from snippets import DataError, load_snippets, split
-from training import LORA, Run, encode, train_head, train_lora
+from training import ADALORA, LORA, Run, encode, train_adapter, train_head
 
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "demo"
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main(
-    epochs: Annotated[int, typer.Option(min=1, help="Passes of LoRA over the data.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes of each method over the data.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the head, the adapters and the batches.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Runs, with seeds from --seed on.")] = 1,
-    output: Annotated[Path, typer.Option(help="Folder for adapter and figure.")] = OUTPUT,
+    output: Annotated[Path, typer.Option(help="Folder for adapters and figures.")] = OUTPUT,
 ) -> None:
-    """Fine-tunes all-MiniLM-L6-v2 for the sentiment of film reviews, with LoRA by rankwise."""
+    """Fine-tunes all-MiniLM-L6-v2 for the sentiment of film reviews, with LoRA and AdaLoRA."""
     start = time.perf_counter()
     sys.stdout.reconfigure(line_buffering=True)  # a pipe, too, shows each line at once
     try:
@@ -45,16 +45,31 @@ def main(
     features = encode(train, test)
     heads = [train_head(features, train, test, s) for s in range(seed, seed + seeds)]
     console.print(f"frozen encoder + head: accuracy {mean(run.accuracy for run in heads):.4f}")
-    loras = [train_lora(train, test, s, epochs) for s in range(seed, seed + seeds)]
-    adapter = output / "adapter"
-    promises = [accuracy_promise(mean(run.accuracy for run in loras))]
-    promises += check_adapter(loras[0].model, test, adapter)
+    runs = {
+        method.name: [
+            train_adapter(method, train, test, s, epochs) for s in range(seed, seed + seeds)
+        ]
+        for method in (LORA, ADALORA)
+    }
+    promises = []
+    for method, folder in ((LORA, output / "lora"), (ADALORA, output / "adalora")):
+        promises.append(accuracy_promise(method.name, mean(r.accuracy for r in runs[method.name])))
+        promises += check_adapter(method.name, runs[method.name][0].model, test, folder)
     head_file = output / "frozen_head.safetensors"
     save_file(heads[0].model.head.state_dict(), head_file)
-    console.print(results(heads, head_file, loras, adapter / "adapter_model.safetensors"))
+    files = [
+        head_file,
+        *(output / kind / "adapter_model.safetensors" for kind in ("lora", "adalora")),
+    ]
+    runs = {"frozen encoder + head": heads, **runs}
+    console.print(results(runs, files))
+    allocated = runs[ADALORA.name][0]
+    console.print(rank_table(final_ranks(allocated)))
     console.print(checks(promises))
-    draw(heads, loras, output / "training.png")
-    console.print(f"adapter: {adapter}\nfigure:  {output / 'training.png'}")
+    draw_training(runs, output / "training.png")
+    draw_ranks(allocated, output / "ranks.png")
+    console.print(f"adapters: {output / 'lora'}, {output / 'adalora'}")
+    console.print(f"figures:  {output / 'training.png'}, {output / 'ranks.png'}")
     console.print(f"total time {duration(time.perf_counter() - start)}")
     if not all(promise.kept for promise in promises):
         console.print("A promise was not kept; see the table above.", style="red")
@@ -75,22 +90,45 @@ def load_data() -> tuple[TokenizedSnippets, TokenizedSnippets]:
     return train, test
 
 
-def results(heads: list[Run], head_file: Path, loras: list[Run], lora_file: Path) -> Table:
-    """The comparison of both runs."""
-    seeds = f" (mean and deviation of {len(loras)} seeds)" if len(loras) > 1 else ""
+def results(runs: dict[str, list[Run]], files: list[Path]) -> Table:
+    """The comparison of all runs."""
+    count = len(runs[LORA.name])
+    seeds = f" (mean and deviation of {count} seeds)" if count > 1 else ""
     table = Table(title=f"Held-out film reviews{seeds}", title_justify="left")
     table.add_column("all-MiniLM-L6-v2")
-    for column in ("accuracy", "trainable\nparameters", "adapter\nfile", "training\ntime"):
+    columns = ("accuracy", "trained\nparameters", "adapter\nfile", "training\ntime", "time\na step")
+    for column in columns:
         table.add_column(column, justify="right")
-    lora = f"LoRA (r {LORA.rank}, alpha {LORA.alpha:g}) + head"
-    for name, runs, file in (("frozen encoder + head", heads, head_file), (lora, loras, lora_file)):
+    for (name, own), file in zip(runs.items(), files, strict=True):
+        steps = sum(len(run.losses) for run in own)
         table.add_row(
             name,
-            spread([run.accuracy for run in runs]),
-            f"{runs[0].trainable:,}",
+            spread([run.accuracy for run in own]),
+            f"{own[0].trainable:,}",
             f"{file.stat().st_size / 1000:,.0f} kB",
-            duration(mean(run.seconds for run in runs)),
+            duration(mean(run.seconds for run in own)),
+            f"{1000 * sum(run.seconds for run in own) / steps:.0f} ms",
         )
+    return table
+
+
+def final_ranks(run: Run) -> dict[str, dict[str, int]]:
+    """{projection: {layer: rank}} of the encoder's matrices."""
+    ranks: dict[str, dict[str, int]] = {}
+    for name, rank in run.allocator.ranks.items():
+        layer, _, projection = name.removeprefix("encoder.encoder.layer.").partition(".")
+        ranks.setdefault(projection, {})[layer] = rank
+    return ranks
+
+
+def rank_table(ranks: dict[str, dict[str, int]]) -> Table:
+    """What AdaLoRA made of rank 12 in each matrix."""
+    table = Table(title="Ranks that AdaLoRA left", title_justify="left")
+    table.add_column("matrix")
+    for layer in next(iter(ranks.values())):
+        table.add_column(f"layer {layer}", justify="right")
+    for projection, by_layer in ranks.items():
+        table.add_row(projection, *(str(rank) for rank in by_layer.values()))
     return table
 
 

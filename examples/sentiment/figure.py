@@ -1,4 +1,4 @@
-"""The figure: LoRA's loss during training, and its accuracy beside the frozen encoder's."""
+"""The figures: losses and accuracies of all runs; what AdaLoRA's budget and ranks became."""
 
 from __future__ import annotations
 
@@ -14,54 +14,107 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from training import BATCH_SIZE, Run
 
-WINDOW = 25  # steps averaged in the smooth curve
-LORA_COLOR, FROZEN_COLOR, FAINT = "#1f6fb4", "#8a8f98", "#c9dbea"
+WINDOW = 25  # steps averaged in the curves
+COLORS = ("#8a8f98", "#1f6fb4", "#c4622d")  # of the runs, in their order
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 
 
-def draw(heads: list[Run], loras: list[Run], path: Path) -> None:
-    """Writes the PNG: the first seed's losses, the mean accuracies of all seeds."""
-    with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+def draw_training(runs: dict[str, list[Run]], path: Path) -> None:
+    """Writes the PNG: the first seeds' losses, the mean accuracies of all seeds."""
+    with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(11, 4.2), width_ratios=(1.25, 1), layout="constrained"
         )
-        _draw_losses(left, loras[0])
-        _draw_accuracies(right, heads, loras)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+        adapters = list(zip(runs.items(), COLORS, strict=True))[1:]
+        for (name, own), color in adapters:
+            _draw_losses(left, name, own[0], color)
+        _finish_losses(left)
+        _draw_accuracies(right, runs)
+        _save(figure, path)
 
 
-def _draw_losses(axes: Axes, run: Run) -> None:
+def draw_ranks(run: Run, path: Path) -> None:
+    """Writes the PNG: the budget over the steps, and the rank each matrix ended with."""
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=(11, 4.2), width_ratios=(1, 1.4), layout="constrained"
+        )
+        _draw_budget(left, run)
+        _draw_heat_map(right, run)
+        _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_losses(axes: Axes, name: str, run: Run, color: str) -> None:
     losses = np.array(run.losses)
     window = min(WINDOW, len(losses))
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-    axes.plot(np.arange(1, len(losses) + 1), losses, color=FAINT, linewidth=0.8, label="each step")
     middle = np.arange(len(smooth)) + (window + 1) / 2
-    label = f"mean of {window} steps"
-    axes.plot(middle, smooth, color=LORA_COLOR, linewidth=2, label=label)
-    epochs = len(run.accuracies)
-    for epoch in range(1, epochs):
-        axes.axvline(epoch * len(losses) / epochs, color=FROZEN_COLOR, linewidth=0.8, linestyle=":")
-    axes.set_title("LoRA training loss", loc="left")
-    axes.set_xlabel(f"step ({BATCH_SIZE} snippets each; dotted line: end of an epoch)")
-    axes.set_ylabel("cross-entropy (nats)")
+    axes.plot(np.arange(1, len(losses) + 1), losses, color=color, linewidth=0.5, alpha=0.25)
+    axes.plot(middle, smooth, color=color, linewidth=2, label=name)
     axes.set_xlim(0, len(losses))
-    axes.set_ylim(0, 1.05 * float(losses.max()))
+
+
+def _finish_losses(axes: Axes) -> None:
+    axes.set_title(f"Training loss (thick: mean of {WINDOW} steps)", loc="left")
+    axes.set_xlabel(f"step ({BATCH_SIZE} snippets each)")
+    axes.set_ylabel("cross-entropy (nats)")
+    axes.set_ylim(bottom=0)
     axes.legend(frameon=False, loc="lower left")
 
 
-def _draw_accuracies(axes: Axes, heads: list[Run], loras: list[Run]) -> None:
-    bars = [("frozen encoder\n+ head", mean(run.accuracy for run in heads), FROZEN_COLOR)]
-    for epoch, values in enumerate(zip(*(run.accuracies for run in loras), strict=True), 1):
-        bars.append((f"LoRA\nafter epoch {epoch}", mean(values), LORA_COLOR))
-    names, values, colors = zip(*bars, strict=True)
-    percent = [100 * value for value in values]
+def _draw_accuracies(axes: Axes, runs: dict[str, list[Run]]) -> None:
+    bars = []
+    for (name, own), color in zip(runs.items(), COLORS, strict=True):
+        epochs = list(zip(*(run.accuracies for run in own), strict=True))
+        for epoch, values in enumerate(epochs, 1):
+            label = name if len(epochs) == 1 else f"{name},\nepoch {epoch}"
+            bars.append((label, 100 * mean(values), color))
+    names, percent, colors = zip(*bars, strict=True)
     # From 50 %, which is what guessing gives: the classes are of equal size.
     drawn = axes.barh(names, [value - 50 for value in percent], left=50, color=colors, height=0.6)
     axes.bar_label(drawn, [f"{value:.1f} %" for value in percent], padding=4)
     axes.invert_yaxis()
     axes.set_xlim(50, 100)
     axes.tick_params(axis="y", length=0)
-    seeds = f", mean of {len(loras)} seeds" if len(loras) > 1 else ""
+    count = len(next(iter(runs.values())))
+    seeds = f", mean of {count} seeds" if count > 1 else ""
     axes.set_title(f"Accuracy on held-out snippets{seeds}", loc="left")
     axes.set_xlabel("right answers (%; guessing gives 50 %)")
+
+
+def _draw_budget(axes: Axes, run: Run) -> None:
+    steps = np.arange(1, len(run.losses) + 1)
+    schedule = run.allocator.schedule
+    axes.plot(steps, [schedule.budget(int(step)) for step in steps], color=COLORS[2], linewidth=2)
+    axes.set_title("AdaLoRA's budget", loc="left")
+    axes.set_xlabel("step")
+    axes.set_ylabel("parameters in kept directions")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlim(0, len(steps))
+    axes.set_ylim(0, 1.05 * schedule.initial_budget)
+
+
+def _draw_heat_map(axes: Axes, run: Run) -> None:
+    by_matrix: dict[str, list[int]] = {}
+    for name, rank in run.allocator.ranks.items():
+        matrix = name.split(".layer.")[1].partition(".")[2]
+        by_matrix.setdefault(matrix, []).append(rank)
+    ranks = np.array(list(by_matrix.values()))
+    axes.imshow(ranks, cmap="Blues", vmin=0, vmax=run.allocator.config.initial_rank, aspect="auto")
+    for (row, column), rank in np.ndenumerate(ranks):
+        dark = rank > run.allocator.config.initial_rank / 2
+        axes.text(column, row, rank, ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(ranks.shape[1]))
+    axes.set_yticks(range(ranks.shape[0]), list(by_matrix))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("layer of the encoder")
+    axes.set_title(
+        f"Rank of each matrix (at the start {run.allocator.config.initial_rank})", loc="left"
+    )

@@ -29,31 +29,37 @@ class Promise:
     kept: bool
 
 
-def accuracy_promise(accuracy: float) -> Promise:
+def accuracy_promise(method: str, accuracy: float) -> Promise:
     return Promise(
-        "LoRA accuracy",
+        f"{method}: accuracy",
         f"{accuracy:.4f}",
         f"at least {MINIMUM_ACCURACY}",
         accuracy >= MINIMUM_ACCURACY,
     )
 
 
-def check_adapter(model: Classifier, test: TokenizedSnippets, folder: Path) -> list[Promise]:
+def check_adapter(
+    method: str, model: Classifier, test: TokenizedSnippets, folder: Path
+) -> list[Promise]:
     """Saves the model's adapter to `folder`, reloads it with stock PEFT, merges and unmerges."""
     expected = predict(model, test)
     rw.save_adapter(model, folder)
     # Another seed: the head's weights, too, must come from the folder.
     reloaded = PeftModel.from_pretrained(new_classifier(seed=12345), folder)
-    promises = [_logits("logits, reloaded by PEFT", reloaded, expected, test, PEFT_LIMIT)]
+    promises = [
+        _logits(f"{method}: logits, reloaded by PEFT", reloaded, expected, test, PEFT_LIMIT)
+    ]
     rw.merge(model)
-    promises.append(_logits("logits, merged", model, expected, test, MERGED_LIMIT))
+    promises.append(_logits(f"{method}: logits, merged", model, expected, test, MERGED_LIMIT))
     original = load_encoder()
     merged = changed_bits(model.encoder, original)
     rw.unmerge(model)
-    promises.append(_logits("logits, unmerged", model, expected, test, 0.0))
+    promises.append(_logits(f"{method}: logits, unmerged", model, expected, test, 0.0))
     changed = changed_bits(model.encoder, original)
     measured = f"{changed:,} (merged: {merged:,})"
-    promises.append(Promise("encoder bits, unmerged", measured, "0 changed", changed == 0))
+    promises.append(
+        Promise(f"{method}: encoder bits, unmerged", measured, "0 changed", changed == 0)
+    )
     return promises
 
 

@@ -1,8 +1,9 @@
-"""The two runs: a head over the frozen encoder, and LoRA on every linear layer of the encoder."""
+"""The runs: a head over the frozen encoder, and LoRA and AdaLoRA on every linear layer of it."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,20 +18,56 @@ from tqdm import tqdm
 import rankwise as rw
 
 BATCH_SIZE = 32
-LEARNING_RATE = 1e-3
 HEAD_EPOCHS = 20  # more than the head can use; they take seconds on stored features
-LORA = rw.LoRAConfig(rank=8, alpha=16.0, target_modules="all-linear", modules_to_save=["head"])
+HEAD_LEARNING_RATE = 1e-3
+RANK = 4  # of LoRA, and of AdaLoRA in the mean at the end: equal parameter counts
+PENALTY_WEIGHT = 0.1  # of the orthogonality penalty, as in the AdaLoRA paper's code
+WHERE = {"target_modules": "all-linear", "modules_to_save": ["head"]}
+
+
+def lora_config(steps: int) -> rw.LoRAConfig:
+    return rw.LoRAConfig(rank=RANK, alpha=2.0 * RANK, **WHERE)
+
+
+def adalora_config(steps: int) -> rw.AdaLoRAConfig:
+    """12 -> 4: a tenth of the steps to warm up, pruning every tenth step, the last third frozen."""
+    return rw.AdaLoRAConfig(
+        initial_rank=3 * RANK,
+        target_rank=RANK,
+        alpha=6.0 * RANK,
+        total_steps=steps,
+        warmup_steps=steps // 10,
+        final_steps=steps // 3,
+        allocation_interval=10,
+        budget_unit="parameters",
+        **WHERE,
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A kind of adapter: its configuration for a number of steps, and a learning rate for it."""
+
+    name: str
+    config: Callable[[int], rw.LoRAConfig | rw.AdaLoRAConfig]
+    learning_rate: float
+
+
+LORA = Method(f"LoRA (r {RANK})", lora_config, 1e-3)
+# E starts at zero, so that A and B hardly move at first: a larger rate suits it.
+ADALORA = Method(f"AdaLoRA (r {3 * RANK} to {RANK})", adalora_config, 2e-3)
 
 
 @dataclass
 class Run:
     """A trained model: its accuracies on the test set after each measured epoch, one loss a step.
 
-    `seconds` is the time of training alone.
+    `seconds` is the time of training alone, `trainable` the count of parameters at its end.
     """
 
     model: Classifier
     trainable: int
+    allocator: rw.RankAllocator | None = None
     seconds: float = 0.0
     accuracies: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -76,7 +113,7 @@ def train_head(
     model.encoder.requires_grad_(False)
     run = Run(model, sum(p.numel() for p in model.head.parameters()))
     start = time.perf_counter()
-    optimizer, schedule = _optimizer(model, HEAD_EPOCHS * _steps(train))
+    optimizer, schedule = _optimizer(model, HEAD_EPOCHS * _steps(train), HEAD_LEARNING_RATE)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(HEAD_EPOCHS):
         for rows in torch.randperm(len(train), generator=generator).split(BATCH_SIZE):
@@ -89,22 +126,30 @@ def train_head(
     return run
 
 
-def train_lora(train: TokenizedSnippets, test: TokenizedSnippets, seed: int, epochs: int) -> Run:
-    """Run B: LoRA on the encoder and the head together; accuracy is measured after every epoch.
+def train_adapter(
+    method: Method, train: TokenizedSnippets, test: TokenizedSnippets, seed: int, epochs: int
+) -> Run:
+    """Runs B and C: adapters on the encoder and the head together; accuracy after every epoch.
 
     Raises:
         RuntimeError: an adapter does not train (rw.health_check after the first step).
     """
-    model = rw.apply_lora(new_classifier(seed), LORA).train()
-    run = Run(model, rw.summary(model).trainable)
-    optimizer, schedule = _optimizer(model, epochs * _steps(train))
+    steps = epochs * _steps(train)
+    config = method.config(steps)
+    model = rw.apply_lora(new_classifier(seed), config).train()
+    optimizer, schedule = _optimizer(model, steps, method.learning_rate)
+    allocator = None
+    if isinstance(config, rw.AdaLoRAConfig):
+        allocator = rw.RankAllocator(model, config)
+        allocator.attach(optimizer)
+    run = Run(model, 0, allocator)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
-        with _progress(f"LoRA, epoch {epoch} of {epochs}", len(train)) as bar:
+        with _progress(f"{method.name}, epoch {epoch} of {epochs}", len(train)) as bar:
             for batch in train.training_batches(BATCH_SIZE, generator):
                 loss = F.cross_entropy(model(**batch.inputs), batch.labels)
-                run.losses.append(_step(loss, optimizer))
+                run.losses.append(_step(loss, optimizer, _penalty(allocator)))
                 schedule.step()
                 if len(run.losses) == 1:
                     tqdm.write(f"health check after the first step: {_healthy(model)}")
@@ -115,8 +160,27 @@ def train_lora(train: TokenizedSnippets, test: TokenizedSnippets, seed: int, epo
         run.accuracies.append(accuracy(predict(model, test), test.labels))
         loss = mean(run.losses[-_steps(train) :])
         speed = f"{len(train) / seconds:.0f} samples/s"
-        print(f"epoch {epoch}: loss {loss:.3f}, accuracy {run.accuracy:.4f}, {speed}")
+        print(
+            f"{method.name}, epoch {epoch}: loss {loss:.3f}, accuracy {run.accuracy:.4f}, {speed}"
+        )
+    run.trainable = _trained_parameters(model)
     return run
+
+
+def _penalty(allocator: rw.RankAllocator | None) -> Tensor | float:
+    """What keeps AdaLoRA's factors near orthonormal; not part of the reported loss."""
+    if allocator is None:
+        return 0.0
+    return PENALTY_WEIGHT * allocator.orthogonality_penalty("mean_norm")
+
+
+def _trained_parameters(model: Classifier) -> int:
+    """Parameters that are in use: of pruned adapters the kept directions alone."""
+    layers = rw.summary(model).layers
+    triplet = {x.name: x.in_features + x.out_features for x in layers}
+    has_E = {name: model.get_submodule(name).lora_E is not None for name in triplet}
+    adapters = sum(x.rank * (triplet[x.name] + has_E[x.name]) for x in layers)
+    return adapters + sum(p.numel() for p in model.head.parameters())
 
 
 def mean(values: list[float]) -> float:
@@ -135,15 +199,15 @@ def _steps(train: TokenizedSnippets) -> int:
     return -(-len(train) // BATCH_SIZE)
 
 
-def _optimizer(model: nn.Module, steps: int) -> tuple[Optimizer, LinearLR]:
+def _optimizer(model: nn.Module, steps: int, rate: float) -> tuple[Optimizer, LinearLR]:
     """AdamW over what is trainable, with a learning rate that falls linearly to 0."""
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE)
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], rate)
     return optimizer, LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
 
 
-def _step(loss: Tensor, optimizer: Optimizer) -> float:
+def _step(loss: Tensor, optimizer: Optimizer, penalty: Tensor | float = 0.0) -> float:
     optimizer.zero_grad()
-    loss.backward()
+    (loss + penalty).backward()
     optimizer.step()
     return loss.item()
 

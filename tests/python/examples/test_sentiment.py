@@ -32,7 +32,13 @@ def first():
 @pytest.fixture(scope="module")
 def lora(data):
     """Two epochs over 320 snippets, that is 20 steps."""
-    return training.train_lora(*data, seed=0, epochs=2)
+    return training.train_adapter(training.LORA, *data, seed=0, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def adalora(data):
+    """The same with AdaLoRA: warm-up 2 steps, an allocation at step 10, frozen at step 14."""
+    return training.train_adapter(training.ADALORA, *data, seed=0, epochs=2)
 
 
 def test_data_and_split():
@@ -95,15 +101,29 @@ def test_lora_learns(lora):
     assert lora.trainable == rw.summary(lora.model).trainable
 
 
+def test_adalora_ends_with_the_parameters_of_lora(data, lora, adalora):
+    allocator, layers = adalora.allocator, rw.summary(adalora.model).layers
+    assert allocator.frozen and allocator.steps == 20 and allocator.skipped_steps == 0
+    assert {x.name: x.rank for x in layers} == allocator.ranks
+    assert len(set(allocator.ranks.values())) > 1, "every matrix got the same rank"
+    lora_A_and_B = adalora.trainable - sum(allocator.ranks.values())  # without E
+    cost = max(x.in_features + x.out_features for x in layers)
+    assert lora.trainable - cost < lora_A_and_B <= lora.trainable
+
+
 def test_same_seed_same_numbers(first):
-    runs = [training.train_lora(first, first, seed=3, epochs=1) for _ in range(2)]
+    runs = [
+        training.train_adapter(training.ADALORA, first, first, seed=3, epochs=1) for _ in range(2)
+    ]
     assert runs[0].losses == runs[1].losses
     assert torch.equal(predict(runs[0].model, first), predict(runs[1].model, first))
 
 
-def test_promises_of_the_adapter_are_kept(data, lora, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_promises_of_the_adapter_are_kept(data, method, request, tmp_path):
     _, test = data
-    checked = promises.check_adapter(lora.model, test, tmp_path)
+    model = request.getfixturevalue(method).model
+    checked = promises.check_adapter(method, model, test, tmp_path)
     assert [promise for promise in checked if not promise.kept] == []
     assert len(checked) == 4
 
@@ -130,7 +150,10 @@ def test_the_command_reports_a_broken_promise(first, tmp_path, monkeypatch, caps
         demo.main(epochs=1, seed=0, seeds=2, output=tmp_path)
     assert stopped.value.exit_code == 1
     printed = capsys.readouterr().out
-    assert printed.count("BROKEN") == 1 and printed.count("kept") >= 4
-    assert "health check after the first step: 36 adapters" in printed
-    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert printed.count("BROKEN") == 2 and printed.count("kept") >= 8
+    assert printed.count("health check after the first step: 36 adapters") == 4
+    assert "Ranks that AdaLoRA left" in printed
+    for figure in ("training.png", "ranks.png"):
+        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+    for folder in ("lora", "adalora"):
+        assert (tmp_path / folder / "adapter_config.json").is_file()
