@@ -10,13 +10,16 @@
 
 namespace rankwise::kernels {
 
+// Averages of numbers up to this one are finite.
+template <class T>
+constexpr T largest_sensitivity = std::numeric_limits<T>::max() / 4;
+
 // |w dL/dw|, the first-order change of the loss when w is set to zero; finite whatever w is, as
 // long as averages of it are.
 template <class T>
 RANKWISE_HOST_DEVICE inline T sensitivity_now(T parameter, T gradient) {
-  constexpr T largest = std::numeric_limits<T>::max() / 4;
   const T now = std::fabs(parameter * gradient);
-  return now < largest ? now : largest;
+  return now < largest_sensitivity<T> ? now : largest_sensitivity<T>;
 }
 
 template <class T>

@@ -1,0 +1,79 @@
+// The importance passes in ATen's operations, for devices without kernels of their own. They agree
+// with the kernels up to rounding.
+#include "importance_composite.h"
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "../kernels/importance.h"
+
+namespace rankwise {
+namespace {
+
+// |w dL/dw|, finite like kernels::sensitivity_now.
+at::Tensor sensitivity_now(const at::Tensor& parameter, const at::Tensor& gradient,
+                           at::ScalarType dtype) {
+  const double largest = dtype == at::kDouble ? kernels::largest_sensitivity<double>
+                                              : kernels::largest_sensitivity<float>;
+  const at::Tensor now = (parameter.to(dtype) * gradient.to(dtype)).abs_();
+  return at::where(now < largest, now, at::full({}, largest, now.options()));
+}
+
+at::Tensor element_scores(const at::Tensor& sensitivity, const at::Tensor& uncertainty) {
+  return sensitivity.to(at::kDouble) * uncertainty.to(at::kDouble);
+}
+
+}  // namespace
+
+at::Tensor importance_check_composite(at::TensorList gradients) {
+  at::Tensor finite = at::ones({}, gradients[0].options().dtype(at::kBool));
+  at::Tensor nonzero = at::zeros_like(finite);
+  for (const at::Tensor& gradient : gradients) {
+    finite.logical_and_(gradient.isfinite().all());
+    nonzero.logical_or_(gradient.any());
+  }
+  return at::stack({finite.logical_not(), nonzero});
+}
+
+at::Tensor importance_step_composite_(at::TensorList parameters,
+                                      const c10::List<std::optional<at::Tensor>>& gradients,
+                                      at::TensorList sensitivity, at::TensorList uncertainty,
+                                      at::IntArrayRef ranks, double beta1, double beta2,
+                                      bool score) {
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const std::optional<at::Tensor> gradient = gradients.get(i);
+    if (!gradient) continue;
+    const at::Tensor &s = sensitivity[i], &u = uncertainty[i];
+    const at::Tensor now = sensitivity_now(parameters[i], *gradient, s.scalar_type());
+    s.mul_(beta1).add_(now, 1 - beta1);
+    u.mul_(beta2).add_((now - s).abs_(), 1 - beta2);
+  }
+  std::vector<at::Tensor> scores = {at::empty({0}, sensitivity[0].options().dtype(at::kDouble))};
+  for (size_t m = 0; score && m < ranks.size(); ++m) {
+    const auto elements = [&](size_t f) {
+      return element_scores(sensitivity[3 * m + f], uncertainty[3 * m + f]);
+    };
+    const at::Tensor all = elements(2).squeeze(1) + (elements(0).mean(1) + elements(1).mean(0));
+    scores.push_back(all.narrow(0, 0, ranks[m]));
+  }
+  return at::cat(scores);
+}
+
+void mask_triplets_composite_(at::TensorList lora_E, at::IntArrayRef ranks,
+                              const at::Tensor& kept) {
+  const std::vector<at::Tensor> keep = kept.split_with_sizes(ranks);
+  for (size_t m = 0; m < ranks.size(); ++m) {
+    const at::Tensor pruned = keep[m].logical_not().unsqueeze(1).to(lora_E[m].device());
+    lora_E[m].narrow(0, 0, ranks[m]).masked_fill_(pruned, 0);
+  }
+}
+
+}  // namespace rankwise
+
+TORCH_LIBRARY_IMPL(rankwise, CompositeExplicitAutograd, m) {
+  m.impl("_importance_check", &rankwise::importance_check_composite);
+  m.impl("_importance_step_", &rankwise::importance_step_composite_);
+  m.impl("_mask_triplets_", &rankwise::mask_triplets_composite_);
+}
