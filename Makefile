@@ -1,4 +1,4 @@
-# The doors: make demo | test | check | format. Everything happens in .venv; see README.md.
+# The doors: make demo | test | check | bench | format. Everything happens in .venv; see README.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 FORMATTED_CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu')
 FORMATTED_PY := setup.py python tests examples tools
 
-.PHONY: demo test test-cpp test-python check lint format clean
+.PHONY: demo bench test test-cpp test-python check lint format clean
 
 demo: $(PACKAGE)
 	$(BIN)/python examples/sentiment/demo.py
@@ -36,6 +36,10 @@ lint: $(VENV)/.ready
 # Everything, with compiler warnings as errors.
 check: export RANKWISE_WARNINGS_AS_ERRORS := ON
 check: lint test
+
+bench: $(PACKAGE)
+	$(BIN)/python tests/bench/allocator.py
+	$(BIN)/python tests/bench/adalora_step.py
 
 format: $(VENV)/.ready
 	$(BIN)/clang-format -i $(FORMATTED_CPP)

@@ -1,0 +1,118 @@
+# Whole training steps of MiniLM: AdaLoRA in each phase against plain LoRA of the same ranks.
+"""Prints medians and quartiles of milliseconds, and the median of the ratios of paired steps.
+
+    python tests/bench/adalora_step.py [--repeats 30] [--threads 2] [--batch 32] [--length 64]
+
+A step is zero_grad, forward, backward and AdamW, and for AdaLoRA also the orthogonality penalty and
+the allocator, which averages (warm-up) and chooses (budgeting) in every step. "kept ranks" is LoRA
+with the rank that AdaLoRA left each matrix. Contenders alternate in random order in one process;
+"twice" is the noise of the method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from statistics import median, quantiles
+
+import torch
+from transformers import BertConfig, BertModel
+
+import rankwise as rw
+
+RANK, TARGET, STEPS = 12, 4, 10**6
+CONFIG = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+WHERE = {"target_modules": "all-linear"}
+
+
+def new_model() -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(CONFIG, add_pooling_layer=False).train()
+
+
+class Contender:
+    """A model with its optimizer; step() is one training step."""
+
+    def __init__(self, config, ids: torch.Tensor) -> None:
+        self.model, self.ids = rw.apply_lora(new_model(), config), ids
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        self.allocator = None
+        if isinstance(config, rw.AdaLoRAConfig):
+            self.allocator = rw.RankAllocator(self.model, config)
+            self.allocator.attach(self.optimizer)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        loss = self.model(self.ids).last_hidden_state.square().mean()
+        if self.allocator is not None:
+            loss = loss + 0.1 * self.allocator.orthogonality_penalty()
+        loss.backward()
+        self.optimizer.step()
+
+
+def contenders(ids: torch.Tensor) -> dict[str, list[tuple[str, Contender]]]:
+    """{comparison: [(name, contender)]}, the first the reference."""
+
+    def adalora(**options) -> Contender:
+        config = rw.AdaLoRAConfig(
+            initial_rank=RANK, target_rank=TARGET, total_steps=STEPS, **options, **WHERE
+        )
+        return Contender(config, ids)
+
+    def lora(rank: int = RANK, **options) -> Contender:
+        return Contender(rw.LoRAConfig(rank=rank, **options, **WHERE), ids)
+
+    frozen = adalora()
+    for _ in range(3):
+        frozen.step()
+    frozen.allocator.freeze(frozen.optimizer)
+    kept = frozen.allocator.ranks
+    return {
+        f"LoRA of rank {RANK}": [
+            ("LoRA", lora()),
+            ("LoRA, twice", lora()),
+            ("AdaLoRA, warm-up", adalora(warmup_steps=STEPS - 2)),
+            ("AdaLoRA, budgeting", adalora()),
+        ],
+        "LoRA of the kept ranks": [
+            ("LoRA", lora(rank_pattern=kept)),
+            ("LoRA, twice", lora(rank_pattern=kept)),
+            ("AdaLoRA, final", frozen),
+        ],
+    }
+
+
+def measure(rows: list[tuple[str, Contender]], repeats: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name, _ in rows}
+    for _, contender in rows:
+        contender.step()
+    for _ in range(repeats):
+        for name, contender in random.sample(rows, len(rows)):
+            start = time.perf_counter()
+            contender.step()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in (("repeats", 30), ("threads", 2), ("batch", 32), ("length", 64)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    random.seed(0)
+    ids = torch.randint(0, CONFIG.vocab_size, (arguments.batch, arguments.length))
+    for title, rows in contenders(ids).items():
+        times = measure(rows, arguments.repeats)
+        print(f"time over {title}:")
+        reference = times[rows[0][0]]
+        for name, own in times.items():
+            low, _, high = quantiles(own, n=4)
+            ratio = median(t / r for t, r in zip(own, reference, strict=True))
+            print(f"  {name:<20} {median(own):8.1f} ({low:.1f} .. {high:.1f}) ms  {ratio:6.3f}")
+
+
+if __name__ == "__main__":
+    main()
