@@ -9,13 +9,24 @@ namespace py = pybind11;
 using rankwise::AdapterConfig;
 using rankwise::AdapterFile;
 using rankwise::AdapterKey;
+using rankwise::AllocationSettings;
 
 namespace {
 
 void bind_config(py::module_& m) {
+  py::class_<AllocationSettings>(m, "AllocationSettings")
+      .def(py::init<>())
+      .def_readwrite("target_rank", &AllocationSettings::target_rank)
+      .def_readwrite("warmup_steps", &AllocationSettings::warmup_steps)
+      .def_readwrite("final_steps", &AllocationSettings::final_steps)
+      .def_readwrite("allocation_interval", &AllocationSettings::allocation_interval)
+      .def_readwrite("beta1", &AllocationSettings::beta1)
+      .def_readwrite("beta2", &AllocationSettings::beta2)
+      .def_readwrite("orthogonality_weight", &AllocationSettings::orthogonality_weight)
+      .def_readwrite("total_steps", &AllocationSettings::total_steps);
   py::class_<AdapterConfig>(m, "AdapterConfig")
       .def(py::init<>())
-      .def_readonly("peft_type", &AdapterConfig::peft_type)
+      .def_readwrite("peft_type", &AdapterConfig::peft_type)
       .def_readwrite("rank", &AdapterConfig::rank)
       .def_readwrite("alpha", &AdapterConfig::alpha)
       .def_readwrite("dropout", &AdapterConfig::dropout)
@@ -25,6 +36,8 @@ void bind_config(py::module_& m) {
       .def_readwrite("modules_to_save", &AdapterConfig::modules_to_save)
       .def_readwrite("rank_pattern", &AdapterConfig::rank_pattern)
       .def_readwrite("alpha_pattern", &AdapterConfig::alpha_pattern)
+      .def_readwrite("kept_directions", &AdapterConfig::kept_directions)
+      .def_readwrite("allocation", &AdapterConfig::allocation)
       .def_readwrite("base_model_name_or_path", &AdapterConfig::base_model_name_or_path)
       .def_readwrite("task_type", &AdapterConfig::task_type)
       .def("rank_of", &AdapterConfig::rank_of)
@@ -39,6 +52,9 @@ void bind_key(py::module_& m) {
       .value("lora_B", AdapterKey::Part::lora_B)
       .value("embedding_A", AdapterKey::Part::embedding_A)
       .value("embedding_B", AdapterKey::Part::embedding_B)
+      .value("triplet_A", AdapterKey::Part::triplet_A)
+      .value("triplet_B", AdapterKey::Part::triplet_B)
+      .value("triplet_E", AdapterKey::Part::triplet_E)
       .value("saved", AdapterKey::Part::saved);
   key.def(py::init([](std::string module, AdapterKey::Part part, std::string parameter) {
             return AdapterKey{std::move(module), part, std::move(parameter)};
@@ -51,13 +67,7 @@ void bind_key(py::module_& m) {
   m.def("parse_adapter_key", &rankwise::parse_adapter_key);
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  m.attr("cuda") = bool(RANKWISE_CUDA_BUILT);
-  py::register_exception<rankwise::io::FileError>(m, "FileError");
-  bind_config(m);
-  bind_key(m);
+void bind_file(py::module_& m) {
   py::class_<AdapterFile>(m, "AdapterFile")
       .def(py::init([](AdapterConfig config, std::map<std::string, at::Tensor> tensors) {
              return AdapterFile{std::move(config), std::move(tensors), {}};
@@ -71,4 +81,14 @@ PYBIND11_MODULE(_C, m) {
     return rankwise::read_adapter(directory);
   });
   m.def("write_adapter", &rankwise::write_adapter, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("cuda") = bool(RANKWISE_CUDA_BUILT);
+  py::register_exception<rankwise::io::FileError>(m, "FileError");
+  bind_config(m);
+  bind_key(m);
+  bind_file(m);
 }
