@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 #include <rankwise/adapter_file.h>
+#include <rankwise/adapter_fold.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -9,6 +10,7 @@ namespace py = pybind11;
 using rankwise::AdapterConfig;
 using rankwise::AdapterFile;
 using rankwise::AdapterKey;
+using rankwise::AdapterUpdate;
 using rankwise::AllocationSettings;
 
 namespace {
@@ -83,6 +85,22 @@ void bind_file(py::module_& m) {
   m.def("write_adapter", &rankwise::write_adapter, py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_fold(py::module_& m) {
+  py::class_<AdapterUpdate>(m, "AdapterUpdate")
+      .def(py::init([](std::string module, at::Tensor lora_A, at::Tensor lora_B,
+                       std::optional<at::Tensor> lora_E, double scaling, bool embedding) {
+             return AdapterUpdate{std::move(module), std::move(lora_A),
+                                  std::move(lora_B), lora_E.value_or(at::Tensor()),
+                                  scaling,           embedding};
+           }),
+           py::arg("module"), py::arg("lora_A"), py::arg("lora_B"), py::arg("lora_E"),
+           py::arg("scaling"), py::arg("embedding"));
+  m.def(
+      "fold_adapter",
+      py::overload_cast<const std::vector<AdapterUpdate>&, AdapterConfig>(&rankwise::fold_adapter),
+      py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -91,4 +109,5 @@ PYBIND11_MODULE(_C, m) {
   bind_config(m);
   bind_key(m);
   bind_file(m);
+  bind_fold(m);
 }

@@ -2,4 +2,5 @@
 #pragma once
 
 #include <rankwise/adapter_file.h>
+#include <rankwise/adapter_fold.h>
 #include <rankwise/ops.h>
