@@ -3,6 +3,7 @@
 
 #include <rankwise/file_error.h>
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 #include <sstream>
@@ -29,6 +30,9 @@ Value lookup(const PatternList<Value>& patterns, std::string_view module, Value 
 }  // namespace
 
 int64_t AdapterConfig::rank_of(std::string_view module) const {
+  if (const auto kept = kept_directions.find(module); kept != kept_directions.end()) {
+    return std::count(kept->second.begin(), kept->second.end(), true);
+  }
   return lookup(rank_pattern, module, rank);
 }
 
@@ -37,7 +41,7 @@ double AdapterConfig::alpha_of(std::string_view module) const {
 }
 
 double AdapterConfig::scaling(std::string_view module) const {
-  const auto r = static_cast<double>(rank_of(module));
+  const auto r = static_cast<double>(lookup(rank_pattern, module, rank));
   if (r == 0) return 0;
   return alpha_of(module) / (rslora ? std::sqrt(r) : r);
 }
@@ -58,33 +62,82 @@ class ConfigCheck {
       : config_(config), file_(file) {}
 
   void run() {
-    if (config_.peft_type != "LORA") fail("peft_type", "\"LORA\"", in_quotes(config_.peft_type));
-    integer("r", config_.rank, 1);
     finite("lora_alpha", config_.alpha);
     if (!(config_.dropout >= 0 && config_.dropout <= 1)) {
       fail("lora_dropout", "in [0, 1]", text_of(config_.dropout));
     }
     exclusive("target_modules", config_.target_modules, config_.target_modules_regex);
     exclusive("exclude_modules", config_.exclude_modules, config_.exclude_modules_regex);
-    keys("rank_pattern", config_.rank_pattern);
-    keys("alpha_pattern", config_.alpha_pattern);
-    for (const auto& [key, value] : config_.rank_pattern) {
-      integer("rank_pattern " + in_quotes(key), value, 0);
-    }
-    for (const auto& [key, value] : config_.alpha_pattern) {
-      finite("alpha_pattern " + in_quotes(key), value);
+    if (config_.peft_type == "LORA") {
+      lora();
+    } else if (config_.peft_type == "ADALORA") {
+      adalora();
+    } else {
+      fail("peft_type", "\"LORA\" or \"ADALORA\"", in_quotes(config_.peft_type));
     }
   }
 
  private:
+  void lora() {
+    integer("r", config_.rank, 1, max_rank);
+    keys("rank_pattern", config_.rank_pattern);
+    keys("alpha_pattern", config_.alpha_pattern);
+    for (const auto& [key, value] : config_.rank_pattern) {
+      integer("rank_pattern " + in_quotes(key), value, 0, max_rank);
+    }
+    for (const auto& [key, value] : config_.alpha_pattern) {
+      finite("alpha_pattern " + in_quotes(key), value);
+    }
+    if (!config_.kept_directions.empty()) fail("kept_directions", "empty in LoRA", "some");
+  }
+
+  void adalora() {
+    integer("init_r", config_.rank, 1, max_rank);
+    // PEFT takes the rank in place of an alpha that is not.
+    if (!(config_.alpha > 0 && config_.alpha < 1e300)) {
+      fail("lora_alpha", "in (0, 1e300) in AdaLoRA", text_of(config_.alpha));
+    }
+    if (config_.rslora) fail("use_rslora", "false in AdaLoRA", "true");
+    if (!config_.rank_pattern.empty()) fail("rank_pattern", "of booleans in AdaLoRA", "ranks");
+    if (!config_.alpha_pattern.empty()) fail("alpha_pattern", "empty in AdaLoRA", "some");
+    allocation(config_.allocation);
+    few("rank_pattern", config_.kept_directions.size());
+    for (const auto& [module, kept] : config_.kept_directions) {
+      if (static_cast<int64_t>(kept.size()) == config_.rank) continue;
+      fail("rank_pattern " + in_quotes(module + ".lora_E"),
+           "a list of init_r = " + text_of(config_.rank) + " booleans", text_of(kept.size()));
+    }
+  }
+
+  void allocation(const AllocationSettings& settings) {
+    integer("target_r", settings.target_rank, 0, max_rank);
+    integer("tinit", settings.warmup_steps, 0, max_steps);
+    integer("tfinal", settings.final_steps, 0, max_steps);
+    integer("deltaT", settings.allocation_interval, 1, max_steps);
+    integer("total_step", settings.total_steps, 1, max_steps);
+    const int64_t fixed = settings.warmup_steps + settings.final_steps;
+    if (settings.total_steps <= fixed) {
+      fail("total_step", "more than tinit + tfinal = " + text_of(fixed),
+           text_of(settings.total_steps));
+    }
+    for (const auto& [field, beta] :
+         {std::pair("beta1", settings.beta1), std::pair("beta2", settings.beta2)}) {
+      if (!(beta > 0 && beta < 1)) fail(field, "in (0, 1)", text_of(beta));
+    }
+    finite("orth_reg_weight", settings.orthogonality_weight);
+    if (settings.orthogonality_weight < 0) {
+      fail("orth_reg_weight", "at least 0", text_of(settings.orthogonality_weight));
+    }
+  }
+
   [[noreturn]] void fail(const std::string& field, const std::string& wanted,
                          const std::string& got) {
     throw FileError(file_ + ": " + field + " must be " + wanted + ", got " + got);
   }
 
-  void integer(const std::string& field, int64_t value, int64_t least) {
-    if (value >= least && value <= max_rank) return;
-    fail(field, "in " + std::to_string(least) + " .. " + std::to_string(max_rank), text_of(value));
+  void integer(const std::string& field, int64_t value, int64_t least, int64_t most) {
+    if (value >= least && value <= most) return;
+    fail(field, "in " + text_of(least) + " .. " + text_of(most), text_of(value));
   }
 
   void finite(const std::string& field, double value) {
@@ -96,12 +149,14 @@ class ConfigCheck {
     if (!names.empty() && !regex.empty()) fail(field, "a list or one string", "both");
   }
 
+  void few(const std::string& field, size_t entries) {
+    if (entries <= max_patterns) return;
+    fail(field, "of at most " + text_of(max_patterns) + " entries", text_of(entries));
+  }
+
   template <class Value>
   void keys(const std::string& field, const PatternList<Value>& patterns) {
-    if (patterns.size() > max_patterns) {
-      fail(field, "of at most " + std::to_string(max_patterns) + " entries",
-           text_of(patterns.size()));
-    }
+    few(field, patterns.size());
     std::set<std::string_view> seen;
     size_t cost = 0;
     for (const auto& [key, value] : patterns) {

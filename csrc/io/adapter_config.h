@@ -1,4 +1,4 @@
-// adapter_config.json of PEFT's LoRA, to and from AdapterConfig. Torch-free.
+// adapter_config.json of PEFT's LoRA and AdaLoRA, to and from AdapterConfig. Torch-free.
 #pragma once
 
 #include <rankwise/adapter_config.h>
@@ -12,10 +12,12 @@ namespace rankwise::io {
 
 constexpr int64_t max_rank = int64_t{1} << 20;
 constexpr size_t max_patterns = 16384;
-constexpr uint64_t max_config_size = uint64_t{1} << 20;  ///< bytes
+constexpr int64_t max_steps = int64_t{1} << 53;
+/// Bytes. AdaLoRA's lists take PEFT 13 bytes per direction and module.
+constexpr uint64_t max_config_size = uint64_t{4} << 20;
 
 /// Parses the text of an adapter_config.json. Missing fields take PEFT's defaults, unknown ones are
-/// ignored, and what makes PEFT compute something else than W0 x + scaling B A x on the untouched
+/// ignored, and what makes PEFT compute something else than W0 x + scaling B E A x on the untouched
 /// W0 (DoRA, biases, PiSSA-like initialisations that changed the base weight, ...) is refused by
 /// name. Throws FileError beginning with `file`: field, wanted, got.
 AdapterConfig parse_adapter_config(std::string_view text, const std::string& file);

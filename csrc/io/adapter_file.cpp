@@ -10,6 +10,7 @@
 
 #include "adapter_config.h"
 #include "adapter_layout.h"
+#include "adapter_tensors.h"
 #include "atomic_directory.h"
 #include "message_text.h"
 #include "safetensors.h"
@@ -22,13 +23,6 @@ using io::FileError;
 
 const std::string model_name = "adapter_model.safetensors";
 const std::string config_name = "adapter_config.json";
-
-constexpr std::array<std::pair<io::DType, at::ScalarType>, 4> dtype_pairs = {{
-    {io::DType::f64, at::kDouble},
-    {io::DType::f32, at::kFloat},
-    {io::DType::f16, at::kHalf},
-    {io::DType::bf16, at::kBFloat16},
-}};
 
 std::vector<io::File> open_adapter(const fs::path& directory) {
   try {
@@ -65,36 +59,14 @@ io::Header read_header(const io::File& file) {
 }
 
 at::Tensor read_tensor(const io::File& file, const io::TensorInfo& info, uint64_t data_start) {
-  at::ScalarType dtype = at::kFloat;
-  for (const auto& [file_dtype, tensor_dtype] : dtype_pairs) {
-    if (file_dtype == info.dtype) dtype = tensor_dtype;
-  }
-  at::Tensor tensor = at::empty(info.shape, at::TensorOptions().dtype(dtype).device(at::kCPU));
+  const auto options = at::TensorOptions().dtype(io::tensor_dtype(info.dtype)).device(at::kCPU);
+  at::Tensor tensor = at::empty(info.shape, options);
   TORCH_INTERNAL_ASSERT(tensor.nbytes() == info.end - info.begin);
   file.read(data_start + info.begin, {static_cast<std::byte*>(tensor.data_ptr()), tensor.nbytes()});
   if (!at::isfinite(tensor).all().item<bool>()) {
     TORCH_WARN(file.path(), ": tensor ", io::in_quotes(info.name), " has NaN or infinite values");
   }
   return tensor;
-}
-
-/// A dense contiguous CPU tensor of the same values; its description goes to `infos`.
-at::Tensor prepare(const std::string& name, const at::Tensor& tensor,
-                   std::vector<io::TensorInfo>& infos, const std::string& file) {
-  const auto fail = [&](const std::string& wanted, const std::string& got) {
-    throw FileError(file + ": tensor " + io::in_quotes(name) + " must be " + wanted + ", got " +
-                    got);
-  };
-  if (!tensor.defined()) fail("defined", "an undefined tensor");
-  if (tensor.layout() != at::kStrided || tensor.is_meta())
-    fail("dense, with data", tensor.toString());
-  for (const auto& [file_dtype, tensor_dtype] : dtype_pairs) {
-    if (tensor_dtype != tensor.scalar_type()) continue;
-    infos.push_back({.name = name, .dtype = file_dtype, .shape = tensor.sizes().vec()});
-    return tensor.detach().to(at::kCPU).resolve_neg().contiguous();
-  }
-  fail("float64, float32, float16 or bfloat16", c10::toString(tensor.scalar_type()));
-  return {};
 }
 
 }  // namespace
@@ -117,7 +89,8 @@ void write_adapter(const fs::path& directory, const AdapterFile& adapter) {
   std::vector<io::TensorInfo> infos;
   std::map<std::string, at::Tensor> tensors;
   for (const auto& [name, tensor] : adapter.tensors) {
-    tensors.emplace(name, prepare(name, tensor, infos, model_path));
+    infos.push_back(io::describe(name, tensor, model_path));
+    tensors.emplace(name, tensor.detach().to(at::kCPU).resolve_neg().contiguous());
   }
   AdapterConfig config = adapter.config;
   if (config.target_modules.empty() && config.target_modules_regex.empty()) {

@@ -11,11 +11,14 @@ using Part = AdapterKey::Part;
 
 constexpr std::string_view prefix = "base_model.model.";
 
-constexpr std::array<std::pair<Part, std::string_view>, 4> factor_suffixes = {{
+constexpr std::array<std::pair<Part, std::string_view>, 7> factor_suffixes = {{
     {Part::lora_A, ".lora_A.weight"},
     {Part::lora_B, ".lora_B.weight"},
     {Part::embedding_A, ".lora_embedding_A"},
     {Part::embedding_B, ".lora_embedding_B"},
+    {Part::triplet_A, ".lora_A"},
+    {Part::triplet_B, ".lora_B"},
+    {Part::triplet_E, ".lora_E"},
 }};
 
 }  // namespace

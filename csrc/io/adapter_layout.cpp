@@ -4,6 +4,9 @@
 #include <rankwise/adapter_key.h>
 #include <rankwise/file_error.h>
 
+#include <algorithm>
+#include <array>
+#include <cctype>
 #include <map>
 #include <stdexcept>
 
@@ -24,16 +27,35 @@ struct Faults {
   }
 };
 
-/// The factors of one kind (linear or embedding) of one module.
-struct Pair {
-  const TensorInfo* A = nullptr;
-  const TensorInfo* B = nullptr;
+/// A factor's part, and what its rows and columns are: "rank", a number, or a size of the model's.
+struct Factor {
+  Part part;
+  std::string rows;
+  std::string columns;
 };
 
-struct Module {
-  Pair linear;
-  Pair embedding;
+/// The factors of a module that belong together, and the method that has them.
+struct Kind {
+  const char* names;
+  const char* peft_type;
+  std::vector<Factor> factors;
 };
+
+const std::array<Kind, 3> kinds = {{
+    {"lora_A.weight and lora_B.weight",
+     "LORA",
+     {{Part::lora_A, "rank", "in"}, {Part::lora_B, "out", "rank"}}},
+    {"lora_embedding_A and lora_embedding_B",
+     "LORA",
+     {{Part::embedding_A, "rank", "num_embeddings"}, {Part::embedding_B, "embedding_dim", "rank"}}},
+    {"lora_A, lora_B and lora_E",
+     "ADALORA",
+     {{Part::triplet_A, "rank", "in"},
+      {Part::triplet_B, "out", "rank"},
+      {Part::triplet_E, "rank", "1"}}},
+}};
+
+using Module = std::map<Part, const TensorInfo*>;
 
 bool is_floating(DType dtype) {
   return dtype == DType::f64 || dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16;
@@ -60,32 +82,39 @@ std::map<std::string, Module> collect(const std::vector<TensorInfo>& tensors, Fa
       faults.add(in_quotes(tensor.name) + ": dtype must be F64, F32, F16 or BF16, got " +
                  std::string(dtype_name(tensor.dtype)));
     }
-    if (key->part == Part::saved) continue;
-    Module& module = modules[key->module];
-    if (key->part == Part::lora_A) module.linear.A = &tensor;
-    if (key->part == Part::lora_B) module.linear.B = &tensor;
-    if (key->part == Part::embedding_A) module.embedding.A = &tensor;
-    if (key->part == Part::embedding_B) module.embedding.B = &tensor;
+    if (key->part != Part::saved) modules[key->module][key->part] = &tensor;
   }
   return modules;
 }
 
-void check_factor(const TensorInfo* tensor, const std::string& name, size_t rank_axis, int64_t rank,
-                  const std::string& wanted, Faults& faults) {
+/// `wanted`: a number, or the name of any size.
+bool fits(int64_t size, const std::string& wanted) {
+  return !std::isdigit(static_cast<unsigned char>(wanted[0])) || std::to_string(size) == wanted;
+}
+
+void check_factor(const std::string& name, const TensorInfo* tensor, const Factor& factor,
+                  int64_t rank, Faults& faults) {
+  const auto size = [&](const std::string& axis) {
+    return axis == "rank" ? std::to_string(rank) : axis;
+  };
+  const std::string rows = size(factor.rows);
+  const std::string columns = size(factor.columns);
   if (!tensor) {
     faults.add(in_quotes(name) + ": missing");
-  } else if (tensor->shape.size() != 2 || tensor->shape[rank_axis] != rank) {
-    faults.add(in_quotes(name) + ": must be " + wanted + ", got " + shape_text(tensor->shape));
+  } else if (tensor->shape.size() != 2 || !fits(tensor->shape[0], rows) ||
+             !fits(tensor->shape[1], columns)) {
+    faults.add(in_quotes(name) + ": must be [" + rows + ", " + columns + "], got " +
+               shape_text(tensor->shape));
   }
+}
+
+bool has_any(const Module& module, const Kind& kind) {
+  return std::any_of(kind.factors.begin(), kind.factors.end(),
+                     [&](const Factor& factor) { return module.contains(factor.part); });
 }
 
 void check_module(const std::string& name, const Module& module, const AdapterConfig& config,
                   Faults& faults) {
-  const bool linear = module.linear.A || module.linear.B;
-  if (linear && (module.embedding.A || module.embedding.B)) {
-    faults.add(in_quotes(name) + ": has both lora_A/lora_B and lora_embedding_A/B");
-    return;
-  }
   int64_t rank = 0;
   try {
     rank = config.rank_of(name);
@@ -93,16 +122,21 @@ void check_module(const std::string& name, const Module& module, const AdapterCo
     faults.add(in_quotes(name) + ": rank_pattern: " + error.what());
     return;
   }
-  const std::string r = std::to_string(rank);
-  const auto key = [&](Part part) { return to_string({name, part, ""}); };
-  if (linear) {
-    check_factor(module.linear.A, key(Part::lora_A), 0, rank, "[" + r + ", in]", faults);
-    check_factor(module.linear.B, key(Part::lora_B), 1, rank, "[out, " + r + "]", faults);
-  } else {
-    check_factor(module.embedding.A, key(Part::embedding_A), 0, rank, "[" + r + ", num_embeddings]",
-                 faults);
-    check_factor(module.embedding.B, key(Part::embedding_B), 1, rank, "[embedding_dim, " + r + "]",
-                 faults);
+  const Kind* found = nullptr;
+  for (const Kind& kind : kinds) {
+    if (!has_any(module, kind)) continue;
+    if (config.peft_type != kind.peft_type) {
+      faults.add(in_quotes(name) + ": " + config.peft_type + " has no " + kind.names);
+    } else if (found) {
+      faults.add(in_quotes(name) + ": has both " + found->names + " and " + kind.names);
+    } else {
+      found = &kind;
+      for (const Factor& factor : kind.factors) {
+        const auto tensor = module.find(factor.part);
+        check_factor(to_string({name, factor.part, ""}),
+                     tensor == module.end() ? nullptr : tensor->second, factor, rank, faults);
+      }
+    }
   }
 }
 
@@ -113,12 +147,17 @@ void check_adapter_layout(const std::vector<TensorInfo>& tensors, const AdapterC
   Faults faults;
   const std::map<std::string, Module> modules = collect(tensors, faults);
   for (const auto& [name, module] : modules) check_module(name, module, config, faults);
-  if (modules.empty()) faults.add("no LoRA factors (lora_A.weight and lora_B.weight)");
+  for (const auto& [name, kept] : config.kept_directions) {
+    if (!modules.contains(name)) {
+      faults.add("rank_pattern " + in_quotes(name + ".lora_E") + ": there is no such module");
+    }
+  }
+  if (modules.empty()) faults.add("no LoRA factors (lora_A and lora_B)");
   if (faults.count == 0) return;
   if (faults.count > Faults::shown) {
     faults.lines += "\n  and " + std::to_string(faults.count - Faults::shown) + " more";
   }
-  throw FileError(file + ": not a LoRA adapter as its configuration describes it:" + faults.lines);
+  throw FileError(file + ": not the adapter that its configuration describes:" + faults.lines);
 }
 
 std::vector<std::string> adapted_modules(const std::vector<TensorInfo>& tensors) {

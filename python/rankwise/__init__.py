@@ -5,7 +5,7 @@ from ._library import __version__
 from .adapted import MergeReport
 from .allocation import RankAllocator
 from .config import AdaLoRAConfig, LoRAConfig
-from .files import FileError, LoadReport, load_adapter, save_adapter
+from .files import FileError, LoadReport, export_lora, load_adapter, save_adapter
 from .model import (
     activate_adapter,
     adapter_names,
@@ -32,6 +32,7 @@ __all__ = [
     "apply_lora",
     "delete_adapter",
     "disable_adapters",
+    "export_lora",
     "health_check",
     "load_adapter",
     "merge",

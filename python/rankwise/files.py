@@ -1,4 +1,4 @@
-"""Adapters in PEFT's folders: save_adapter and load_adapter over the C++ file layer."""
+"""Adapters in PEFT's folders: save, export and load, over the C++ file layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import difflib
 import math
 import os
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,7 +14,15 @@ from torch import Tensor, nn
 
 from ._library import library
 from .adapted import Adapted, HeldAdapter, StoredAdapter
-from .config import AdapterOptions
+from .file_config import (
+    EMBEDDING_PARTS,
+    LINEAR_PARTS,
+    TRIPLET_PARTS,
+    Adapters,
+    add_method,
+    plan_of,
+    shared_config,
+)
 from .model import (
     ModelAdapters,
     activate_adapter,
@@ -23,20 +30,17 @@ from .model import (
     install_adapter,
     prepare_adapter,
 )
-from .nn import is_adaptable
-from .targets import find_whole, has_suffix, module_paths
 
 FileError = library.FileError
 _Key, _Part = library.AdapterKey, library.AdapterKey.Part
-# A module's adapter in the model (HeldAdapter) or made for it (StoredAdapter): the same attributes.
-_Adapters = Mapping[str, HeldAdapter | StoredAdapter]
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | None = None) -> None:
-    """Writes an adapter as a PEFT LoRA folder: adapter_config.json and adapter_model.safetensors.
+    """Writes an adapter as PEFT's folder: adapter_config.json and adapter_model.safetensors.
 
-    Atomic: a process killed at any moment leaves the folder's old adapter or the new one. Layers of
-    rank 0 are left out, for PEFT knows none and they compute their base.
+    Of LoRA or of AdaLoRA, as the layers are. Atomic: a process killed at any moment leaves the
+    folder's old adapter or the new one. LoRA layers of rank 0 are left out, for PEFT knows none and
+    they compute their base. AdaLoRA's training settings (target rank, steps) are placeholders.
 
     Args:
         model: with adapters.
@@ -44,20 +48,66 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
         name: of the adapter; None for the active one.
 
     Raises:
-        ValueError: there is no such adapter, or PEFT's LoRA format cannot hold it.
+        ValueError: there is no such adapter, or PEFT's format cannot hold it: one for AdaLoRA has
+            one initial rank and one alpha for all layers, and no rslora. export_lora can.
         FileError: the folder cannot be written.
     """
+    layers, adapters, whole = _adapter_of("save_adapter", model, name)
+    adapters = {p: a for p, a in adapters.items() if a.rank > 0 or a.options.triplets}
+    if not adapters:
+        raise ValueError("save_adapter: every layer has rank 0; there is nothing to save")
+    config = shared_config(model, layers, adapters)
+    add_method(config, adapters)
+    config.modules_to_save = list(whole)
+    tensors = _slots(layers, adapters, whole)
+    library.write_adapter(directory, library.AdapterFile(config, tensors))
+
+
+def export_lora(model: nn.Module, directory: str | os.PathLike, name: str | None = None) -> None:
+    """Writes any adapter as a plain LoRA folder that PEFT, vLLM and llama.cpp read alike.
+
+    One rank for all layers, the largest, reached with zeros; lora_alpha = r, so that the scale is
+    1; no patterns. The scaling and lora_E go into lora_B: computed in float64, rounded once. Layers
+    of rank 0 are left out. Modules trained whole are in the folder too, which not every server
+    reads.
+
+    Args:
+        model, directory, name: as save_adapter.
+
+    Raises:
+        ValueError: there is no such adapter, every layer has rank 0, or a value would not be finite
+            in the adapter's dtype.
+        FileError: the folder cannot be written.
+    """
+    layers, adapters, whole = _adapter_of("export_lora", model, name)
+    adapters = {p: a for p, a in adapters.items() if a.rank > 0}
+    if not adapters:
+        raise ValueError("export_lora: every layer has rank 0; there is nothing to write")
+    updates = [
+        library.AdapterUpdate(
+            p, *_active(a), a.options.scaling, isinstance(layers[p], nn.Embedding)
+        )
+        for p, a in adapters.items()
+    ]
+    config = shared_config(model, layers, adapters)
+    config.modules_to_save = list(whole)
+    folded = library.fold_adapter(updates, config)
+    folded.config.target_modules = config.target_modules  # short names, where the model allows it
+    tensors = folded.tensors | _slots(layers, {}, whole)
+    library.write_adapter(directory, library.AdapterFile(folded.config, tensors))
+
+
+def _adapter_of(
+    owner: str, model: nn.Module, name: str | None
+) -> tuple[dict[str, Adapted], dict[str, HeldAdapter], dict[str, nn.Module]]:
+    """An adapter's layers, what they hold of it, and its modules trained whole; by module name."""
     state = ModelAdapters.of(model)
     name = state.active if name is None else name
     if name not in state.names:
-        raise ValueError(f"save_adapter: adapters are {state.names}, got {name!r}")
+        raise ValueError(f"{owner}: adapters are {state.names}, got {name!r}")
     layers = {p: m for p, m in adapted_layers(model).items() if name in m.adapter_names}
-    held = {path: layer.held_adapter(name) for path, layer in layers.items()}
-    held = {path: adapter for path, adapter in held.items() if adapter.rank > 0}
-    tensors = _slots(layers, held, state.whole[name])
-    config = _config(model, layers, held)
-    config.modules_to_save = list(state.whole[name])
-    library.write_adapter(directory, library.AdapterFile(config, tensors))
+    adapters = {path: layer.held_adapter(name) for path, layer in layers.items()}
+    return layers, adapters, state.whole[name]
 
 
 @dataclass(frozen=True)
@@ -76,10 +126,11 @@ class LoadReport:
 def load_adapter(
     model: nn.Module, directory: str | os.PathLike, strict: bool = True, name: str = "default"
 ) -> LoadReport:
-    """Reads a PEFT LoRA folder into a model and activates the adapter.
+    """Reads a PEFT folder of LoRA or AdaLoRA into a model and activates the adapter.
 
-    A model without an adapter of this name gets one with the file's ranks and options; otherwise
-    the tensors go into the adapter that is there, which must have the same ranks and scalings. The
+    A model without an adapter of this name gets one with the file's ranks and options (of AdaLoRA
+    with the initial rank as its capacity); otherwise the tensors go into the adapter that is there,
+    which must be of the same method and have the same ranks and scalings. The
     file's dtype is kept where the base allows it, widened with a warning where not, never rounded.
     Nothing is changed unless everything fits.
 
@@ -101,11 +152,13 @@ def load_adapter(
     prepared = None
     if name in state.names:
         layers = {path: m for path, m in layers.items() if name in m.adapter_names}
-        adapters: _Adapters = {path: m.held_adapter(name) for path, m in layers.items()}
+        adapters: Adapters = {path: m.held_adapter(name) for path, m in layers.items()}
         whole = state.whole[name]
     else:
-        prepared = prepare_adapter(model, state, name, *_plan(model, file))
+        prepared = prepare_adapter(model, state, name, *plan_of(model, file))
         layers, adapters, whole = prepared.layers, prepared.adapters, prepared.copies
+        for path, adapter in adapters.items():
+            _keep_first(adapter, file.config.rank_of(path))
     slots = _slots(layers, adapters, whole)
     report = _check(model, directory, file, slots, adapters, strict)
     for key in slots.keys() & file.tensors.keys():
@@ -118,20 +171,32 @@ def load_adapter(
     return report
 
 
+def _keep_first(adapter: StoredAdapter, rank: int) -> None:
+    """Lowers the rank of a new adapter; directions that are not active are zero."""
+    adapter.rank = rank
+    for factor in (adapter.lora_A, adapter.lora_B.t(), adapter.lora_E):
+        if factor is not None:
+            factor.detach()[rank:] = 0
+
+
+def _active(adapter: HeldAdapter | StoredAdapter) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The directions in use of lora_A, lora_B and lora_E, detached."""
+    rank, E = adapter.rank, adapter.lora_E
+    A, B = adapter.lora_A.detach()[:rank], adapter.lora_B.detach()[:, :rank]
+    return A, B, None if E is None else E.detach()[:rank]
+
+
 def _slots(
-    layers: Mapping[str, Adapted], adapters: _Adapters, whole: Mapping[str, nn.Module]
+    layers: Mapping[str, Adapted], adapters: Adapters, whole: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
     """{PEFT's key: the tensor it stands for}, detached: active directions, and whole modules."""
     slots: dict[str, Tensor] = {}
     for path, adapter in adapters.items():
-        if adapter.lora_E is not None:
-            raise ValueError(f"{path} is an AdaLoRA layer; this function reads and writes LoRA")
-        is_embedding = isinstance(layers[path], nn.Embedding)
-        parts = (
-            (_Part.embedding_A, _Part.embedding_B) if is_embedding else (_Part.lora_A, _Part.lora_B)
-        )
-        slots[str(_Key(path, parts[0]))] = adapter.lora_A.detach()[: adapter.rank]
-        slots[str(_Key(path, parts[1]))] = adapter.lora_B.detach()[:, : adapter.rank]
+        linear = LINEAR_PARTS if adapter.lora_E is None else TRIPLET_PARTS
+        parts = EMBEDDING_PARTS if isinstance(layers[path], nn.Embedding) else linear
+        factors = [factor for factor in _active(adapter) if factor is not None]
+        for part, factor in zip(parts, factors, strict=True):
+            slots[str(_Key(path, part))] = factor
     for path, module in whole.items():
         for key, tensor in module.state_dict().items():
             owner, _, parameter = f"{path}.{key}".rpartition(".")
@@ -139,84 +204,12 @@ def _slots(
     return slots
 
 
-def _config(model: nn.Module, layers: Mapping[str, Adapted], adapters: _Adapters):
-    """What the adapter_config.json of these adapters says."""
-    if not adapters:
-        raise ValueError("save_adapter: every layer has rank 0; there is nothing to save")
-    if len({a.options.rslora for a in adapters.values()}) > 1:
-        raise ValueError("save_adapter: layers with and without rslora do not fit one PEFT folder")
-    config = library.AdapterConfig()
-    ranks = {path: adapter.rank for path, adapter in adapters.items()}
-    alphas = {path: _alpha(adapter) for path, adapter in adapters.items()}
-    config.rank, config.alpha = _most_common(ranks), _most_common(alphas)
-    config.rank_pattern = [(p, r) for p, r in ranks.items() if r != config.rank]
-    config.alpha_pattern = [(p, a) for p, a in alphas.items() if a != config.alpha]
-    config.dropout = _most_common({p: a.options.dropout for p, a in adapters.items()})
-    config.rslora = next(iter(adapters.values())).options.rslora
-    config.fan_in_fan_out = any(
-        layers[p].transposed and not isinstance(layers[p], nn.Embedding) for p in adapters
-    )
-    config.target_modules = _short_names(model, adapters)
-    config.base_model_name_or_path = getattr(model, "name_or_path", "") or ""
-    return config
-
-
-def _alpha(adapter: HeldAdapter | StoredAdapter) -> float:
-    """The alpha that gives the layer's scaling at its present rank."""
-    options = adapter.options
-    if adapter.rank == options.rank:
-        return options.alpha
-    return options.scaling * (math.sqrt(adapter.rank) if options.rslora else adapter.rank)
-
-
-def _most_common(values: Mapping[str, float]):
-    return Counter(values.values()).most_common(1)[0][0]
-
-
-def _short_names(model: nn.Module, targets: Mapping[str, object]) -> list[str]:
-    """Last name parts where they mean targets alone, whole names for the others."""
-    names = [name for own in module_paths(model).values() for name in own]
-    short = {path.rpartition(".")[2] for path in targets}
-    clear = {s for s in short if all(n in targets for n in names if has_suffix(n, s))}
-    return sorted({s if (s := path.rpartition(".")[2]) in clear else path for path in targets})
-
-
-def _plan(model: nn.Module, file) -> tuple[dict[str, AdapterOptions], list[str]]:
-    """The adapter that a file describes, over the modules that the model has."""
-    options = {}
-    modules = dict(model.named_modules())
-    for key, tensor in file.tensors.items():
-        parsed = library.parse_adapter_key(key)
-        if parsed is None or parsed.part not in (_Part.lora_A, _Part.embedding_A):
-            continue
-        base = modules.get(parsed.module)
-        kind = nn.Embedding if parsed.part == _Part.embedding_A else nn.Module
-        if not isinstance(base, kind) or not (is_adaptable(base) or isinstance(base, Adapted)):
-            continue  # _check() reports it
-        options[parsed.module] = AdapterOptions(
-            rank=tensor.shape[0],
-            alpha=file.config.alpha_of(parsed.module),
-            dropout=file.config.dropout,
-            rslora=file.config.rslora,
-            adapter_dtype=_factor_dtype(tensor.dtype, base.weight.dtype),
-        )
-    matching = [w for w in file.config.modules_to_save if any(has_suffix(n, w) for n in modules)]
-    return options, list(find_whole(model, matching))
-
-
-def _factor_dtype(stored: torch.dtype, base: torch.dtype) -> torch.dtype | None:
-    """The dtype that the op takes over `base` and that holds `stored` unrounded; None for none."""
-    masters = [torch.float32] if base in (torch.bfloat16, torch.float16) else []
-    fitting = [d for d in [base, *masters] if torch.promote_types(stored, d) == d]
-    return fitting[0] if fitting else None
-
-
 def _check(
     model: nn.Module,
     directory: str | os.PathLike,
     file,
     slots: Mapping[str, Tensor],
-    adapters: _Adapters,
+    adapters: Adapters,
     strict: bool,
 ) -> LoadReport:
     """Raises FileError with everything that does not fit."""
@@ -236,7 +229,7 @@ def _check(
             )
     for path, adapter in adapters.items():
         stored = file.config.scaling(path)
-        if stored != adapter.options.scaling:
+        if not math.isclose(stored, adapter.options.scaling):  # AdaLoRA's is stored rounded
             problems.append(f"{path}: scaling must be {adapter.options.scaling:g}, got {stored:g}")
     if strict:
         problems += [f"{key}: missing in the file" for key in report.missing]

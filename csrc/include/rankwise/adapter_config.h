@@ -1,7 +1,9 @@
-// AdapterConfig: what adapter_config.json says about a LoRA adapter. No torch here.
+// AdapterConfig: what adapter_config.json says about a LoRA or AdaLoRA adapter. No torch here.
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -14,13 +16,30 @@ namespace rankwise {
 template <class Value>
 using PatternList = std::vector<std::pair<std::string, Value>>;
 
-/// The settings of a LoRA adapter, with the fields of PEFT's LoraConfig that change what it
-/// computes or where. PEFT's file names are given where they differ. Defaults are PEFT's.
+/// How AdaLoRA chose the ranks in training, carried in the file: what the adapter computes does not
+/// depend on it. Steps are at most 2^53.
+struct AllocationSettings {
+  int64_t target_rank = 8;            ///< `target_r`: mean rank at the end, 0 .. 2^20
+  int64_t warmup_steps = 0;           ///< `tinit`
+  int64_t final_steps = 0;            ///< `tfinal`
+  int64_t allocation_interval = 1;    ///< `deltaT`, >= 1
+  double beta1 = 0.85;                ///< in (0, 1)
+  double beta2 = 0.85;                ///< in (0, 1)
+  double orthogonality_weight = 0.5;  ///< `orth_reg_weight`, >= 0
+  int64_t total_steps = 1;            ///< `total_step`, > warmup_steps + final_steps
+
+  bool operator==(const AllocationSettings&) const = default;
+};
+
+/// The settings of an adapter, with the fields of PEFT's LoraConfig and AdaLoraConfig that change
+/// what it computes or where. PEFT's file names are given where they differ. Defaults are PEFT's.
 struct AdapterConfig {
-  std::string peft_type = "LORA";  ///< the only type this library reads and writes
-  int64_t rank = 8;                ///< `r`, 1 .. 2^20
-  double alpha = 8;                ///< `lora_alpha`, finite
-  double dropout = 0;              ///< `lora_dropout`, probability in [0, 1]
+  std::string peft_type = "LORA";  ///< or "ADALORA"
+  int64_t rank = 8;                ///< `r`, 1 .. 2^20; of AdaLoRA the initial rank, `init_r`
+  /// `lora_alpha`, finite. Of AdaLoRA positive, and such that scaling = alpha / rank: the file has
+  /// alpha (rank + 1e-5) / rank, because PEFT divides by rank + 1e-5.
+  double alpha = 8;
+  double dropout = 0;   ///< `lora_dropout`, probability in [0, 1]
   bool rslora = false;  ///< `use_rslora`: scaling = alpha / sqrt(rank) in place of alpha / rank
   bool fan_in_fan_out = false;  ///< the base weight is stored [in, out] (GPT-2's Conv1D)
 
@@ -34,14 +53,20 @@ struct AdapterConfig {
   std::vector<std::string> layers_pattern;  ///< carried like layers_to_transform
   std::vector<std::string> modules_to_save;
 
-  PatternList<int64_t> rank_pattern;  ///< values 0 .. 2^20, instead of rank
-  PatternList<double> alpha_pattern;  ///< finite values, instead of alpha
+  PatternList<int64_t> rank_pattern;  ///< LoRA only: values 0 .. 2^20, instead of rank
+  PatternList<double> alpha_pattern;  ///< LoRA only: finite values, instead of alpha
+
+  /// AdaLoRA's `rank_pattern`: module -> which of its `rank` initial directions were kept. The file
+  /// holds tensors of the kept ones alone. A module that is not named keeps all.
+  std::map<std::string, std::vector<bool>, std::less<>> kept_directions;
+  AllocationSettings allocation;  ///< AdaLoRA only
 
   std::string base_model_name_or_path;  ///< empty: null in the file
   std::string revision;                 ///< of the base model; empty: null
   std::string task_type;                ///< e.g. "CAUSAL_LM"; empty: null
 
-  /// Rank of a module (path inside the base model): the first matching rank_pattern, else rank.
+  /// Rank of a module (path inside the base model): the directions it kept, where kept_directions
+  /// names it, else the first matching rank_pattern, else rank.
   /// Patterns match as PEFT's get_pattern_key: Python `re.match(rf"(.*\.)?({key})$", module)`, else
   /// a key equal to the name. Throws std::invalid_argument for a pattern that cannot be matched
   /// exactly as Python would (look-around, back-references, inline flags, possessive quantifiers,
@@ -51,8 +76,9 @@ struct AdapterConfig {
   /// Alpha of a module: the first matching alpha_pattern, else alpha. Throws as rank_of.
   double alpha_of(std::string_view module) const;
 
-  /// alpha / rank, or alpha / sqrt(rank) with rslora, patterns applied; 0 for a module of rank 0.
-  /// Throws as rank_of.
+  /// alpha / rank, or alpha / sqrt(rank) with rslora, patterns applied; 0 for a rank_pattern of 0.
+  /// Directions that AdaLoRA gave up do not count: its scaling stays alpha / initial rank. Throws
+  /// as rank_of.
   double scaling(std::string_view module) const;
 
   bool operator==(const AdapterConfig&) const = default;

@@ -1,4 +1,5 @@
-// Reading and writing PEFT LoRA folders: adapter_config.json + adapter_model.safetensors.
+// Reading and writing PEFT's LoRA and AdaLoRA folders: adapter_config.json +
+// adapter_model.safetensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,9 +25,10 @@ struct AdapterFile {
 /// Reads a folder written by this library or by PEFT. The tensors are fresh contiguous CPU tensors.
 ///
 /// Every byte is treated as hostile: memory is bounded by the file size, no pickle is read. Each
-/// module must have lora_A [rank, in] and lora_B [out, rank] (or the two lora_embedding tensors)
-/// with rank = config.rank_of(module); all that is wrong is listed in one error. Tensors that are
-/// not LoRA factors are returned as they are: whether the model wants them only the model can tell.
+/// module must have lora_A [rank, in] and lora_B [out, rank] (or the two lora_embedding tensors; in
+/// an AdaLoRA folder also lora_E [rank, 1]) with rank = config.rank_of(module); all that is wrong
+/// is listed in one error. Tensors that are not factors are returned as they are: whether the model
+/// wants them only the model can tell.
 /// A tensor with NaN or Inf is reported by TORCH_WARN. After a save that was killed the previous or
 /// the new adapter is read, never a mixture; the folder is not modified. Throws io::FileError
 /// (path, wanted, got).

@@ -14,6 +14,9 @@ struct AdapterKey {
     lora_B,       ///< `<module>.lora_B.weight`, [out, rank]
     embedding_A,  ///< `<module>.lora_embedding_A`, [rank, num_embeddings]
     embedding_B,  ///< `<module>.lora_embedding_B`, [embedding_dim, rank]
+    triplet_A,    ///< AdaLoRA: `<module>.lora_A`, [rank, in]
+    triplet_B,    ///< AdaLoRA: `<module>.lora_B`, [out, rank]
+    triplet_E,    ///< AdaLoRA: `<module>.lora_E`, [rank, 1]
     saved,  ///< `<module>.<parameter>`: a whole weight kept beside the adapter (modules_to_save)
   };
 

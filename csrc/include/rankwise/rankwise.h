@@ -2,6 +2,7 @@
 #pragma once
 
 #include <rankwise/adapter_file.h>
+#include <rankwise/adapter_fold.h>
 #include <rankwise/ops.h>
 #include <rankwise/optim.h>
 #include <rankwise/rank_allocator.h>

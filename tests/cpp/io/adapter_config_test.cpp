@@ -160,8 +160,9 @@ TEST(AdapterConfig, OtherMethodsAreRefusedByName) {
   const auto error = [](const std::string& text) {
     return message_of<FileError>([&] { parse_adapter_config(text, "F"); });
   };
-  EXPECT_EQ(error(R"({"peft_type": "ADALORA"})"), "F: peft_type must be \"LORA\", got \"ADALORA\"");
-  EXPECT_EQ(error("{}"), "F: peft_type must be \"LORA\", got \"\"");
+  EXPECT_EQ(error(R"({"peft_type": "LOHA"})"),
+            "F: peft_type must be \"LORA\" or \"ADALORA\", got \"LOHA\"");
+  EXPECT_EQ(error("{}"), "F: peft_type must be \"LORA\" or \"ADALORA\", got \"\"");
   EXPECT_EQ(error_of(R"("bias": "lora_only", )"), "F: bias must be \"none\", got \"lora_only\"");
   EXPECT_EQ(error_of(R"("use_dora": true, "layer_replication": [[0, 1]], )"),
             "F: not supported: use_dora (DoRA rescales the adapted weight); "
@@ -240,8 +241,8 @@ TEST(AdapterConfig, WritingChecksTheValues) {
     change(config);
     return message_of<FileError>([&] { format_adapter_config(config, "F"); });
   };
-  EXPECT_THAT(error([](auto& c) { c.peft_type = "ADALORA"; }),
-              HasSubstr("peft_type must be \"LORA\""));
+  EXPECT_THAT(error([](auto& c) { c.peft_type = "LOHA"; }),
+              HasSubstr("peft_type must be \"LORA\" or \"ADALORA\", got \"LOHA\""));
   EXPECT_THAT(error([](auto& c) { c.rank = 0; }), HasSubstr("r must be in"));
   EXPECT_THAT(error([](auto& c) { c.alpha = std::nan(""); }),
               HasSubstr("lora_alpha must be finite, got nan"));
@@ -258,8 +259,8 @@ TEST(AdapterConfig, WritingChecksTheValues) {
   EXPECT_THAT(error([](auto& c) { c.target_modules = {"a"}, c.target_modules_regex = "b"; }),
               HasSubstr("got both"));
   EXPECT_THAT(error([](auto& c) { c.task_type = "\xFF"; }), HasSubstr("must be valid UTF-8"));
-  EXPECT_THAT(error([](auto& c) { c.revision = std::string(1 << 20, 'x'); }),
-              HasSubstr("at most 1048576 bytes"));
+  EXPECT_THAT(error([](auto& c) { c.revision = std::string(4 << 20, 'x'); }),
+              HasSubstr("at most 4194304 bytes"));
 }
 
 }  // namespace

@@ -76,6 +76,47 @@ TEST(AdapterFile, RoundTripInEveryType) {
   }
 }
 
+AdapterFile adalora(at::ScalarType dtype) {
+  const auto values = [&](at::IntArrayRef shape) { return at::rand(shape).to(dtype); };
+  AdapterFile file;
+  file.config.peft_type = "ADALORA";
+  file.config.rank = 3;
+  file.config.alpha = 7;
+  file.config.target_modules = {"q", "dead"};
+  file.config.kept_directions = {{"layers.0.q", {true, false, true}}, {"dead", {0, 0, 0}}};
+  file.metadata = {{"format", "pt"}};
+  file.tensors = {{q + ".lora_A", values({2, 4})},
+                  {q + ".lora_B", values({5, 2})},
+                  {q + ".lora_E", values({2, 1})},
+                  {"base_model.model.dead.lora_A", values({0, 7})},
+                  {"base_model.model.dead.lora_B", values({3, 0})},
+                  {"base_model.model.dead.lora_E", values({0, 1})},
+                  {"base_model.model.head.bias", values({3})}};
+  return file;
+}
+
+TEST(AdapterFile, RoundTripOfAdaLoRAWithADeadModule) {
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16}) {
+    const TemporaryFolder folder;
+    const AdapterFile file = adalora(dtype);
+    write_adapter(folder.path(), file);
+    expect_equal(read_adapter(folder.path()), file);
+  }
+}
+
+TEST(AdapterFile, AdaLoRAConfigThatDoesNotFitTheTensors) {
+  AdapterFile file = adalora(at::kFloat);
+  file.config.kept_directions.at("dead") = {true, false, false};
+  EXPECT_THAT(write_error(file), HasSubstr("dead.lora_E\": must be [1, 1], got [0, 1]"));
+  const TemporaryFolder folder;
+  write_adapter(folder.path(), adalora(at::kFloat));
+  std::string config = folder.read(config_name);
+  config.replace(config.find("\"dead.lora_E\""), 13, "\"gone.lora_E\"");
+  folder.write(config_name, config);
+  EXPECT_THAT(read_error(folder), HasSubstr("\"gone.lora_E\": there is no such module"));
+  EXPECT_THAT(read_error(folder), HasSubstr("dead.lora_A\": must be [3, in], got [0, 7]"));
+}
+
 TEST(AdapterFile, MixedTypesStridesAndFlags) {
   AdapterFile file = adapter();
   const at::Tensor A = at::arange(6, at::kDouble).view({3, 2}).t();
@@ -155,8 +196,8 @@ TEST(AdapterFile, MismatchesAreErrors) {
   config.replace(config.find("\"r\": 2"), 6, "\"r\": 3");
   folder.write(config_name, config);
   EXPECT_THAT(read_error(folder), HasSubstr("lora_A.weight\": must be [3, in], got [2, 3]"));
-  folder.write(config_name, std::string((1 << 20) + 1, ' '));
-  EXPECT_THAT(read_error(folder), HasSubstr("must be at most 1048576 bytes, got 1048577"));
+  folder.write(config_name, std::string((4 << 20) + 1, ' '));
+  EXPECT_THAT(read_error(folder), HasSubstr("must be at most 4194304 bytes, got 4194305"));
 }
 
 TEST(AdapterFile, TensorsThatCannotBeWritten) {

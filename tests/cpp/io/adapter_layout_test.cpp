@@ -45,6 +45,9 @@ TEST(AdapterKey, TakesNamesApartAndTogether) {
       {"base_model.model.a.lora_B.weight", {"a", Part::lora_B, ""}},
       {"base_model.model.e.lora_embedding_A", {"e", Part::embedding_A, ""}},
       {"base_model.model.e.lora_embedding_B", {"e", Part::embedding_B, ""}},
+      {"base_model.model.a.b.lora_A", {"a.b", Part::triplet_A, ""}},
+      {"base_model.model.a.lora_B", {"a", Part::triplet_B, ""}},
+      {"base_model.model.a.lora_E", {"a", Part::triplet_E, ""}},
       {"base_model.model.head.dense.bias", {"head.dense", Part::saved, "bias"}},
   };
   for (const auto& [name, key] : rows) {
@@ -59,8 +62,9 @@ TEST(AdapterKey, OtherNamesAreNotUnderstood) {
        {"", "base_model.model.", "base_model.model.a", "base_model.model..a", "base_model.model.a.",
         "a.lora_A.weight", "base_model.model.lora_A.weight",
         "base_model.model.a.lora_A.default.weight", "base_model.model.a.lora_A.bias",
-        "base_model.model.a.lora_magnitude_vector", "base_model.model.a.lora_A",
-        "base_model.model.a.lora_E", "base_model.model.a\n.lora_A.weight",
+        "base_model.model.a.lora_magnitude_vector", "base_model.model.lora_E",
+        "base_model.model.a.lora_E.weight", "base_model.model.a.lora_E.default",
+        "base_model.model.a.lora_F", "base_model.model.a\n.lora_A.weight",
         "base_model.model.a\x7F.weight"}) {
     EXPECT_FALSE(parse_adapter_key(name)) << name;
   }
@@ -84,7 +88,7 @@ TEST(AdapterLayout, EveryFaultIsListed) {
                       info("base_model.model.head.weight", {6}, DType::i64),
                       info(e + ".lora_embedding_A", {8}), info(e + ".lora_embedding_B", {8, 5})},
                      config),
-            "F: not a LoRA adapter as its configuration describes it:\n"
+            "F: not the adapter that its configuration describes:\n"
             "  \"base_model.model.w.lora_magnitude_vector\": not a tensor of a PEFT LoRA adapter "
             "(base_model.model.<module>.lora_A.weight, ...)\n"
             "  \"base_model.model.head.weight\": dtype must be F64, F32, F16 or BF16, got I64\n"
@@ -100,7 +104,8 @@ TEST(AdapterLayout, OtherFaults) {
   auto both = valid();
   both.push_back(info(q + ".lora_embedding_A", {8, 5}));
   EXPECT_THAT(error_of(both),
-              HasSubstr("\"layers.0.q\": has both lora_A/lora_B and lora_embedding_A/B"));
+              HasSubstr("\"layers.0.q\": has both lora_A.weight and lora_B.weight and "
+                        "lora_embedding_A and lora_embedding_B"));
   EXPECT_THAT(error_of({info("base_model.model.head.weight", {6})}), HasSubstr("no LoRA factors"));
   EXPECT_THAT(error_of({}), HasSubstr("no LoRA factors"));
   EXPECT_THAT(error_of({info(q + ".lora_A.weight", {8, 5, 1, 1}),
@@ -110,6 +115,55 @@ TEST(AdapterLayout, OtherFaults) {
   config.rank_pattern = {{"[a-z]+", 4}};
   EXPECT_THAT(error_of({info("base_model.model.\xC3\xA9.lora_A.weight", {8, 5})}, config),
               HasSubstr("can only be matched with ASCII names"));
+}
+
+AdapterConfig adalora() {
+  AdapterConfig config;
+  config.peft_type = "ADALORA";
+  config.rank = 3;
+  config.kept_directions = {{"layers.0.q", {true, false, true}}, {"dead", {false, false, false}}};
+  return config;
+}
+
+std::vector<TensorInfo> triplets() {
+  const std::string dead = "base_model.model.dead";
+  const std::string full = "base_model.model.full";
+  return {info(q + ".lora_A", {2, 5}),    info(q + ".lora_B", {6, 2}),
+          info(q + ".lora_E", {2, 1}),    info(dead + ".lora_A", {0, 5}),
+          info(dead + ".lora_B", {6, 0}), info(dead + ".lora_E", {0, 1}),
+          info(full + ".lora_A", {3, 5}), info(full + ".lora_B", {6, 3}),
+          info(full + ".lora_E", {3, 1}), info("base_model.model.head.weight", {3, 5})};
+}
+
+TEST(AdapterLayout, ValidAdaLoRA) {
+  check_adapter_layout(triplets(), adalora(), "F");
+  EXPECT_THAT(adapted_modules(triplets()), ElementsAre("dead", "full", "layers.0.q"));
+}
+
+TEST(AdapterLayout, EveryFaultOfAdaLoRAIsListed) {
+  std::vector<TensorInfo> tensors = triplets();
+  tensors[0].shape = {3, 5};                           // q's A, not cut
+  tensors[5].shape = {0};                              // dead's E
+  tensors[8].shape = {3, 2};                           // full's E
+  tensors[9] = info(e + ".lora_embedding_A", {3, 5});  // PEFT's AdaLoRA knows no embeddings
+  tensors.push_back(info("base_model.model.v.lora_A.weight", {3, 5}));
+  tensors.push_back(info("base_model.model.w.lora_E", {3, 1}));
+  AdapterConfig config = adalora();
+  config.kept_directions["gone"] = {true, true, true};
+  EXPECT_EQ(error_of(tensors, config),
+            "F: not the adapter that its configuration describes:\n"
+            "  \"base_model.model.dead.lora_E\": must be [0, 1], got [0]\n"
+            "  \"emb\": ADALORA has no lora_embedding_A and lora_embedding_B\n"
+            "  \"base_model.model.full.lora_E\": must be [3, 1], got [3, 2]\n"
+            "  \"base_model.model.layers.0.q.lora_A\": must be [2, in], got [3, 5]\n"
+            "  \"v\": ADALORA has no lora_A.weight and lora_B.weight\n"
+            "  \"base_model.model.w.lora_A\": missing\n"
+            "  \"base_model.model.w.lora_B\": missing\n"
+            "  rank_pattern \"gone.lora_E\": there is no such module");
+}
+
+TEST(AdapterLayout, LoRAHasNoTriplets) {
+  EXPECT_THAT(error_of(triplets()), HasSubstr("\"full\": LORA has no lora_A, lora_B and lora_E"));
 }
 
 TEST(AdapterLayout, LongListsAreCut) {

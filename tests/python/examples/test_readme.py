@@ -65,6 +65,19 @@ def test_the_adapter_program_reads_what_python_saved(programs, tmp_path):
     assert lines[1] == "1: rank 2, scaling 2, update norm 0.000000"
 
 
+def test_the_adapter_program_reads_adalora(programs, tmp_path):
+    import torch
+
+    layer = rw.nn.AdaLoRALinear(6, 5, rank=2, alpha=4.0)
+    torch.nn.init.normal_(layer.lora_E)
+    rw.save_adapter(torch.nn.Sequential(layer), tmp_path)
+    run = [programs / "merge_adapter", tmp_path]
+    line = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    norm = (2.0 * layer.lora_B @ (layer.lora_E * layer.lora_A)).norm().item()
+    assert line.startswith("0: rank 2, scaling 2, update norm ")
+    assert abs(float(line.split()[-1]) - norm) < 2e-6
+
+
 def test_the_adapter_program_names_a_bad_folder(programs, tmp_path):
     run = [programs / "merge_adapter", tmp_path / "nothing"]
     result = subprocess.run(run, capture_output=True, text=True)

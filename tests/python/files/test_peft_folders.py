@@ -6,39 +6,9 @@ import json
 import peft
 import pytest
 import torch
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from file_models import bert, gpt2, output, randomise
 
 import rankwise as rw
-
-IDS = torch.arange(14).reshape(2, 7)
-
-
-def bert() -> torch.nn.Module:
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BertConfig(intermediate_size=64, vocab_size=100, **sizes)
-    return BertModel(config, add_pooling_layer=False).eval()
-
-
-def gpt2() -> torch.nn.Module:
-    torch.manual_seed(1)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 50}
-    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **sizes)).eval()
-
-
-def output(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS)[0]
-
-
-def randomise(model: torch.nn.Module) -> None:
-    """Trained-like values: B is zero at the start, which would hide a lost adapter."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.1)
-
 
 BERT = {
     "suffixes": {"target_modules": ["query", "dense"]},

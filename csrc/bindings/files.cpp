@@ -1,0 +1,114 @@
+// The file layer for Python: configurations, keys, folders, folding.
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+#include <rankwise/adapter_file.h>
+#include <rankwise/adapter_fold.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+using rankwise::AdapterConfig;
+using rankwise::AdapterFile;
+using rankwise::AdapterKey;
+using rankwise::AdapterUpdate;
+using rankwise::AllocationSettings;
+
+namespace {
+
+void bind_config(py::module_& m) {
+  py::class_<AllocationSettings>(m, "AllocationSettings")
+      .def(py::init<>())
+      .def_readwrite("target_rank", &AllocationSettings::target_rank)
+      .def_readwrite("warmup_steps", &AllocationSettings::warmup_steps)
+      .def_readwrite("final_steps", &AllocationSettings::final_steps)
+      .def_readwrite("allocation_interval", &AllocationSettings::allocation_interval)
+      .def_readwrite("beta1", &AllocationSettings::beta1)
+      .def_readwrite("beta2", &AllocationSettings::beta2)
+      .def_readwrite("orthogonality_weight", &AllocationSettings::orthogonality_weight)
+      .def_readwrite("total_steps", &AllocationSettings::total_steps);
+  py::class_<AdapterConfig>(m, "AdapterConfig")
+      .def(py::init<>())
+      .def_readwrite("peft_type", &AdapterConfig::peft_type)
+      .def_readwrite("rank", &AdapterConfig::rank)
+      .def_readwrite("alpha", &AdapterConfig::alpha)
+      .def_readwrite("dropout", &AdapterConfig::dropout)
+      .def_readwrite("rslora", &AdapterConfig::rslora)
+      .def_readwrite("fan_in_fan_out", &AdapterConfig::fan_in_fan_out)
+      .def_readwrite("target_modules", &AdapterConfig::target_modules)
+      .def_readwrite("modules_to_save", &AdapterConfig::modules_to_save)
+      .def_readwrite("rank_pattern", &AdapterConfig::rank_pattern)
+      .def_readwrite("alpha_pattern", &AdapterConfig::alpha_pattern)
+      .def_readwrite("kept_directions", &AdapterConfig::kept_directions)
+      .def_readwrite("allocation", &AdapterConfig::allocation)
+      .def_readwrite("base_model_name_or_path", &AdapterConfig::base_model_name_or_path)
+      .def_readwrite("task_type", &AdapterConfig::task_type)
+      .def("rank_of", &AdapterConfig::rank_of)
+      .def("alpha_of", &AdapterConfig::alpha_of)
+      .def("scaling", &AdapterConfig::scaling);
+}
+
+void bind_key(py::module_& m) {
+  py::class_<AdapterKey> key(m, "AdapterKey");
+  py::enum_<AdapterKey::Part>(key, "Part")
+      .value("lora_A", AdapterKey::Part::lora_A)
+      .value("lora_B", AdapterKey::Part::lora_B)
+      .value("embedding_A", AdapterKey::Part::embedding_A)
+      .value("embedding_B", AdapterKey::Part::embedding_B)
+      .value("triplet_A", AdapterKey::Part::triplet_A)
+      .value("triplet_B", AdapterKey::Part::triplet_B)
+      .value("triplet_E", AdapterKey::Part::triplet_E)
+      .value("saved", AdapterKey::Part::saved);
+  key.def(py::init([](std::string module, AdapterKey::Part part, std::string parameter) {
+            return AdapterKey{std::move(module), part, std::move(parameter)};
+          }),
+          py::arg("module"), py::arg("part"), py::arg("parameter") = "")
+      .def_readonly("module", &AdapterKey::module)
+      .def_readonly("part", &AdapterKey::part)
+      .def_readonly("parameter", &AdapterKey::parameter)
+      .def("__str__", [](const AdapterKey& self) { return rankwise::to_string(self); });
+  m.def("parse_adapter_key", &rankwise::parse_adapter_key);
+}
+
+void bind_file(py::module_& m) {
+  py::class_<AdapterFile>(m, "AdapterFile")
+      .def(py::init([](AdapterConfig config, std::map<std::string, at::Tensor> tensors) {
+             return AdapterFile{std::move(config), std::move(tensors), {}};
+           }),
+           py::arg("config"), py::arg("tensors"))
+      .def_readonly("config", &AdapterFile::config)
+      .def_readonly("tensors", &AdapterFile::tensors);
+  m.def("read_adapter", [](const std::filesystem::path& directory) {
+    torch::PyWarningHandler warnings;  // C++ warnings become Python's, with the interpreter's lock
+    const py::gil_scoped_release release;
+    return rankwise::read_adapter(directory);
+  });
+  m.def("write_adapter", &rankwise::write_adapter, py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_fold(py::module_& m) {
+  py::class_<AdapterUpdate>(m, "AdapterUpdate")
+      .def(py::init([](std::string module, at::Tensor lora_A, at::Tensor lora_B,
+                       std::optional<at::Tensor> lora_E, double scaling, bool embedding) {
+             return AdapterUpdate{std::move(module), std::move(lora_A),
+                                  std::move(lora_B), lora_E.value_or(at::Tensor()),
+                                  scaling,           embedding};
+           }),
+           py::arg("module"), py::arg("lora_A"), py::arg("lora_B"), py::arg("lora_E"),
+           py::arg("scaling"), py::arg("embedding"));
+  m.def(
+      "fold_adapter",
+      py::overload_cast<const std::vector<AdapterUpdate>&, AdapterConfig>(&rankwise::fold_adapter),
+      py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+
+void bind_files(py::module_& m) {
+  py::register_exception<rankwise::io::FileError>(m, "FileError");
+  bind_config(m);
+  bind_key(m);
+  bind_file(m);
+  bind_fold(m);
+}

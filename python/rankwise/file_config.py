@@ -1,0 +1,151 @@
+"""Between a model's adapters and PEFT's adapter_config.json: what to write, what was meant."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from ._library import library
+from .adapted import Adapted, HeldAdapter, StoredAdapter
+from .config import AdapterOptions
+from .nn import is_adaptable
+from .targets import find_whole, has_suffix, module_paths
+
+# A module's adapter in the model (HeldAdapter) or made for it (StoredAdapter): the same attributes.
+Adapters = Mapping[str, HeldAdapter | StoredAdapter]
+
+_Part = library.AdapterKey.Part
+LINEAR_PARTS = (_Part.lora_A, _Part.lora_B)
+EMBEDDING_PARTS = (_Part.embedding_A, _Part.embedding_B)
+TRIPLET_PARTS = (_Part.triplet_A, _Part.triplet_B, _Part.triplet_E)
+
+
+def shared_config(model: nn.Module, layers: Mapping[str, Adapted], adapters: Adapters):
+    """What does not depend on the method: where the adapters are, and over which model."""
+    config = library.AdapterConfig()
+    config.dropout = _most_common(a.options.dropout for a in adapters.values())
+    config.fan_in_fan_out = any(
+        layers[p].transposed and not isinstance(layers[p], nn.Embedding) for p in adapters
+    )
+    config.target_modules = _short_names(model, adapters)
+    config.base_model_name_or_path = getattr(model, "name_or_path", "") or ""
+    return config
+
+
+def add_method(config, adapters: Adapters) -> None:
+    """Adds the fields of the adapters' method, LoRA or AdaLoRA, to a shared_config.
+
+    Raises:
+        ValueError: the method's format cannot hold these adapters.
+    """
+    methods = ("AdaLoRA" if a.options.triplets else "LoRA" for a in adapters.values())
+    if _one("a PEFT folder", "method", methods) == "AdaLoRA":
+        _add_adalora(config, adapters)
+    else:
+        _add_lora(config, adapters)
+
+
+def _add_lora(config, adapters: Adapters) -> None:
+    owner = "PEFT's LoRA folder"
+    config.rslora = _one(owner, "value of rslora", (a.options.rslora for a in adapters.values()))
+    ranks = {path: adapter.rank for path, adapter in adapters.items()}
+    alphas = {path: _alpha(adapter) for path, adapter in adapters.items()}
+    config.rank, config.alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    config.rank_pattern = [(p, r) for p, r in ranks.items() if r != config.rank]
+    config.alpha_pattern = [(p, a) for p, a in alphas.items() if a != config.alpha]
+
+
+def _add_adalora(config, adapters: Adapters) -> None:
+    owner = "PEFT's AdaLoRA folder"
+    options = [adapter.options for adapter in adapters.values()]
+    config.peft_type = "ADALORA"
+    config.rank = _one(owner, "initial rank", (o.rank for o in options))
+    config.alpha = _one(owner, "alpha", (o.alpha for o in options))
+    if _one(owner, "value of rslora", (o.rslora for o in options)):
+        raise ValueError("save_adapter: PEFT's AdaLoRA has no rslora; use export_lora")
+    grown = [path for path, adapter in adapters.items() if adapter.rank > config.rank]
+    if grown:
+        raise ValueError(
+            f"save_adapter: PEFT's AdaLoRA ranks are at most the initial {config.rank}, got "
+            f"{adapters[grown[0]].rank} in {grown[0]}; use export_lora"
+        )
+    if any(adapter.rank < config.rank for adapter in adapters.values()):
+        # Which of the initial directions were kept is no longer known, nor does PEFT need it: the
+        # file holds the kept ones alone, and their number is what counts. PEFT's allocator looks
+        # for every module in the pattern.
+        config.kept_directions = {
+            path: [i < adapter.rank for i in range(config.rank)]
+            for path, adapter in adapters.items()
+        }
+    config.allocation.target_rank = config.rank  # the adapters do not know how they were allocated
+
+
+def _one(owner: str, what: str, values: Iterable):
+    distinct = sorted(set(values))
+    if len(distinct) > 1:
+        raise ValueError(
+            f"save_adapter: {owner} has one {what} for all layers, got {distinct}; use export_lora"
+        )
+    return distinct[0]
+
+
+def _alpha(adapter: HeldAdapter | StoredAdapter) -> float:
+    """The alpha that gives the layer's scaling at its present rank."""
+    options = adapter.options
+    if adapter.rank == options.rank:
+        return options.alpha
+    return options.scaling * (math.sqrt(adapter.rank) if options.rslora else adapter.rank)
+
+
+def _most_common(values: Iterable):
+    return Counter(values).most_common(1)[0][0]
+
+
+def _short_names(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Last name parts where they mean targets alone, whole names for the others."""
+    targets = set(targets)
+    names = [name for own in module_paths(model).values() for name in own]
+    short = {path.rpartition(".")[2] for path in targets}
+    clear = {s for s in short if all(n in targets for n in names if has_suffix(n, s))}
+    return sorted({s if (s := path.rpartition(".")[2]) in clear else path for path in targets})
+
+
+def plan_of(model: nn.Module, file) -> tuple[dict[str, AdapterOptions], list[str]]:
+    """The adapter that a file describes, over the modules that the model has.
+
+    The rank in the options is the initial one, which AdaLoRA's scaling counts.
+    """
+    options = {}
+    modules = dict(model.named_modules())
+    for key, tensor in file.tensors.items():
+        parsed = library.parse_adapter_key(key)
+        kinds = (LINEAR_PARTS, EMBEDDING_PARTS, TRIPLET_PARTS)
+        if parsed is None or parsed.part not in [parts[0] for parts in kinds]:
+            continue
+        base = modules.get(parsed.module)
+        if not (isinstance(base, Adapted) or (base is not None and is_adaptable(base))):
+            continue  # the caller reports that the tensors have no place
+        if isinstance(base, nn.Embedding) != (parsed.part in EMBEDDING_PARTS):
+            continue
+        triplets = parsed.part in TRIPLET_PARTS
+        options[parsed.module] = AdapterOptions(
+            rank=file.config.rank if triplets else tensor.shape[0],
+            alpha=file.config.alpha_of(parsed.module),
+            dropout=file.config.dropout,
+            rslora=file.config.rslora,
+            adapter_dtype=_factor_dtype(tensor.dtype, base.weight.dtype),
+            triplets=triplets,
+        )
+    matching = [w for w in file.config.modules_to_save if any(has_suffix(n, w) for n in modules)]
+    return options, list(find_whole(model, matching))
+
+
+def _factor_dtype(stored: torch.dtype, base: torch.dtype) -> torch.dtype | None:
+    """The dtype that the op takes over `base` and that holds `stored` unrounded; None for none."""
+    masters = [torch.float32] if base in (torch.bfloat16, torch.float16) else []
+    fitting = [d for d in [base, *masters] if torch.promote_types(stored, d) == d]
+    return fitting[0] if fitting else None
