@@ -55,7 +55,7 @@ class Method:
 
 LORA = Method(f"LoRA (r {RANK})", lora_config, 1e-3)
 # E starts at zero, so that A and B hardly move at first: a larger rate suits it.
-ADALORA = Method(f"AdaLoRA (r {3 * RANK} to {RANK})", adalora_config, 2e-3)
+ADALORA = Method(f"AdaLoRA (r {3 * RANK} to {RANK})", adalora_config, 4e-3)
 
 
 @dataclass

@@ -11,14 +11,14 @@ import rankwise as rw
 
 ROOT = Path(__file__).resolve().parents[3]
 README = (ROOT / "README.md").read_text()
-PROGRAMS = ["layer", "merge_adapter"]
+PROGRAMS = ["layer", "merge_adapter", "adalora"]
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["layer", "model"])
+@pytest.mark.parametrize("code", blocks("python"), ids=["layer", "model", "adalora"])
 def test_python_examples(code, tmp_path):
     script = tmp_path / "example.py"
     script.write_text(code)
@@ -48,6 +48,12 @@ def test_the_layer_program_learns(programs):
     result = subprocess.run([programs / "layer"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.startswith("loss ")
+
+
+def test_the_adalora_program_finds_the_ranks(programs):
+    result = subprocess.run([programs / "adalora"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("narrow: rank 1 of 6\nwide: rank 5 of 6\nloss ")
 
 
 def test_the_adapter_program_reads_what_python_saved(programs, tmp_path):
