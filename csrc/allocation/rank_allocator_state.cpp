@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <iomanip>
 #include <sstream>
 #include <stdexcept>
 
@@ -78,8 +79,10 @@ std::vector<Allocation> history_from(const State& state) {
 
 std::string text_of(const at::Tensor& tensor) {
   std::ostringstream text;
-  if (tensor.dim() == 0) {
-    text << tensor.item<double>();
+  if (tensor.dim() == 0 && at::isIntegralType(tensor.scalar_type(), /*includeBool=*/true)) {
+    text << tensor.item<int64_t>();
+  } else if (tensor.dim() == 0) {
+    text << std::setprecision(17) << tensor.item<double>();
   } else {
     text << tensor.scalar_type() << " " << tensor.sizes();
   }
@@ -157,7 +160,9 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
   for (const auto& [name, value] : options_state(options_, schedule_)) check.equal(name, value);
   for (const char* name : {"steps", "skipped_steps", "frozen", "shrunk"})
     check.tensor(name, at::kLong, {});
-  const bool frozen = state.contains("frozen") && state.at("frozen").item<int64_t>() != 0;
+  const auto it = state.find("frozen");
+  const bool frozen = it != state.end() && it->second.defined() && it->second.numel() == 1 &&
+                      it->second.item<double>() != 0;
   const auto adapters = static_cast<int64_t>(adapters_.size());
   check.tensor("history.steps", at::kLong, {-1});
   const int64_t n = state.contains("history.steps") ? state.at("history.steps").numel() : -1;

@@ -2,7 +2,6 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <rankwise/rank_allocator.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "bindings.h"
@@ -52,14 +51,10 @@ void bind_schedule(py::module_& m) {
 
 using StateOf = std::function<std::optional<std::vector<at::Tensor>>(const at::Tensor&)>;
 
-// Calls a member of the allocator without the interpreter's lock, with warnings as Python's.
-template <class... Args>
-auto released(void (RankAllocator::*member)(Args...)) {
+auto taking_optimizer(void (RankAllocator::*member)(const rankwise::OptimizerView&)) {
   return
       [member](RankAllocator& self, StateOf state_of, const std::optional<at::Tensor>& found_inf) {
-        torch::PyWarningHandler warnings;
-        const py::gil_scoped_release release;
-        (self.*member)({std::move(state_of), found_inf.value_or(at::Tensor())});
+        released([&] { (self.*member)({std::move(state_of), found_inf.value_or(at::Tensor())}); });
       };
 }
 
@@ -74,10 +69,10 @@ void bind_allocator(py::module_& m) {
            py::arg("rank"), py::arg("set_rank") = py::none());
   py::class_<RankAllocator>(m, "RankAllocator")
       .def(py::init<std::vector<rankwise::Adapter>, const AdaLoRAOptions&>())
-      .def("step", released(&RankAllocator::step), py::arg("state_of") = py::none(),
-           py::arg("found_inf") = py::none())
-      .def("freeze", released(&RankAllocator::freeze), py::arg("state_of") = py::none(),
-           py::arg("found_inf") = py::none())
+      .def("step", taking_optimizer(&RankAllocator::step), py::arg("state_of"),
+           py::arg("found_inf"))
+      .def("freeze", taking_optimizer(&RankAllocator::freeze), py::arg("state_of"),
+           py::arg("found_inf"))
       .def(
           "orthogonality_penalty",
           [](const RankAllocator& self, bool squared) {

@@ -3,7 +3,6 @@
 #include <pybind11/stl/filesystem.h>
 #include <rankwise/adapter_file.h>
 #include <rankwise/adapter_fold.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "bindings.h"
@@ -80,9 +79,7 @@ void bind_file(py::module_& m) {
       .def_readonly("config", &AdapterFile::config)
       .def_readonly("tensors", &AdapterFile::tensors);
   m.def("read_adapter", [](const std::filesystem::path& directory) {
-    torch::PyWarningHandler warnings;  // C++ warnings become Python's, with the interpreter's lock
-    const py::gil_scoped_release release;
-    return rankwise::read_adapter(directory);
+    return released([&] { return rankwise::read_adapter(directory); });
   });
   m.def("write_adapter", &rankwise::write_adapter, py::call_guard<py::gil_scoped_release>());
 }

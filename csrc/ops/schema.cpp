@@ -50,6 +50,10 @@ TORCH_LIBRARY(rankwise, m) {
       "orthogonality_penalty(Tensor[] lora_A, Tensor[] lora_B, int[] ranks, bool squared) "
       "-> Tensor",
       pure);
+  m.def(
+      "_orthogonality_backward(Tensor grad_output, Tensor[] lora_A, Tensor[] lora_B, int[] ranks, "
+      "bool squared) -> Tensor[]",
+      pure);
   // The name of the implementation that serves a tensor's device, for summary() and doctor.
   m.def("_lora_linear_path(Tensor tensor) -> str", pure);
 }

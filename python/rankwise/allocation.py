@@ -27,9 +27,9 @@ class RankAllocator:
     directions move to the front of the factors, in place, with the optimizer's state, and
     ``layer.rank`` falls: later steps compute and save only what is kept.
 
-    A step with gradients that are infinite or NaN, or that a fused optimizer left out under a
-    GradScaler, changes nothing but ``skipped_steps``. Ties are decided by the order of layers and
-    directions.
+    Until then a step with gradients that are infinite or NaN, and always one that a fused optimizer
+    left out under a GradScaler, changes nothing but ``skipped_steps``. Ties are decided by the
+    order of layers and directions.
 
     Args:
         model: with active AdaLoRA adapters (``apply_lora(model, AdaLoRAConfig(...))``).
@@ -40,6 +40,10 @@ class RankAllocator:
     """
 
     def __init__(self, model: nn.Module, config: AdaLoRAConfig) -> None:
+        if not isinstance(config, AdaLoRAConfig):
+            raise TypeError(
+                f"RankAllocator: config must be an AdaLoRAConfig, got {type(config).__name__}"
+            )
         layers = {n: x for n, x in adapted_layers(model).items() if x.lora_E is not None}
         if not layers:
             raise ValueError(
@@ -63,16 +67,28 @@ class RankAllocator:
         Raises:
             RuntimeError: from the optimizer's step, when no adapter has a gradient by then.
         """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
         while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = optimizer.optimizer  # Accelerate's wrapper, which has no hooks of its own
         return optimizer.register_step_post_hook(lambda stepped, args, kwargs: self.step(stepped))
 
-    def step(self, optimizer: Optimizer | None = None) -> None:
-        """One step by hand, where attach() cannot be used: after optimizer.step()."""
+    def step(self, optimizer: Optimizer | None) -> None:
+        """One step by hand, where attach() cannot be used: after optimizer.step().
+
+        Args:
+            optimizer: whose state must follow the directions; None where there is none.
+        """
         self._core.step(*_view(optimizer))
 
-    def freeze(self, optimizer: Optimizer | None = None) -> None:
-        """Chooses the final directions now, for a training that ends before its schedule."""
+    def freeze(self, optimizer: Optimizer | None) -> None:
+        """Chooses the final directions now, for a training that ends before its schedule.
+
+        Args:
+            optimizer: whose state must follow the directions; None where there is none.
+        """
         self._core.freeze(*_view(optimizer))
 
     def orthogonality_penalty(self, form: str = "squared_sum") -> Tensor:
@@ -152,9 +168,10 @@ class RankAllocator:
 def _adapter(name: str, layer: Adapted):
     factor = layer.lora_E
 
-    def set_rank(rank: int) -> None:  # also when another adapter is active by then
-        holders = [layer, *layer.adapters.values()]
-        next(holder for holder in holders if holder.lora_E is factor).rank = rank
+    def set_rank(rank: int) -> None:  # also when another adapter is active by then, or none
+        for holder in (layer, *layer.adapters.values()):
+            if holder.lora_E is factor:
+                holder.rank = rank
 
     return library.Adapter(name, layer.lora_A, layer.lora_B, layer.lora_E, layer.rank, set_rank)
 
@@ -165,8 +182,15 @@ def _view(optimizer: Optimizer | None):
         return None, None
 
     def state_of(parameter: Tensor) -> list[Tensor] | None:
-        tensors = [x for x in optimizer.state.get(parameter, {}).values() if torch.is_tensor(x)]
-        along = [x for x in tensors if x.dim() > 0]
+        """The state along a parameter's elements; None where some might be elsewhere."""
+        mine = any(parameter is p for group in optimizer.param_groups for p in group["params"])
+        state = optimizer.state.get(parameter, {})
+        stepped = parameter.grad is not None and any(optimizer.state.values())
+        if parameter.requires_grad and (not mine or (stepped and not state)):
+            return None  # in another optimizer, or under another parameter (LBFGS)
+        if not all(x is None or isinstance(x, (Tensor, int, float)) for x in state.values()):
+            return None
+        along = [x for x in state.values() if torch.is_tensor(x) and x.dim() > 0]
         return along if all(x.shape == parameter.shape for x in along) else None
 
     return state_of, getattr(optimizer, "found_inf", None)

@@ -19,6 +19,14 @@ def _require(condition: bool, owner: str, name: str, wanted: str, got: object) -
         raise ValueError(f"{owner}: {name} must be {wanted}, got {got!r}")
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class AdapterOptions:
     """One layer's adapter.
@@ -51,19 +59,16 @@ class AdapterOptions:
         def require(condition: bool, name: str, wanted: str, got: object) -> None:
             _require(condition, "adapter", name, wanted, got)
 
-        def is_integer(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
         def is_finite(value: object) -> bool:
-            return isinstance(value, (int, float)) and math.isfinite(value)
+            return _is_real(value) and math.isfinite(value)
 
-        require(is_integer(self.rank) and self.rank >= 0, "rank", "an integer >= 0", self.rank)
+        require(_is_integer(self.rank) and self.rank >= 0, "rank", "an integer >= 0", self.rank)
         require(is_finite(self.alpha), "alpha", "finite", self.alpha)
         probability = is_finite(self.dropout) and 0.0 <= self.dropout <= 1.0
         require(probability, "dropout", "in [0, 1]", self.dropout)
         require(self.init in INITS, "init", f"one of {INITS}", self.init)
         if self.capacity is not None:
-            require(is_integer(self.capacity), "capacity", "an integer or None", self.capacity)
+            require(_is_integer(self.capacity), "capacity", "an integer or None", self.capacity)
             enough = self.capacity >= self.rank
             require(enough, "capacity", f"at least the rank {self.rank}", self.capacity)
 
@@ -175,8 +180,16 @@ class AdaLoRAConfig(TargetConfig):
     shrink: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        integers = ("initial_rank", "target_rank", "total_steps", "warmup_steps", "final_steps")
+        for name in (*integers, "allocation_interval", "min_rank"):
+            value = getattr(self, name)
+            _require(_is_integer(value), "AdaLoRAConfig", name, "an integer", value)
+        for name in ("alpha", "beta1", "beta2"):
+            value = getattr(self, name)
+            _require(_is_real(value), "AdaLoRAConfig", name, "a number", value)
+        _require(isinstance(self.shrink, bool), "AdaLoRAConfig", "shrink", "a bool", self.shrink)
         self.allocation_options()
+        super().__post_init__()
 
     def options(self, rank: int | None = None, alpha: float | None = None) -> AdapterOptions:
         return AdapterOptions(

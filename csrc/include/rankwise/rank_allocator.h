@@ -43,7 +43,8 @@ struct OptimizerView {
 /// are lowered: later steps compute and save only what is kept. Parameters keep their identity and
 /// data pointers.
 ///
-/// A step whose gradients are infinite or NaN changes nothing but skipped_steps(). Ties are decided
+/// Until the pattern is frozen, a step whose gradients are infinite or NaN changes nothing but
+/// skipped_steps(). Ties are decided
 /// by the order of adapters and directions; results do not depend on the number of threads. Not
 /// thread-safe: one caller at a time.
 class RankAllocator {
