@@ -15,7 +15,7 @@
 namespace rankwise {
 namespace {
 
-constexpr int64_t piece_elements = 4096;  // operands and averages stay in a core's cache
+constexpr int64_t piece_elements = 8192;  // operands and averages stay in a core's cache
 
 // Rows of a factor, and where their part of the scores goes: a number for each row of A and E, the
 // column sums of B.

@@ -5,13 +5,15 @@
 
 A step is zero_grad, forward, backward and AdamW, and for AdaLoRA also the orthogonality penalty and
 the allocator, which averages (warm-up) and chooses (budgeting) in every step. "kept ranks" is LoRA
-with the rank that AdaLoRA left each matrix. Contenders alternate in random order in one process;
-"twice" is the noise of the method.
+with the rank that AdaLoRA left each matrix. Contenders share the base's parameters, because where
+they lie in memory is worth a percent, and alternate in random order in one process; "twice" is the
+noise of the method.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import time
 from statistics import median, quantiles
@@ -26,16 +28,16 @@ CONFIG = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536
 WHERE = {"target_modules": "all-linear"}
 
 
-def new_model() -> BertModel:
-    torch.manual_seed(0)
-    return BertModel(CONFIG, add_pooling_layer=False).train()
+torch.manual_seed(0)
+BASE = BertModel(CONFIG, add_pooling_layer=False).train()
 
 
 class Contender:
-    """A model with its optimizer; step() is one training step."""
+    """A model over the one base, with its optimizer; step() is one training step."""
 
     def __init__(self, config, ids: torch.Tensor) -> None:
-        self.model, self.ids = rw.apply_lora(new_model(), config), ids
+        model = copy.deepcopy(BASE, {id(p): p for p in BASE.parameters()})
+        self.model, self.ids = rw.apply_lora(model, config), ids
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
         self.allocator = None
