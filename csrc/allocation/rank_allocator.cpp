@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <numeric>
 #include <sstream>
@@ -260,11 +261,17 @@ void RankAllocator::record(int64_t step, int64_t budget, const at::Tensor& score
     return;
   }
   const auto nan = std::numeric_limits<double>::quiet_NaN();
-  const at::Tensor kept = scores.masked_select(kept_), pruned = scores.masked_select(~kept_);
-  entry.mean_score = scores.mean().item<double>();
-  entry.largest_score = scores.max().item<double>();
-  entry.lowest_kept = kept.numel() > 0 ? kept.min().item<double>() : nan;
-  entry.highest_pruned = pruned.numel() > 0 ? pruned.max().item<double>() : nan;
+  entry.lowest_kept = entry.highest_pruned = nan;
+  const double* const score = scores.const_data_ptr<double>();
+  const bool* const keep = kept_.const_data_ptr<bool>();
+  for (int64_t i = 0; i < scores.numel(); ++i) {
+    entry.mean_score += score[i] / static_cast<double>(scores.numel());
+    entry.largest_score = std::max(entry.largest_score, score[i]);
+    if (keep[i])  // fmin and fmax pass NaN over
+      entry.lowest_kept = std::fmin(entry.lowest_kept, score[i]);
+    else
+      entry.highest_pruned = std::fmax(entry.highest_pruned, score[i]);
+  }
   history_.push_back(std::move(entry));
 }
 
