@@ -38,6 +38,7 @@ check: export RANKWISE_WARNINGS_AS_ERRORS := ON
 check: lint test
 
 bench: $(PACKAGE)
+	$(BIN)/python tests/bench/layers.py
 	$(BIN)/python tests/bench/allocator.py
 	$(BIN)/python tests/bench/adalora_step.py
 

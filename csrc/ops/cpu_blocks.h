@@ -33,14 +33,14 @@ class Split {
   int64_t total_, step_;
 };
 
-// The blocks of a [rows, cols] product with inner size `depth`: large enough for BLAS to be
-// efficient, enough of them for many cores.
+// The blocks of a product with inner size `depth`: large enough for BLAS to be efficient, enough of
+// them for many cores.
 struct Tile {
   Range row, col;
 
   at::Tensor of(const at::Tensor& matrix) const { return col.of(row.of(matrix, 0), 1); }
 };
-std::vector<Tile> output_tiles(int64_t rows, int64_t cols, int64_t depth);
+std::vector<Tile> output_tiles(const at::Tensor& result, int64_t depth);
 
 // Rows (or columns) of a block that has `width` elements across.
 int64_t scratch_step(int64_t width);

@@ -75,19 +75,38 @@ void for_numbers(uint64_t seed, int64_t first, int64_t count, const Use& use) {
 }
 
 template <typename From, typename To>
-void copy_kept(const From* src, To* dst, const uint16_t* numbers, uint32_t threshold,
-               int64_t size) {
-  for (int64_t j = 0; j < size; ++j) {
+[[gnu::always_inline]] inline void select_kept(const From* src, To* dst, const uint16_t* numbers,
+                                               uint32_t threshold, int64_t size) {
+  for (int64_t j = 0; j < size; ++j)
     dst[j] = numbers[j] < threshold ? To(0) : static_cast<To>(src[j]);
-  }
 }
+
+// target_clones does not go with templates: the vector forms of the loop above.
+#define RANKWISE_COPY_KEPT(From, To)                                                       \
+  RANKWISE_VECTOR_CLONES void copy_kept(const From* src, To* dst, const uint16_t* numbers, \
+                                        uint32_t threshold, int64_t size) {                \
+    select_kept(src, dst, numbers, threshold, size);                                       \
+  }
+RANKWISE_COPY_KEPT(double, double)
+RANKWISE_COPY_KEPT(float, float)
+RANKWISE_COPY_KEPT(uint16_t, uint16_t)  // bfloat16 and half, whose zero has no bit set
+RANKWISE_COPY_KEPT(c10::BFloat16, float)
+RANKWISE_COPY_KEPT(c10::Half, float)
+#undef RANKWISE_COPY_KEPT
+
+// The type whose bits a copy moves.
+template <typename From, typename To>
+using Moved = std::conditional_t<std::is_same_v<From, To> && sizeof(From) == 2, uint16_t, From>;
 
 template <typename From, typename To>
 void copy_block(const at::Tensor& src, const at::Tensor& dst, BlockOrigin origin, int64_t seed,
                 uint32_t threshold) {
   for (int64_t i = 0; i < src.size(0); ++i) {
-    const From* from = src.const_data_ptr<From>() + i * src.stride(0);
-    To* to = dst.mutable_data_ptr<To>() + i * dst.stride(0);
+    using Bits = Moved<From, To>;
+    using Result = std::conditional_t<std::is_same_v<From, To>, Bits, To>;
+    const auto* from =
+        reinterpret_cast<const Bits*>(src.const_data_ptr<From>()) + i * src.stride(0);
+    auto* to = reinterpret_cast<Result*>(dst.mutable_data_ptr<To>()) + i * dst.stride(0);
     for_numbers(static_cast<uint64_t>(seed), (origin.row + i) * origin.total_cols + origin.col,
                 src.size(1), [&](int64_t offset, const uint16_t* numbers, int64_t size) {
                   copy_kept(from + offset, to + offset, numbers, threshold, size);
@@ -118,7 +137,7 @@ void dropout_copy(const at::Tensor& src, const at::Tensor& dst, BlockOrigin orig
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, src.scalar_type(), "dropout_copy", [&] {
     if (dst.scalar_type() == src.scalar_type()) {
       copy_block<scalar_t, scalar_t>(src, dst, origin, seed, threshold);
-    } else {
+    } else if constexpr (sizeof(scalar_t) == 2) {
       copy_block<scalar_t, float>(src, dst, origin, seed, threshold);
     }
   });

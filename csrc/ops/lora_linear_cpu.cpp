@@ -110,7 +110,7 @@ bool lora_first(const Adapter& adapter, const at::Tensor& result) {
 at::Tensor expand_and_accumulate(const Adapter& adapter, const at::Tensor& x, const at::Tensor& w,
                                  const std::optional<at::Tensor>& bias, const at::Tensor& gated) {
   const at::Tensor y = at::empty({x.size(0), w.size(0)}, x.options());
-  const std::vector<Tile> tiles = output_tiles(x.size(0), w.size(0), x.size(1));
+  const std::vector<Tile> tiles = output_tiles(y, x.size(1));
   run_blocks(static_cast<int64_t>(tiles.size()), [&](int64_t i) {
     const Tile& tile = tiles[i];
     at::Tensor out = tile.of(y);
@@ -184,7 +184,7 @@ at::Tensor reduce_tokens(const at::Tensor& factor, const at::Tensor& m, double a
 at::Tensor input_gradient(const Adapter& adapter, const at::Tensor& dy, const at::Tensor& w,
                           const at::Tensor& dh) {
   const at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
-  const std::vector<Tile> tiles = output_tiles(dy.size(0), w.size(1), dy.size(1));
+  const std::vector<Tile> tiles = output_tiles(dx, dy.size(1));
   run_blocks(static_cast<int64_t>(tiles.size()), [&](int64_t i) {
     const Tile& tile = tiles[i];
     at::Tensor out = tile.of(dx);
@@ -217,7 +217,7 @@ at::Tensor input_gradient(const Adapter& adapter, const at::Tensor& dy, const at
 
 at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x) {
   const at::Tensor dw = at::empty({dy.size(1), x.size(1)}, dy.options());
-  const std::vector<Tile> tiles = output_tiles(dy.size(1), x.size(1), dy.size(0));
+  const std::vector<Tile> tiles = output_tiles(dw, dy.size(0));
   run_blocks(static_cast<int64_t>(tiles.size()), [&](int64_t i) {
     multiply_into(tiles[i].of(dw), tiles[i].row.of(dy, 1).t(), tiles[i].col.of(x, 1), 1.0);
   });

@@ -15,10 +15,9 @@ from __future__ import annotations
 import argparse
 import copy
 import random
-import time
-from statistics import median, quantiles
 
 import torch
+from timing import console, paired, table
 from transformers import BertConfig, BertModel
 
 import rankwise as rw
@@ -86,18 +85,6 @@ def contenders(ids: torch.Tensor) -> dict[str, list[tuple[str, Contender]]]:
     }
 
 
-def measure(rows: list[tuple[str, Contender]], repeats: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name, _ in rows}
-    for _, contender in rows:
-        contender.step()
-    for _ in range(repeats):
-        for name, contender in random.sample(rows, len(rows)):
-            start = time.perf_counter()
-            contender.step()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in (("repeats", 30), ("threads", 2), ("batch", 32), ("length", 64)):
@@ -106,14 +93,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     random.seed(0)
     ids = torch.randint(0, CONFIG.vocab_size, (arguments.batch, arguments.length))
-    for title, rows in contenders(ids).items():
-        times = measure(rows, arguments.repeats)
-        print(f"time over {title}:")
-        reference = times[rows[0][0]]
-        for name, own in times.items():
-            low, _, high = quantiles(own, n=4)
-            ratio = median(t / r for t, r in zip(own, reference, strict=True))
-            print(f"  {name:<20} {median(own):8.1f} ({low:.1f} .. {high:.1f}) ms  {ratio:6.3f}")
+    for reference, rows in contenders(ids).items():
+        timings = paired({name: own.step for name, own in rows}, arguments.repeats)
+        console.print(table("MiniLM, one training step", timings, reference))
 
 
 if __name__ == "__main__":

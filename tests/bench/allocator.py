@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 from peft import AdaLoraConfig, get_peft_model
+from timing import console, milliseconds, paired, table
 from transformers import BertConfig, BertModel
 
 import rankwise as rw
@@ -87,12 +87,6 @@ def our_pass(config: BertConfig, phase: str):
     return lambda: allocator.step(optimizer)
 
 
-def milliseconds(action) -> float:
-    start = time.perf_counter()
-    action()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def warm(action) -> float:
     return median(milliseconds(action) for _ in range(10))
 
@@ -100,22 +94,6 @@ def warm(action) -> float:
 def cold(action) -> float:
     OTHER_MEMORY.add_(1.0)
     return milliseconds(action)
-
-
-def measure(contenders: dict, how, repeats: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for action in contenders.values():
-        action()
-    for _ in range(repeats):
-        for name in random.sample(list(contenders), len(contenders)):
-            times[name].append(how(contenders[name]))
-    return times
-
-
-def line(name: str, times: list[float], reference: list[float]) -> str:
-    low, _, high = quantiles(times, n=4)
-    ratio = median(r / t for r, t in zip(reference, times, strict=True))
-    return f"{name:<16} {median(times):9.3f} ({low:.3f} .. {high:.3f}) ms  {ratio:8.1f}x"
 
 
 def main() -> None:
@@ -129,12 +107,10 @@ def main() -> None:
         for phase in PHASES:
             contenders = {"PEFT": peft_pass(config, phase), "rankwise": our_pass(config, phase)}
             contenders["rankwise, twice"] = our_pass(config, phase)
-            count = 6 * config.num_hidden_layers
             for how in (warm, cold):
-                times = measure(contenders, how, arguments.repeats)
-                print(f"{size}, {count} matrices, rank {RANK}, {phase}, {how.__name__}:")
-                for name in contenders:
-                    print("  " + line(name, times[name], times["PEFT"]))
+                timings = paired(contenders, arguments.repeats, how)
+                title = f"{size}, rank {RANK}, {phase}, {how.__name__}"
+                console.print(table(title, timings, "PEFT"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+# The contenders for one linear layer: what each computes, and the check it must pass to be timed.
+"""A registry of layers over the same tensors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python" / "ops"))
+from peft_layer import peft_layer
+
+import rankwise as rw
+
+SCALING = 2.0
+ALLOWANCE = 1.05  # times PEFT's root mean square error
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer: sizes, dtype of base and adapters, dropout of the adapter's input."""
+
+    tokens: int
+    n_in: int
+    n_out: int
+    rank: int
+    dtype: str = "float32"
+    dropout: float = 0.0
+
+    def __str__(self) -> str:
+        sizes = f"{self.tokens}, {self.n_in} -> {self.n_out}, r {self.rank}"
+        return f"{sizes}, {self.dtype}, dropout {self.dropout:g}"
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """x [tokens, in], W [out, in], b [out], A [rank, in], B [out, rank], dy [tokens, out]."""
+
+    x: Tensor
+    W: Tensor
+    b: Tensor
+    A: Tensor
+    B: Tensor
+    dy: Tensor
+
+    @staticmethod
+    def draw(case: Case) -> Tensors:
+        generator = torch.Generator().manual_seed(0)
+        dtype = getattr(torch, case.dtype)
+
+        def normal(*size: int, scale: float = 1.0, grad: bool = False) -> Tensor:
+            values = torch.randn(size, generator=generator) * scale
+            return values.to(dtype).requires_grad_(grad)
+
+        return Tensors(
+            normal(case.tokens, case.n_in, grad=True),
+            normal(case.n_out, case.n_in, scale=case.n_in**-0.5),
+            normal(case.n_out),
+            normal(case.rank, case.n_in, scale=case.n_in**-0.5, grad=True),
+            normal(case.n_out, case.rank, scale=0.25 * case.rank**-0.5, grad=True),
+            normal(case.tokens, case.n_out),
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """forward() computes y from x with autograd; inputs are what backward gives gradients for."""
+
+    forward: Callable[[], Tensor]
+    inputs: list[Tensor]
+
+
+def frozen(case: Case, t: Tensors) -> Layer:
+    return Layer(lambda: F.linear(t.x, t.W, t.b), [t.x])
+
+
+def _peft(case: Case, t: Tensors) -> torch.nn.Module:
+    return peft_layer(t.W, t.b, t.A, t.B, scaling=SCALING, dropout=case.dropout)
+
+
+def peft(case: Case, t: Tensors) -> Layer:
+    layer = _peft(case, t)
+    return Layer(lambda: layer(t.x), [t.x, *(p for p in layer.parameters() if p.requires_grad)])
+
+
+def peft_compiled(case: Case, t: Tensors) -> Layer:
+    layer = _peft(case, t)
+    compiled = torch.compile(layer, dynamic=False)
+    return Layer(lambda: compiled(t.x), [t.x, *(p for p in layer.parameters() if p.requires_grad)])
+
+
+def merged(case: Case, t: Tensors) -> Layer:
+    """One product with W + s B A, formed in each call; it knows no dropout."""
+
+    def forward() -> Tensor:
+        return F.linear(t.x, torch.addmm(t.W, t.B, t.A, alpha=SCALING), t.b)
+
+    return Layer(forward, [t.x, t.A, t.B])
+
+
+def composition(case: Case, t: Tensors) -> Layer:
+    """PyTorch's own operations, as few as there can be."""
+
+    def forward() -> Tensor:
+        hidden = F.dropout(t.x, case.dropout) @ t.A.t()
+        return torch.addmm(F.linear(t.x, t.W, t.b), hidden, t.B.t(), alpha=SCALING)
+
+    return Layer(forward, [t.x, t.A, t.B])
+
+
+def ours(case: Case, t: Tensors) -> Layer:
+    def forward() -> Tensor:
+        return rw.ops.lora_linear(t.x, t.W, t.b, t.A, t.B, scaling=SCALING, dropout_p=case.dropout)
+
+    return Layer(forward, [t.x, t.A, t.B])
+
+
+CONTENDERS: dict[str, Callable[[Case, Tensors], Layer]] = {
+    "frozen": frozen,
+    "frozen, twice": frozen,
+    "PEFT": peft,
+    "PEFT compiled": peft_compiled,
+    "merged each call": merged,
+    "composition": composition,
+    "rankwise": ours,
+}
+WITHOUT_DROPOUT = ("merged each call",)  # the frozen layer is the reference of all cases
+
+
+def check(case: Case) -> None:
+    """Raises unless y and dx of ours are at least as exact as PEFT's, without dropout."""
+    plain = Case(case.tokens, case.n_in, case.n_out, case.rank, case.dtype)
+    t = Tensors.draw(plain)
+    wide = Tensors(*(getattr(t, name).detach().double() for name in Tensors.__annotations__))
+    update = wide.W + SCALING * wide.B @ wide.A
+    exact = [F.linear(wide.x, update, wide.b), wide.dy @ update]
+    errors = {}
+    for name in ("rankwise", "PEFT"):
+        y = CONTENDERS[name](plain, t).forward()
+        got = [y.detach(), torch.autograd.grad(y, t.x, t.dy)[0]]
+        errors[name] = [
+            (g.double() - e).square().mean().sqrt().item() for g, e in zip(got, exact, strict=True)
+        ]
+    for what, mine, theirs in zip(("y", "dx"), errors["rankwise"], errors["PEFT"], strict=True):
+        if not mine <= ALLOWANCE * theirs:
+            raise AssertionError(f"{case}: error of {what} is {mine:.3e}, PEFT's {theirs:.3e}")
