@@ -1,4 +1,4 @@
-// Dropout masks on the CPU: Philox in vectors of sixteen counters, used as it is made.
+// Dropout masks on the CPU: Philox's numbers, used as they are made.
 #include "dropout_cpu.h"
 
 #include <ATen/ATen.h>
@@ -12,51 +12,16 @@
 #include "checks.h"
 #include "cpu_blocks.h"
 #include "dropout.h"
+#include "philox_cpu.h"
 #include "vector_clones.h"
 
 namespace rankwise {
 namespace {
 
-using kernels::Philox;
 static_assert(std::endian::native == std::endian::little, "16-bit halves are read in memory order");
 
-constexpr int64_t lanes = 16;                // Philox blocks made together
-constexpr int64_t chunk_blocks = 8 * lanes;  // 1024 numbers, 2 KiB of stack
+constexpr int64_t chunk_blocks = 8 * philox_lanes;  // 1024 numbers, 2 KiB of stack
 constexpr int64_t numbers_per_block = kernels::elements_per_block;
-
-// Writes the numbers of `blocks` (rounded up to `lanes`) blocks from `first` on.
-RANKWISE_VECTOR_CLONES
-void philox_numbers(uint64_t seed, uint64_t first, int64_t blocks, uint32_t* out) {
-  for (int64_t base = 0; base < blocks; base += lanes) {
-    uint32_t c0[lanes], c1[lanes], c2[lanes], c3[lanes];
-    for (int64_t l = 0; l < lanes; ++l) {
-      const uint64_t counter = first + static_cast<uint64_t>(base + l);
-      c0[l] = static_cast<uint32_t>(counter);
-      c1[l] = static_cast<uint32_t>(counter >> 32);
-      c2[l] = c3[l] = 0;
-    }
-    auto k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < Philox::rounds; ++round) {
-      for (int64_t l = 0; l < lanes; ++l) {
-        const uint64_t p0 = static_cast<uint64_t>(Philox::multiplier0) * c0[l];
-        const uint64_t p1 = static_cast<uint64_t>(Philox::multiplier1) * c2[l];
-        c0[l] = static_cast<uint32_t>(p1 >> 32) ^ c1[l] ^ k0;
-        c2[l] = static_cast<uint32_t>(p0 >> 32) ^ c3[l] ^ k1;
-        c1[l] = static_cast<uint32_t>(p1);
-        c3[l] = static_cast<uint32_t>(p0);
-      }
-      k0 += Philox::weyl0;
-      k1 += Philox::weyl1;
-    }
-    for (int64_t l = 0; l < lanes; ++l) {
-      uint32_t* block = out + 4 * (base + l);
-      block[0] = c0[l];
-      block[1] = c1[l];
-      block[2] = c2[l];
-      block[3] = c3[l];
-    }
-  }
-}
 
 // Calls use(offset, numbers, size) over elements [first, first + count) of the mask.
 template <typename Use>
@@ -74,18 +39,19 @@ void for_numbers(uint64_t seed, int64_t first, int64_t count, const Use& use) {
   }
 }
 
+// `last` is the largest number that drops an element: 16 bits, so that 16-bit elements are compared
+// and chosen in vectors of their own width.
 template <typename From, typename To>
 [[gnu::always_inline]] inline void select_kept(const From* src, To* dst, const uint16_t* numbers,
-                                               uint32_t threshold, int64_t size) {
-  for (int64_t j = 0; j < size; ++j)
-    dst[j] = numbers[j] < threshold ? To(0) : static_cast<To>(src[j]);
+                                               uint16_t last, int64_t size) {
+  for (int64_t j = 0; j < size; ++j) dst[j] = numbers[j] <= last ? To(0) : static_cast<To>(src[j]);
 }
 
 // target_clones does not go with templates: the vector forms of the loop above.
 #define RANKWISE_COPY_KEPT(From, To)                                                       \
   RANKWISE_VECTOR_CLONES void copy_kept(const From* src, To* dst, const uint16_t* numbers, \
-                                        uint32_t threshold, int64_t size) {                \
-    select_kept(src, dst, numbers, threshold, size);                                       \
+                                        uint16_t last, int64_t size) {                     \
+    select_kept(src, dst, numbers, last, size);                                            \
   }
 RANKWISE_COPY_KEPT(double, double)
 RANKWISE_COPY_KEPT(float, float)
@@ -109,7 +75,8 @@ void copy_block(const at::Tensor& src, const at::Tensor& dst, BlockOrigin origin
     auto* to = reinterpret_cast<Result*>(dst.mutable_data_ptr<To>()) + i * dst.stride(0);
     for_numbers(static_cast<uint64_t>(seed), (origin.row + i) * origin.total_cols + origin.col,
                 src.size(1), [&](int64_t offset, const uint16_t* numbers, int64_t size) {
-                  copy_kept(from + offset, to + offset, numbers, threshold, size);
+                  copy_kept(from + offset, to + offset, numbers,
+                            static_cast<uint16_t>(threshold - 1), size);
                 });
   }
 }
