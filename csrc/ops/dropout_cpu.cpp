@@ -44,7 +44,14 @@ void for_numbers(uint64_t seed, int64_t first, int64_t count, const Use& use) {
 template <typename From, typename To>
 [[gnu::always_inline]] inline void select_kept(const From* src, To* dst, const uint16_t* numbers,
                                                uint16_t last, int64_t size) {
-  for (int64_t j = 0; j < size; ++j) dst[j] = numbers[j] <= last ? To(0) : static_cast<To>(src[j]);
+#pragma GCC ivdep  // dst may be src itself, but never overlaps otherwise
+  for (int64_t j = 0; j < size; ++j) {
+    if constexpr (std::is_same_v<To, uint16_t>) {
+      dst[j] = src[j] & static_cast<uint16_t>(-int{numbers[j] > last});  // a choice stays scalar
+    } else {
+      dst[j] = numbers[j] <= last ? To(0) : static_cast<To>(src[j]);
+    }
+  }
 }
 
 // target_clones does not go with templates: the vector forms of the loop above.
