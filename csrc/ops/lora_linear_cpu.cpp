@@ -60,10 +60,11 @@ struct Adapter {
   double keep_scale() const { return dropout.active() ? dropout.keep_scale() : 1.0; }
 };
 
-// The inner size of a product in the pieces it is summed in. A float32 or float64 sum is made of
-// runs, which keeps the rounding errors of long sums small; a 16-bit one is rounded once.
+// The inner size of a product in the pieces it is summed in. A long float32 or float64 sum is made
+// of runs, which keeps its rounding errors small; a 16-bit one is rounded once.
 Split runs(const at::Tensor& out, int64_t inner, int64_t run) {
-  return {inner, out.element_size() == 2 ? std::max<int64_t>(inner, 1) : run};
+  const bool whole = out.element_size() == 2 || inner <= 2 * run;
+  return {inner, whole ? std::max<int64_t>(inner, 1) : run};
 }
 constexpr int64_t base_run = 512;    // 3 to 5 % slower than one sum of 4096
 constexpr int64_t tokens_run = 128;  // nearly free where the rank is small
