@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <rankwise/nn_options.h>
 
+#include <iosfwd>
 #include <optional>
 
 namespace rankwise::nn {

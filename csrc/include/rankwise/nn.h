@@ -108,6 +108,12 @@ class LoRAEmbeddingImpl : public AdaptedModule<LoRAEmbeddingImpl> {
   int64_t padding_idx_ = -1;  // negative: none
 };
 
+extern template class AdaptedModule<LoRALinearImpl>;
+extern template class AdaptedModule<AdaLoRALinearImpl>;
+extern template class AdaptedModule<LoRAEmbeddingImpl>;
+extern template class AdaptedLinear<LoRALinearImpl>;
+extern template class AdaptedLinear<AdaLoRALinearImpl>;
+
 TORCH_MODULE(LoRALinear);
 TORCH_MODULE(AdaLoRALinear);
 TORCH_MODULE(LoRAEmbedding);
