@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # folder -> (what an include may match, what it may not)
 CPP_RULES = {
     "csrc/kernels": r"^<(ATen|torch|c10|pybind11|Python)",
-    "csrc/io": r"^(<(pybind11|Python|torch/)|\"\.\./(ops|kernels|bindings))",
+    "csrc/io": r"^(<(pybind11|Python|torch/)|\"\.\./(ops|kernels|bindings|nn))",
     "csrc/ops": r"^(<(pybind11|Python)|\"\.\./(io|bindings|nn|allocation))",
+    "csrc/nn": r"^(<(pybind11|Python)|\"\.\./)",
     "csrc/allocation": r"^(<(pybind11|Python)|\"\.\./(?!ops/importance\.h))",
     "csrc/bindings": r"^\"\.\./(ops|kernels)",
     "csrc/include": r"^(<(pybind11|Python)|\")",

@@ -55,8 +55,17 @@ def _add_lora(config, adapters: Adapters) -> None:
     ranks = {path: adapter.rank for path, adapter in adapters.items()}
     alphas = {path: _alpha(adapter) for path, adapter in adapters.items()}
     config.rank, config.alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    config.rank_pattern = [(p, r) for p, r in ranks.items() if r != config.rank]
-    config.alpha_pattern = [(p, a) for p, a in alphas.items() if a != config.alpha]
+    config.rank_pattern, config.alpha_pattern = _patterns(ranks), _patterns(alphas)
+
+
+def _patterns(values: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Nothing when all values are alike, else all of them, the longest paths first.
+
+    A pattern also matches the paths that end in it, and the first match counts.
+    """
+    if len(set(values.values())) == 1:
+        return []
+    return sorted(values.items(), key=lambda item: -len(item[0]))
 
 
 def _add_adalora(config, adapters: Adapters) -> None:

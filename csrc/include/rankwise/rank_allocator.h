@@ -13,6 +13,10 @@
 #include <utility>
 #include <vector>
 
+namespace torch::nn {
+class Module;
+}
+
 namespace rankwise {
 
 /// One choice of directions.
@@ -52,6 +56,9 @@ class RankAllocator {
   /// Throws std::invalid_argument for wrong options, no adapters, repeated names, wrong shapes, or
   /// a target below what min_rank needs.
   RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions& options);
+  /// Over the AdaLoRA layers (rankwise/nn.h) of a tree of modules, by their dotted paths; their
+  /// ranks follow. Throws as above, also when there is none.
+  RankAllocator(torch::nn::Module& model, const AdaLoRAOptions& options);
   RankAllocator(const RankAllocator&) = delete;
   RankAllocator& operator=(const RankAllocator&) = delete;
 

@@ -3,6 +3,8 @@
 
 #include <rankwise/adapter_file.h>
 #include <rankwise/adapter_fold.h>
+#include <rankwise/module_adapters.h>
+#include <rankwise/nn.h>
 #include <rankwise/ops.h>
 #include <rankwise/optim.h>
 #include <rankwise/rank_allocator.h>

@@ -1,5 +1,6 @@
 """The README's examples: Python blocks run as they stand, C++ blocks are parts of programs."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import rankwise as rw
 
 ROOT = Path(__file__).resolve().parents[3]
 README = (ROOT / "README.md").read_text()
-PROGRAMS = ["layer", "merge_adapter", "adalora"]
+PROGRAMS = ["layer", "merge_adapter", "adalora", "module"]
 
 
 def blocks(language: str) -> list[str]:
@@ -89,3 +90,34 @@ def test_the_adapter_program_names_a_bad_folder(programs, tmp_path):
     result = subprocess.run(run, capture_output=True, text=True)
     assert result.returncode == 1
     assert str(tmp_path / "nothing") in result.stderr
+
+
+def test_python_and_peft_load_what_the_module_program_saved(programs, tmp_path):
+    import peft
+    import torch
+
+    folders = tmp_path / "adalora", tmp_path / "plain"
+    run = [programs / "module", *folders]
+    printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
+    wanted = torch.tensor([[float(value) for value in printed]])
+
+    class Net(torch.nn.Module):
+        def __init__(self, linear, **options):
+            super().__init__()
+            self.up, self.down = linear(16, 24, **options), linear(24, 4, **options)
+
+        def forward(self, x):
+            return self.down(self.up(x).tanh())
+
+    x = torch.ones(1, 16)
+    for folder, kind in zip(folders, (rw.nn.AdaLoRALinear, rw.nn.LoRALinear), strict=True):
+        torch.manual_seed(0)  # the program's: both languages draw the same base
+        seeded = Net(rw.nn.AdaLoRALinear, rank=6, alpha=12.0)
+        base = Net(torch.nn.Linear)
+        base.load_state_dict({key: seeded.state_dict()[key] for key in base.state_dict()})
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+        assert rw.load_adapter(base, folder) == rw.LoadReport()
+        assert type(base.up) is type(base.down) is kind
+        torch.testing.assert_close(base(x), wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(theirs(x), wanted, rtol=0, atol=1e-6)
+    assert (seeded(x) - wanted).abs().max() > 1e-2

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -152,3 +153,29 @@ def test_the_config_says_nothing_that_peft_does_not_know(tmp_path):
     assert (theirs["r"], theirs["lora_alpha"]) == (4, 8)
     assert theirs["target_modules"] == {"query", "key"}
     assert ours.keys() <= theirs.keys()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [{"rank_pattern": {"block.fc": 2, "fc": 3}}, {"alpha_pattern": {"block.fc": 8.0, "fc": 3.0}}],
+    ids=["rank", "alpha"],
+)
+def test_a_path_that_ends_in_another_keeps_its_own_values(tmp_path, pattern):
+    # As a pattern in the file, "fc" would mean "block.fc" too.
+    def base():
+        torch.manual_seed(0)
+        block = torch.nn.Sequential(OrderedDict(fc=torch.nn.Linear(4, 4)))
+        return torch.nn.Sequential(
+            OrderedDict(fc=torch.nn.Linear(4, 4), block=block, last=torch.nn.Linear(4, 4))
+        )
+
+    config = rw.LoRAConfig(rank=2, alpha=8.0, target_modules=["fc", "last"], **pattern)
+    model = rw.apply_lora(base(), config)
+    randomise(model)
+    rw.save_adapter(model, tmp_path)
+    x = torch.randn(3, 4)
+    again = base()
+    rw.load_adapter(again, tmp_path)
+    assert torch.equal(again(x), model(x))
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    torch.testing.assert_close(theirs(x), model(x), rtol=0, atol=1e-6)

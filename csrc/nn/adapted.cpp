@@ -1,0 +1,136 @@
+// Adapted: settings, first values, merge and unmerge.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <rankwise/adapted.h>
+#include <rankwise/ops.h>
+#include <torch/nn/init.h>
+
+#include <cmath>
+#include <ostream>
+#include <stdexcept>
+
+namespace rankwise::nn {
+namespace {
+
+void require(bool condition, const std::string& wanted, const std::string& got) {
+  if (!condition) throw std::invalid_argument("adapter: " + wanted + ", got " + got);
+}
+
+std::string text_of(double value) {
+  return c10::str(value);
+}
+
+}  // namespace
+
+double AdapterSettings::scaling() const {
+  if (rank == 0) return 0;
+  const auto directions = static_cast<double>(rank);
+  return alpha / (rslora ? std::sqrt(directions) : directions);
+}
+
+void AdapterSettings::check() const {
+  require(rank >= 0, "rank must be at least 0", std::to_string(rank));
+  require(std::isfinite(alpha), "alpha must be finite", text_of(alpha));
+  require(dropout >= 0 && dropout <= 1, "dropout must be in [0, 1]", text_of(dropout));
+  require(!capacity || *capacity >= rank,
+          "capacity must be at least the rank " + std::to_string(rank),
+          std::to_string(capacity.value_or(0)));
+}
+
+void Adapted::adapt(AdapterSettings settings) {
+  settings.check();
+  const at::ScalarType base = weight.scalar_type();
+  const at::ScalarType dtype = settings.adapter_dtype.value_or(base);
+  const bool masters = dtype == at::kFloat && (base == at::kBFloat16 || base == at::kHalf);
+  require(dtype == base || masters,
+          c10::str("adapter_dtype must be ", base, " like the base's, or Float over a 16-bit base"),
+          c10::str(dtype));
+  const int64_t capacity = settings.capacity.value_or(settings.rank);
+  const at::Tensor shape = matrix(weight);
+  const auto factor = [&](int64_t rows, int64_t columns) {
+    return at::zeros({rows, columns}, weight.options().dtype(dtype)).requires_grad_();
+  };
+  lora_A = factor(capacity, shape.size(1));
+  lora_B = factor(shape.size(0), capacity);
+  lora_E = settings.triplets ? factor(capacity, 1) : at::Tensor();
+  weight.requires_grad_(false);
+  settings_ = settings;
+  rank_ = settings.rank;
+}
+
+void Adapted::reset_adapter() {
+  const at::NoGradGuard no_grad;
+  for (const at::Tensor& factor : {lora_A, lora_B, lora_E})
+    if (factor.defined()) factor.zero_();
+  if (rank_ > 0) initialise(lora_A.narrow(0, 0, rank_), lora_B.narrow(1, 0, rank_));
+}
+
+void Adapted::initialise(const at::Tensor& A, const at::Tensor& B) const {
+  const double deviation = 1 / static_cast<double>(settings_.rank);
+  if (settings_.triplets) {
+    A.normal_(0, 0.02);
+    B.normal_(0, 0.02);
+    return;
+  }
+  switch (settings_.init.value_or(LoRAInit::kaiming)) {
+    case LoRAInit::kaiming:
+      torch::nn::init::kaiming_uniform_(A, std::sqrt(5.0));
+      break;
+    case LoRAInit::gaussian:
+      A.normal_(0, deviation);
+      break;
+    case LoRAInit::swapped:
+      B.normal_(0, deviation);
+      break;
+  }
+}
+
+void Adapted::set_rank(int64_t rank) {
+  TORCH_CHECK(rank >= 0 && rank <= capacity(), "set_rank: rank must be from 0 to the capacity ",
+              capacity(), ", got ", rank);
+  rank_ = rank;
+}
+
+std::optional<MergeReport> Adapted::merge() {
+  if (merged()) {
+    TORCH_WARN("merge: the layer is merged already; nothing was done");
+    return std::nullopt;
+  }
+  const at::NoGradGuard no_grad;
+  std::optional<at::Tensor> E;
+  if (lora_E.defined()) E = lora_E;
+  const auto [sum, error, changed] =
+      merged_weight(matrix(weight), lora_A, lora_B, E, scaling(), rank_);
+  const MergeReport report{error.item<double>(), changed.item<int64_t>(), sum.numel()};
+  TORCH_CHECK(std::isfinite(report.max_rounding_error),
+              "merge: the merged weight would not be finite; nothing was changed");
+  base_ = weight;
+  replace_weight(matrix(sum));
+  return report;
+}
+
+void Adapted::unmerge() {
+  if (!merged()) {
+    TORCH_WARN("unmerge: the layer is not merged; nothing was done");
+    return;
+  }
+  replace_weight(base_);
+  base_.reset();
+}
+
+void Adapted::check_trainable(bool training) const {
+  TORCH_CHECK(!merged() || !training || !at::GradMode::is_enabled() || !lora_A.requires_grad(),
+              "forward: a merged layer would train nothing; call unmerge() before training, or "
+              "eval() or a NoGradGuard for inference");
+}
+
+void Adapted::check_unmerged(const char* operation) const {
+  TORCH_CHECK(!merged(), operation, ": the layer is merged; call unmerge() first");
+}
+
+void Adapted::print_adapter(std::ostream& stream) const {
+  stream << "rank=" << rank_ << ", alpha=" << settings_.alpha << ", dropout=" << settings_.dropout
+         << (merged() ? ", merged" : "");
+}
+
+}  // namespace rankwise::nn
