@@ -37,6 +37,8 @@ lint: $(VENV)/.ready
 check: export RANKWISE_WARNINGS_AS_ERRORS := ON
 check: lint test
 
+# glibc keeps freed memory: else page faults, up to a tenth of a step, fall on contenders by chance.
+bench: export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
 bench: $(PACKAGE)
 	$(BIN)/python tests/bench/layers.py
 	$(BIN)/python tests/bench/allocator.py
