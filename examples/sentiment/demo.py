@@ -117,7 +117,8 @@ def final_ranks(run: Run) -> dict[str, dict[str, int]]:
     ranks: dict[str, dict[str, int]] = {}
     for name, rank in run.allocator.ranks.items():
         layer, _, projection = name.removeprefix("encoder.encoder.layer.").partition(".")
-        ranks.setdefault(projection, {})[layer] = rank
+        short = projection.removeprefix("attention.self.").removesuffix(".dense")
+        ranks.setdefault(short, {})[layer] = rank
     return ranks
 
 

@@ -49,7 +49,7 @@ def _draw_panel(axis: plt.Axes, panel: tuple[str, float], results: list[dict]) -
             axis.scatter(x, y, color=color, s=36, zorder=3)
     axis.axvline(1.0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), labels)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
     axis.grid(axis="y", color="#eeeeee")
     axis.set_xlim(left=min(0.8, axis.get_xlim()[0]))
     axis.set_title(f"{panel[0]}, dropout {panel[1]:g}", loc="left")
