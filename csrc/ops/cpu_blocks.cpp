@@ -75,14 +75,12 @@ int64_t scratch_step(int64_t width) {
   return std::clamp<int64_t>(step / 16 * 16, 16, 512);
 }
 
-void run_blocks(int64_t count, const std::function<void(int64_t)>& body, Order order) {
+void run_blocks(int64_t count, const std::function<void(int64_t)>& body) {
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const OneThreadedMath one_thread;
-    for (int64_t i = begin; i < end; ++i) {
-      body(order == Order::forwards ? i : begin + end - 1 - i);
-    }
+    for (int64_t i = begin; i < end; ++i) body(i);
   });
 }
 

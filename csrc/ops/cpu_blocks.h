@@ -45,13 +45,8 @@ std::vector<Tile> output_tiles(const at::Tensor& result, int64_t depth);
 // Rows (or columns) of a block that has `width` elements across.
 int64_t scratch_step(int64_t width);
 
-// The order in which a thread takes its blocks. A pass that goes backwards leaves in the caches
-// what the next one begins with.
-enum class Order { forwards, backwards };
-
 // Calls body(i) for i in [0, count), each on one thread, with autograd and autocast off. BLAS
 // inside uses one thread, whatever the number of blocks.
-void run_blocks(int64_t count, const std::function<void(int64_t)>& body,
-                Order order = Order::forwards);
+void run_blocks(int64_t count, const std::function<void(int64_t)>& body);
 
 }  // namespace rankwise

@@ -61,7 +61,7 @@ at::Tensor importance_check_cpu(at::TensorList gradients) {
     for (int64_t j = 0; j < split.count(); ++j) pieces.emplace_back(i, split[j]);
   }
   std::atomic<bool> not_finite = false, nonzero = false;
-  const auto look = [&](int64_t i) {
+  run_blocks(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
     const auto& [index, range] = pieces[i];
     const at::Tensor& gradient = gradients[index];
     AT_DISPATCH_FLOATING_TYPES_AND2(
@@ -73,8 +73,7 @@ at::Tensor importance_check_cpu(at::TensorList gradients) {
           if (found.not_finite) not_finite = true;
           if (found.nonzero) nonzero = true;
         });
-  };
-  run_blocks(static_cast<int64_t>(pieces.size()), look, Order::backwards);
+  });
   const at::Tensor result = at::empty({2}, at::kBool);
   result.mutable_data_ptr<bool>()[0] = not_finite;
   result.mutable_data_ptr<bool>()[1] = nonzero;

@@ -94,11 +94,7 @@ void one_by_one(int64_t count, const std::function<void(int64_t)>& body) {
   for (int64_t i = 0; i < count; ++i) body(i);
 }
 
-void in_blocks(int64_t count, const std::function<void(int64_t)>& body) {
-  run_blocks(count, body);
-}
-
-// `loop` is in_blocks on the CPU, where each factor is summed by one thread, so that every number
+// `loop` is run_blocks on the CPU, where each factor is summed by one thread, so that every number
 // of threads gives the same bits, and one_by_one elsewhere.
 template <auto loop>
 at::Tensor penalty(at::TensorList lora_A, at::TensorList lora_B, at::IntArrayRef ranks,
@@ -205,8 +201,8 @@ at::Tensor orthogonality_penalty(at::TensorList lora_A, at::TensorList lora_B,
 }  // namespace rankwise
 
 TORCH_LIBRARY_IMPL(rankwise, CPU, m) {
-  m.impl("orthogonality_penalty", &rankwise::penalty<rankwise::in_blocks>);
-  m.impl("_orthogonality_backward", &rankwise::penalty_backward<rankwise::in_blocks>);
+  m.impl("orthogonality_penalty", &rankwise::penalty<rankwise::run_blocks>);
+  m.impl("_orthogonality_backward", &rankwise::penalty_backward<rankwise::run_blocks>);
 }
 
 TORCH_LIBRARY_IMPL(rankwise, CompositeExplicitAutograd, m) {
