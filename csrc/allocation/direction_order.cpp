@@ -8,10 +8,7 @@
 namespace rankwise {
 namespace {
 
-// A factor and the dimension its directions lie along.
-std::array<std::pair<at::Tensor, int64_t>, 3> factors(const Adapter& adapter) {
-  return {{{adapter.lora_A, 0}, {adapter.lora_B, 1}, {adapter.lora_E, 0}}};
-}
+constexpr std::array<int64_t, 3> directions_of = {0, 1, 0};  // the dimension of A's, B's and E's
 
 std::optional<std::vector<at::Tensor>> state_of(const at::Tensor& parameter,
                                                 const OptimizerView& optimizer) {
@@ -28,7 +25,7 @@ void keep(const at::Tensor& tensor, int64_t dim, int64_t rank, const at::Tensor&
 }  // namespace
 
 bool can_move(const Adapter& adapter, const OptimizerView& optimizer) {
-  for (const auto& [factor, dim] : factors(adapter)) {
+  for (const at::Tensor& factor : adapter.factors()) {
     if (!state_of(factor, optimizer)) return false;
   }
   return true;
@@ -36,7 +33,10 @@ bool can_move(const Adapter& adapter, const OptimizerView& optimizer) {
 
 void keep_directions(const Adapter& adapter, const at::Tensor& kept,
                      const OptimizerView& optimizer) {
-  for (const auto& [factor, dim] : factors(adapter)) {
+  const std::array<at::Tensor, 3> factors = adapter.factors();
+  for (size_t f = 0; f < factors.size(); ++f) {
+    const at::Tensor& factor = factors[f];
+    const int64_t dim = directions_of[f];
     keep(factor, dim, adapter.rank, kept);
     if (factor.grad().defined()) keep(factor.grad(), dim, adapter.rank, kept);
     const std::vector<at::Tensor> states = state_of(factor, optimizer).value();

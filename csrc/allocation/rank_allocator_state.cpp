@@ -6,6 +6,7 @@
 //   <adapter>.lora_{A,B,E}.{sensitivity,uncertainty}          until the pattern is frozen
 //   history.steps, .budgets [n], .ranks [n, adapters], .scores [n, 4]
 #include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
 #include <rankwise/rank_allocator.h>
 
 #include <algorithm>
@@ -172,9 +173,9 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
   for (size_t m = 0; m < adapters_.size(); ++m) {
     const Adapter& adapter = adapters_[m];
     check.tensor(adapter.name + ".kept", at::kBool, {initial_ranks_[m]});
-    const std::array factors = {adapter.lora_A, adapter.lora_B, adapter.lora_E};
+    const std::array<at::Tensor, 3> factors = adapter.factors();
     for (size_t f = 0; !frozen && f < factors.size(); ++f) {
-      const auto dtype = factors[f].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+      const auto dtype = at::toOpMathType(factors[f].scalar_type());
       for (const char* kind : {".sensitivity", ".uncertainty"})
         check.tensor(adapter.name + "." + factor_names[f] + kind, dtype, factors[f].sizes().vec());
     }
@@ -193,8 +194,7 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
   for (size_t m = 0; m < adapters_.size(); ++m) {
     Adapter& adapter = adapters_[m];
     kept.push_back(state.at(adapter.name + ".kept").cpu());
-    adapter.rank = shrunk_ ? kept.back().sum().item<int64_t>() : initial_ranks_[m];
-    if (adapter.set_rank) adapter.set_rank(adapter.rank);
+    adapter.change_rank(shrunk_ ? kept.back().sum().item<int64_t>() : initial_ranks_[m]);
     for (size_t f = 0; !frozen_ && f < factor_names.size(); ++f) {
       const std::string factor = adapter.name + "." + factor_names[f];
       const at::Device device = adapter.lora_A.device();

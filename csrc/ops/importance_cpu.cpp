@@ -2,6 +2,7 @@
 // depend on shapes alone, so every number of threads gives the same bits.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -24,10 +25,6 @@ struct Piece {
   Range rows;
   int64_t partial;
 };
-
-at::ScalarType average_dtype(at::ScalarType parameter) {
-  return parameter == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 bool is_B(size_t factor) {
   return factor % 3 == 1;
@@ -66,7 +63,7 @@ at::Tensor importance_check_cpu(at::TensorList gradients) {
     const at::Tensor& gradient = gradients[index];
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, gradient.scalar_type(), "importance", [&] {
-          using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+          using T = at::opmath_type<scalar_t>;
           T scratch[piece_elements];
           const scalar_t* data = gradient.const_data_ptr<scalar_t>() + range.start;
           const Found found = inspect_all(widened(data, range.size, scratch), range.size);
@@ -154,7 +151,7 @@ at::Tensor importance_step_cpu_(at::TensorList parameters,
   std::vector<at::Tensor> gradient(count);
   for (size_t i = 0; i < count; ++i) {
     const at::Tensor& parameter = parameters[i];
-    const at::ScalarType dtype = average_dtype(parameter.scalar_type());
+    const at::ScalarType dtype = at::toOpMathType(parameter.scalar_type());
     check_like("a parameter", parameter, parameter, parameter.scalar_type());
     check_like("sensitivity", sensitivity[i], parameter, dtype);
     check_like("uncertainty", uncertainty[i], parameter, dtype);
@@ -171,7 +168,7 @@ at::Tensor importance_step_cpu_(at::TensorList parameters,
     const int64_t width = parameter.size(1), start = rows.start * width;
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, parameter.scalar_type(), "importance", [&] {
-          using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+          using T = at::opmath_type<scalar_t>;
           T* const s = sensitivity[factor].mutable_data_ptr<T>() + start;
           T* const u = uncertainty[factor].mutable_data_ptr<T>() + start;
           if (gradient[factor].defined()) {

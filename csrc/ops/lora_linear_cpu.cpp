@@ -4,6 +4,7 @@
 // float32 and float64 the base comes first, because a sum that starts from zero rounds less on its
 // way.
 #include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -11,6 +12,7 @@
 #include "dispatch.h"
 #include "dropout.h"
 #include "dropout_cpu.h"
+#include "products_cpu.h"
 
 namespace rankwise {
 namespace {
@@ -59,26 +61,6 @@ struct Adapter {
 
   double keep_scale() const { return dropout.active() ? dropout.keep_scale() : 1.0; }
 };
-
-// The inner size of a product in the pieces it is summed in. A long float32 or float64 sum is made
-// of runs, which keeps its rounding errors small; a 16-bit one is rounded once.
-Split runs(const at::Tensor& out, int64_t inner, int64_t run) {
-  const bool whole = out.element_size() == 2 || inner <= 2 * run;
-  return {inner, whole ? std::max<int64_t>(inner, 1) : run};
-}
-constexpr int64_t base_run = 512;    // 3 to 5 % slower than one sum of 4096
-constexpr int64_t tokens_run = 128;  // nearly free where the rank is small
-
-// out = alpha * a b + add, for out of any content. `add` may be undefined.
-void multiply_into(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double alpha,
-                   const at::Tensor& add = {}) {
-  const Split pieces = runs(out, a.size(1), base_run);
-  for (int64_t i = 0; i < std::max<int64_t>(pieces.count(), 1); ++i) {
-    const Range run = pieces[i];
-    at::addmm_out(out, i == 0 && add.defined() ? add.to(out.scalar_type()) : out, run.of(a, 1),
-                  run.of(b, 0), /*beta=*/i > 0 || add.defined(), alpha);
-  }
-}
 
 // Calls fill(block) for a block of `dtype` whose content then stands, rounded once, in out.
 template <typename Fill>
@@ -277,7 +259,7 @@ BackwardResult lora_linear_backward_cpu(const at::Tensor& grad_output, const at:
                                        [&](const Tile& tile) { return adapter.cast(tile.of(dy)); });
     if (need_B) dB = in_capacity((adapter.E.defined() ? g * adapter.E : g).t(), lora_B, 1);
     if (need_E) {
-      const auto sum_dtype = g.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+      const auto sum_dtype = at::toOpMathType(g.scalar_type());
       const at::Tensor de = at::empty({rank, 1}, g.options().dtype(sum_dtype));
       run_blocks(rank == 0 ? 0 : 1, [&](int64_t) {
         at::Tensor out = de;

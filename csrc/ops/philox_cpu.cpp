@@ -3,16 +3,12 @@
 #include "philox_cpu.h"
 
 #include "../kernels/philox.h"
+#include "vector_clones.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
+#if RANKWISE_X86_DISPATCH
 // GCC 12 warns of its own header's _mm512_undefined_epi32 (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
-#define RANKWISE_X86 1
-#define RANKWISE_TARGET(name) __attribute__((target(name)))
-#else
-#define RANKWISE_X86 0
-#define RANKWISE_TARGET(name)
 #endif
 
 namespace rankwise {
@@ -53,7 +49,7 @@ using kernels::Philox;
   }
 }
 
-#if RANKWISE_X86
+#if RANKWISE_X86_DISPATCH
 
 RANKWISE_TARGET("default")
 void numbers(uint64_t seed, uint64_t first, int64_t blocks, uint32_t* words) {

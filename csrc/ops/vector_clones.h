@@ -2,7 +2,10 @@
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
+#define RANKWISE_X86_DISPATCH 1
 #define RANKWISE_VECTOR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define RANKWISE_TARGET(name) __attribute__((target(name)))
 #else
+#define RANKWISE_X86_DISPATCH 0
 #define RANKWISE_VECTOR_CLONES
 #endif

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <functional>
 #include <string>
 
@@ -17,6 +18,15 @@ struct Adapter {
   int64_t rank = 0;   ///< active directions, 0 .. capacity
   /// Told the new rank when it changes; may be empty.
   std::function<void(int64_t)> set_rank = {};
+
+  /// lora_A, lora_B and lora_E, in this order.
+  std::array<at::Tensor, 3> factors() const { return {lora_A, lora_B, lora_E}; }
+
+  /// Sets `rank` and tells set_rank.
+  void change_rank(int64_t value) {
+    rank = value;
+    if (set_rank) set_rank(value);
+  }
 };
 
 }  // namespace rankwise
