@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from snippets import DataError, load_snippets, split
-from training import ADALORA, LORA, Run, encode, train_adapter, train_head
+from training import ADALORA, LORA, Run, encode, final_ranks, train_adapter, train_head
 
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "demo"
 console = Console(highlight=False, soft_wrap=True)
@@ -110,16 +110,6 @@ def results(runs: dict[str, list[Run]], files: list[Path]) -> Table:
             f"{1000 * sum(run.seconds for run in own) / steps:.0f} ms",
         )
     return table
-
-
-def final_ranks(run: Run) -> dict[str, dict[str, int]]:
-    """{projection: {layer: rank}} of the encoder's matrices."""
-    ranks: dict[str, dict[str, int]] = {}
-    for name, rank in run.allocator.ranks.items():
-        layer, _, projection = name.removeprefix("encoder.encoder.layer.").partition(".")
-        short = projection.removeprefix("attention.self.").removesuffix(".dense")
-        ranks.setdefault(short, {})[layer] = rank
-    return ranks
 
 
 def rank_table(ranks: dict[str, dict[str, int]]) -> Table:

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # draws without a display
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from training import BATCH_SIZE, Run
+from training import BATCH_SIZE, Run, final_ranks
 
 WINDOW = 25  # steps averaged in the curves
 COLORS = ("#8a8f98", "#1f6fb4", "#c4622d")  # of the runs, in their order
@@ -101,11 +101,8 @@ def _draw_budget(axes: Axes, run: Run) -> None:
 
 
 def _draw_heat_map(axes: Axes, run: Run) -> None:
-    by_matrix: dict[str, list[int]] = {}
-    for name, rank in run.allocator.ranks.items():
-        matrix = name.split(".layer.")[1].partition(".")[2]
-        by_matrix.setdefault(matrix, []).append(rank)
-    ranks = np.array(list(by_matrix.values()))
+    by_matrix = final_ranks(run)
+    ranks = np.array([list(by_layer.values()) for by_layer in by_matrix.values()])
     axes.imshow(ranks, cmap="Blues", vmin=0, vmax=run.allocator.config.initial_rank, aspect="auto")
     for (row, column), rank in np.ndenumerate(ranks):
         dark = rank > run.allocator.config.initial_rank / 2

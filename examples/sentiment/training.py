@@ -183,6 +183,16 @@ def _trained_parameters(model: Classifier) -> int:
     return adapters + sum(p.numel() for p in model.head.parameters())
 
 
+def final_ranks(run: Run) -> dict[str, dict[str, int]]:
+    """{projection: {layer: rank}} of the encoder's matrices."""
+    ranks: dict[str, dict[str, int]] = {}
+    for name, rank in run.allocator.ranks.items():
+        layer, _, projection = name.removeprefix("encoder.encoder.layer.").partition(".")
+        short = projection.removeprefix("attention.self.").removesuffix(".dense")
+        ranks.setdefault(short, {})[layer] = rank
+    return ranks
+
+
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 

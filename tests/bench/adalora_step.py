@@ -12,11 +12,12 @@ noise of the method.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
+from typing import Annotated
 
 import torch
+import typer
 from timing import console, paired, table
 from transformers import BertConfig, BertModel
 
@@ -85,18 +86,20 @@ def contenders(ids: torch.Tensor) -> dict[str, list[tuple[str, Contender]]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("repeats", 30), ("threads", 2), ("batch", 32), ("length", 64)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def main(
+    repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 30,
+    threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2,
+    batch: Annotated[int, typer.Option(help="Texts in a step.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of each text.")] = 64,
+) -> None:
+    """Times whole training steps with AdaLoRA against plain LoRA."""
+    torch.set_num_threads(threads)
     random.seed(0)
-    ids = torch.randint(0, CONFIG.vocab_size, (arguments.batch, arguments.length))
+    ids = torch.randint(0, CONFIG.vocab_size, (batch, length))
     for reference, rows in contenders(ids).items():
-        timings = paired({name: own.step for name, own in rows}, arguments.repeats)
+        timings = paired({name: own.step for name, own in rows}, repeats)
         console.print(table("MiniLM, one training step", timings, reference))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

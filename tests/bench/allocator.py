@@ -12,11 +12,12 @@ against itself, the noise of the method.
 
 from __future__ import annotations
 
-import argparse
 import random
 from statistics import median
+from typing import Annotated
 
 import torch
+import typer
 from peft import AdaLoraConfig, get_peft_model
 from timing import console, milliseconds, paired, table
 from transformers import BertConfig, BertModel
@@ -96,22 +97,22 @@ def cold(action) -> float:
     return milliseconds(action)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def main(
+    repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 50,
+    threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2,
+) -> None:
+    """Times the AdaLoRA allocator against PEFT's."""
+    torch.set_num_threads(threads)
     random.seed(0)
     for size, config in SIZES.items():
         for phase in PHASES:
             contenders = {"PEFT": peft_pass(config, phase), "rankwise": our_pass(config, phase)}
             contenders["rankwise, twice"] = our_pass(config, phase)
             for how in (warm, cold):
-                timings = paired(contenders, arguments.repeats, how)
+                timings = paired(contenders, repeats, how)
                 title = f"{size}, rank {RANK}, {phase}, {how.__name__}"
                 console.print(table(title, timings, "PEFT"))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python" / "ops"))
+from layer_shapes import SHAPES as SHAPES
 from peft_layer import peft_layer
 
 import rankwise as rw

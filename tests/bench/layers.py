@@ -18,25 +18,13 @@ from typing import Annotated
 
 import torch
 import typer
-from contenders import CONTENDERS, WITHOUT_DROPOUT, Case, Tensors, check
+from contenders import CONTENDERS, SHAPES, WITHOUT_DROPOUT, Case, Tensors, check
 from layers_figure import draw
 from rich.table import Table
 from timing import Timing, as_json, console, paired, table
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-SHAPES = [  # tokens, in, out, rank
-    (128, 384, 384, 16),
-    (512, 384, 384, 16),
-    (512, 768, 768, 8),
-    (512, 768, 768, 16),
-    (512, 768, 768, 64),
-    (2048, 768, 768, 16),
-    (512, 768, 3072, 16),
-    (512, 3072, 768, 16),
-    (2048, 2048, 2048, 16),
-    (512, 4096, 4096, 16),
-]
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "bench"
 
 

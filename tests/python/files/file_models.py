@@ -1,7 +1,12 @@
 """Small models for the tests of adapter folders, built the same way each time."""
 
+import re
+
+import pytest
 import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+import rankwise as rw
 
 IDS = torch.arange(14).reshape(2, 7)
 
@@ -44,3 +49,34 @@ def prune(layer: torch.nn.Module, rank: int) -> None:
 def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The adapted layers by name."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
+def refuses(model: torch.nn.Module, folder, *patterns: str) -> None:
+    """load_adapter fails with a message that fits all patterns, and the model is as before."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    ranks = {name: layer.rank for name, layer in layers_of(model).items()}
+    with pytest.raises(rw.FileError) as error:
+        rw.load_adapter(model, folder)
+    for pattern in patterns:
+        assert re.search(pattern, str(error.value)), f"{pattern!r} is not in {error.value}"
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert dict(model.named_modules()) == modules
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert {name: layer.rank for name, layer in layers_of(model).items()} == ranks
+
+
+def loads_in_place(model: torch.nn.Module, folder) -> None:
+    """What was saved comes back into the same, emptied, parameters."""
+    wanted = output(model)
+    rw.save_adapter(model, folder)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.zero_()
+    rw.load_adapter(model, folder)
+    assert torch.equal(output(model), wanted)
+    assert all(dict(model.named_parameters())[n] is p for n, p in parameters.items())

@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from file_models import bert, gpt2, layers_of, output, prune, randomise
+from file_models import bert, gpt2, layers_of, loads_in_place, output, prune, randomise
 from safetensors.torch import load_file
 
 import rankwise as rw
@@ -160,15 +160,7 @@ def test_a_layer_that_pefts_allocator_pruned_to_rank_0(tmp_path):
 
 def test_loading_into_the_adapter_that_is_there(tmp_path):
     model = adalora(ranks=(3, 0), alpha=10 / 3)  # no short decimal: rounded in the file
-    wanted = output(model)
-    rw.save_adapter(model, tmp_path)
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.zero_()
-    rw.load_adapter(model, tmp_path)
-    assert torch.equal(output(model), wanted)
-    assert all(dict(model.named_parameters())[n] is p for n, p in parameters.items())
+    loads_in_place(model, tmp_path)
 
 
 def test_adalora_beside_lora_in_one_model(tmp_path):

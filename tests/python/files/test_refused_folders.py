@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+from file_models import refuses
 from torch import nn
 
 import rankwise as rw
@@ -25,22 +26,6 @@ def folder(tmp_path):
     """A good adapter of TwoLayers."""
     rw.save_adapter(rw.apply_lora(TwoLayers(), CONFIG), tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-def refuses(model, folder, *patterns):
-    """load_adapter fails with a message that fits all patterns, and the model is as before."""
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    modules = dict(model.named_modules())
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    with pytest.raises(rw.FileError) as error:
-        rw.load_adapter(model, folder)
-    for pattern in patterns:
-        assert re.search(pattern, str(error.value)), f"{pattern!r} is not in {error.value}"
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert dict(model.named_modules()) == modules
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
 
 
 def test_an_adapter_for_another_model(folder):

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from layer_shapes import SHAPES
 from peft_layer import peft_layer
 from samples import DTYPES
 
@@ -10,18 +11,6 @@ import rankwise
 
 ALLOWANCE = 1.05  # times PEFT's
 SCALING = 2.0
-SHAPES = [  # tokens, in, out, rank: layers of MiniLM, of BERT-base size, and of 1B and 8B models
-    (128, 384, 384, 16),
-    (512, 384, 384, 16),
-    (512, 768, 768, 8),
-    (512, 768, 768, 16),
-    (512, 768, 768, 64),
-    (2048, 768, 768, 16),
-    (512, 768, 3072, 16),
-    (512, 3072, 768, 16),
-    (2048, 2048, 2048, 16),
-    (512, 4096, 4096, 16),
-]
 LARGE = 2**22  # elements of W0 from which on one seed gives enough numbers
 RESULTS = ("y", "dx", "dA", "dB")
 
