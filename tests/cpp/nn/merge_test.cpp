@@ -41,7 +41,11 @@ TEST(Merge, EveryBitComesBack) {
     const auto exact =
         bits.to(at::kDouble) +
         10 * layer->lora_B.to(at::kDouble).matmul(layer->lora_E.to(at::kDouble) * layer->lora_A);
-    EXPECT_TRUE(layer->weight.equal(exact.to(dtype))) << dtype;
+    // In float64 the two formulas' own roundings show, and they differ between processors.
+    if (dtype == torch::kDouble)
+      EXPECT_TRUE(torch::allclose(layer->weight, exact, /*rtol=*/1e-13, /*atol=*/1e-13));
+    else
+      EXPECT_TRUE(layer->weight.equal(exact.to(dtype))) << dtype;
     EXPECT_TRUE(layer->named_parameters()["weight"].is_same(layer->weight));
     EXPECT_TRUE(base.equal(bits)) << "the base is never written";
     const double tolerance = dtype == torch::kBFloat16 ? 0.05 : 1e-5;
