@@ -1,6 +1,5 @@
 // RankAllocator: what it is made of and what it tells.
 #include <ATen/ATen.h>
-#include <ATen/OpMathType.h>
 #include <rankwise/rank_allocator.h>
 
 #include <algorithm>
@@ -8,6 +7,8 @@
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
+
+#include "averages.h"
 
 namespace rankwise {
 namespace {
@@ -95,13 +96,13 @@ RankAllocator::RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions
   const int64_t directions = std::accumulate(initial_ranks_.begin(), initial_ranks_.end(), 0LL);
   if (directions == 0) fail("the adapters have rank 0: there is nothing to allocate");
   kept_ = at::ones({directions}, at::kBool);
-  for (const Adapter& adapter : adapters_) {
-    for (const at::Tensor& factor : adapter.factors()) {
-      const auto average = factor.options().dtype(at::toOpMathType(factor.scalar_type()));
-      sensitivity_.push_back(at::zeros(factor.sizes(), average));
-      uncertainty_.push_back(at::zeros(factor.sizes(), average));
-    }
-  }
+  allocate_averages();
+}
+
+void RankAllocator::allocate_averages() {
+  Averages averages = zero_averages(adapters_);
+  sensitivity_ = std::move(averages.sensitivity);
+  uncertainty_ = std::move(averages.uncertainty);
 }
 
 std::vector<std::pair<std::string, int64_t>> RankAllocator::ranks() const {

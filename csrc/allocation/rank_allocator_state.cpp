@@ -190,6 +190,7 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
   history_ = history_from(state);
   sensitivity_.clear();
   uncertainty_.clear();
+  if (!frozen_) allocate_averages();
   std::vector<at::Tensor> kept;
   for (size_t m = 0; m < adapters_.size(); ++m) {
     Adapter& adapter = adapters_[m];
@@ -197,10 +198,8 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
     adapter.change_rank(shrunk_ ? kept.back().sum().item<int64_t>() : initial_ranks_[m]);
     for (size_t f = 0; !frozen_ && f < factor_names.size(); ++f) {
       const std::string factor = adapter.name + "." + factor_names[f];
-      const at::Device device = adapter.lora_A.device();
-      for (auto [kind, list] :
-           {std::pair(".sensitivity", &sensitivity_), std::pair(".uncertainty", &uncertainty_)})
-        list->push_back(state.at(factor + kind).to(device).clone().contiguous());
+      sensitivity_[3 * m + f].copy_(state.at(factor + ".sensitivity"));
+      uncertainty_[3 * m + f].copy_(state.at(factor + ".uncertainty"));
     }
   }
   kept_ = at::cat(kept);

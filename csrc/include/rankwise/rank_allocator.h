@@ -111,6 +111,7 @@ class RankAllocator {
   void mask();
   void shrink(const OptimizerView& optimizer);
   void record(int64_t step, int64_t budget, const at::Tensor& scores);
+  void allocate_averages();
   void fit_averages();
 
   std::vector<Adapter> adapters_;

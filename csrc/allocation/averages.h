@@ -1,0 +1,17 @@
+// The moving averages' memory.
+#pragma once
+
+#include <rankwise/adapter.h>
+
+#include <vector>
+
+namespace rankwise {
+
+struct Averages {
+  std::vector<at::Tensor> sensitivity, uncertainty;  // of A, B, E of each adapter
+};
+
+// Zeros of the factors' shapes, on their devices, in float32 or the factors' wider type.
+Averages zero_averages(const std::vector<Adapter>& adapters);
+
+}  // namespace rankwise
