@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include "panels_cpu.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -18,10 +20,18 @@ namespace rankwise {
 namespace {
 
 // Measured with MKL and oneDNN: smaller tiles than these lose more to packing than cores win.
-// 16-bit products are so fast that they need wide ones.
-constexpr int64_t tile_macs = int64_t{1} << 25;  // a quarter of a millisecond of float32 work
-constexpr int64_t most_tiles = 64, least_rows = 256, col_multiple = 64;
-constexpr int64_t least_cols = 384, least_cols_16_bit = 1024;
+struct LeastTile {
+  int64_t macs, rows, cols;
+};
+constexpr LeastTile least_tile{int64_t{1} << 25, 256, 384};  // 0.25 ms of float64 work, or more
+constexpr LeastTile least_tile_16_bit{int64_t{1} << 25, 256, 1024};
+constexpr LeastTile least_tile_in_panels{int64_t{1} << 23, 1024, 64};
+constexpr int64_t most_tiles = 64, col_multiple = 64;
+
+const LeastTile& least_tile_for(const at::Tensor& result) {
+  if (result.element_size() == 2) return least_tile_16_bit;
+  return in_panels(result) ? least_tile_in_panels : least_tile;
+}
 
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -57,10 +67,10 @@ class OneThreadedMath {
 std::vector<Tile> output_tiles(const at::Tensor& result, int64_t depth) {
   const int64_t rows = result.size(0), cols = result.size(1);
   if (rows == 0 || cols == 0) return {};
-  const int64_t width = result.element_size() == 2 ? least_cols_16_bit : least_cols;
-  const int64_t wanted = std::clamp<int64_t>(rows * cols * depth / tile_macs, 1, most_tiles);
-  const int64_t row_parts = std::clamp<int64_t>(rows / least_rows, 1, wanted);
-  const int64_t col_parts = std::clamp<int64_t>(cols / width, 1, divide_up(wanted, row_parts));
+  const LeastTile& least = least_tile_for(result);
+  const int64_t wanted = std::clamp<int64_t>(rows * cols * depth / least.macs, 1, most_tiles);
+  const int64_t row_parts = std::clamp<int64_t>(rows / least.rows, 1, wanted);
+  const int64_t col_parts = std::clamp<int64_t>(cols / least.cols, 1, divide_up(wanted, row_parts));
   const Split col_split(cols, divide_up(divide_up(cols, col_parts), col_multiple) * col_multiple);
   const Split row_split(rows, divide_up(rows, row_parts));
   std::vector<Tile> tiles;

@@ -12,6 +12,7 @@
 #include "dispatch.h"
 #include "dropout.h"
 #include "dropout_cpu.h"
+#include "panels_cpu.h"
 #include "products_cpu.h"
 
 namespace rankwise {
@@ -103,10 +104,10 @@ at::Tensor expand_and_accumulate(const Adapter& adapter, const at::Tensor& x, co
     if (lora_first(adapter, y)) {
       rounded_into(out, adapter.dtype(),
                    [&](at::Tensor lora) { multiply_into(lora, s, b, adapter.scaling, add); });
-      at::addmm_out(out, out, base_x, base_w);
+      multiply_into(out, base_x, base_w, 1.0, out);
     } else {
       multiply_into(out, base_x, base_w, 1.0, add);
-      if (adapter.rank() > 0) at::addmm_out(out, out, s, b, 1, adapter.scaling);
+      if (adapter.rank() > 0) multiply_into(out, s, b, adapter.scaling, out);
     }
   });
   return y;
@@ -156,8 +157,11 @@ at::Tensor reduce_tokens(const at::Tensor& factor, const at::Tensor& m, double a
     at::Tensor out = cols[i].of(result, 1);
     if (rows.count() == 0) out.zero_();
     for (int64_t j = 0; j < rows.count(); ++j) {
-      at::addmm_out(out, out, rows[j].of(factor, 0).t(), load(Tile{rows[j], cols[i]}),
-                    /*beta=*/j > 0, alpha);
+      const at::Tensor left = rows[j].of(factor, 0).t(), right = load(Tile{rows[j], cols[i]});
+      if (panels_serve(out.scalar_type()))
+        multiply_few_rows(out, left, right, alpha, /*accumulate=*/j > 0);
+      else
+        at::addmm_out(out, out, left, right, /*beta=*/j > 0, alpha);
     }
   });
   return result;
@@ -182,7 +186,7 @@ at::Tensor input_gradient(const Adapter& adapter, const at::Tensor& dy, const at
     };
     if (lora_first(adapter, dx)) {
       rounded_into(out, adapter.dtype(), masked_product);
-      at::addmm_out(out, out, base_dy, base_w);
+      multiply_into(out, base_dy, base_w, 1.0, out);
       return;
     }
     multiply_into(out, base_dy, base_w, 1.0);
@@ -192,7 +196,7 @@ at::Tensor input_gradient(const Adapter& adapter, const at::Tensor& dy, const at
       masked_product(lora);
       out.add_(lora);
     } else {
-      at::addmm_out(out, out, h, a);
+      multiply_into(out, h, a, 1.0, out);
     }
   });
   return dx;

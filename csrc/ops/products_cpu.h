@@ -14,7 +14,7 @@ constexpr int64_t tokens_run = 128;  // nearly free where the rank is small
 // The inner size of a product in the pieces it is summed in.
 Split runs(const at::Tensor& out, int64_t inner, int64_t run);
 
-// out = alpha * a b + add, for out of any content. `add` may be undefined.
+// out = alpha * a b + add, for out of any content. `add` may be out itself, a row, or undefined.
 void multiply_into(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double alpha,
                    const at::Tensor& add = {});
 
