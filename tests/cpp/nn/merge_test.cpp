@@ -41,7 +41,9 @@ TEST(Merge, EveryBitComesBack) {
     const auto exact =
         bits.to(at::kDouble) +
         10 * layer->lora_B.to(at::kDouble).matmul(layer->lora_E.to(at::kDouble) * layer->lora_A);
-    EXPECT_TRUE(layer->weight.equal(exact.to(dtype))) << dtype;
+    // In float64 the two sums may differ by a rounding: processors differ in fused multiply-adds.
+    const double rounding = dtype == torch::kDouble ? 1e-15 : 0;
+    EXPECT_TRUE(layer->weight.allclose(exact.to(dtype), rounding, rounding)) << dtype;
     EXPECT_TRUE(layer->named_parameters()["weight"].is_same(layer->weight));
     EXPECT_TRUE(base.equal(bits)) << "the base is never written";
     const double tolerance = dtype == torch::kBFloat16 ? 0.05 : 1e-5;
