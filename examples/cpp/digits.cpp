@@ -7,6 +7,7 @@
 #include <fstream>
 #include <iterator>
 #include <stdexcept>
+#include <utility>
 
 namespace digits {
 namespace {
@@ -47,9 +48,10 @@ Data load(const std::string& path) {
 }
 
 void write(const std::string& path, const torch::OrderedDict<std::string, at::Tensor>& tensors) {
-  c10::Dict<std::string, at::Tensor> values;
-  for (const auto& item : tensors) values.insert(item.key(), item.value().detach());
-  const std::vector<char> bytes = torch::pickle_save(values);
+  std::vector<c10::IValue> pairs;  // tuples: a Dict would need more trust than tensors in Python
+  for (const auto& item : tensors)
+    pairs.push_back(c10::ivalue::Tuple::create(item.key(), item.value().detach()));
+  const std::vector<char> bytes = torch::pickle_save(c10::ivalue::Tuple::create(std::move(pairs)));
   std::ofstream file(path, std::ios::binary);
   file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   if (!file.flush()) throw std::runtime_error(path + ": cannot be written");

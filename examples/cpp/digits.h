@@ -29,7 +29,7 @@ struct Data {
 /// Reads what export_digits.py wrote.
 Data load(const std::string& path);
 
-/// Writes tensors by name, so that torch.load reads a dictionary in Python.
+/// Writes (name, tensor) pairs; in Python dict(torch.load(path)).
 void write(const std::string& path, const torch::OrderedDict<std::string, at::Tensor>& tensors);
 
 /// The eight rows of an image are the tokens: one encoder block, mean over tokens, linear head.

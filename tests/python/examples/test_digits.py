@@ -56,9 +56,14 @@ def trained(programs, data, tmp_path_factory):
     return output_of(programs / "digits_adalora", data, folder), folder
 
 
+def tensors_of(path):
+    """What digits.h's write() wrote."""
+    return dict(torch.load(path, weights_only=True))
+
+
 def base_of(folder):
     model = Classifier()
-    model.load_state_dict(torch.load(folder / "base.pt", weights_only=True))
+    model.load_state_dict(tensors_of(folder / "base.pt"))
     return model.eval()
 
 
@@ -81,7 +86,7 @@ def test_python_and_peft_load_what_cpp_trained(trained, data):
     printed, folder = trained
     tensors = torch.load(data, weights_only=True)
     pixels, labels = tensors["test_pixels"], tensors["test_labels"]
-    wanted = torch.load(folder / "logits.pt", weights_only=True)["logits"]
+    wanted = tensors_of(folder / "logits.pt")["logits"]
     theirs = peft.PeftModel.from_pretrained(base_of(folder), folder / "adapter").eval()
     ours = base_of(folder)
     assert rw.load_adapter(ours, folder / "adapter") == rw.LoadReport()
@@ -114,7 +119,7 @@ def test_the_base_is_what_it_was(trained, data):
 
 def test_tasks_are_switched_over_one_base(programs, data):
     """Run in a terminal, which is where the progress line is to be seen."""
-    terminal, shown = pty.openpty()
+    shown, terminal = pty.openpty()
     with subprocess.Popen(
         [programs / "task_switch", data], stdout=subprocess.PIPE, stderr=terminal, text=True
     ) as run:
@@ -148,11 +153,12 @@ def read(terminal: int) -> bytes:
         return b""
 
 
-def test_a_missing_file_is_named(programs, tmp_path):
+def test_a_missing_file_is_named(programs, data, tmp_path):
     for arguments in (
         ["digits_adalora", tmp_path / "nothing", tmp_path],
         ["task_switch", tmp_path / "nothing"],
-        ["similarity", tmp_path / "nothing", tmp_path],
+        ["similarity", tmp_path / "nothing", data],
+        ["similarity", data, tmp_path / "nothing"],
     ):
         run = [programs / arguments[0], *arguments[1:]]
         result = subprocess.run(run, capture_output=True, text=True)

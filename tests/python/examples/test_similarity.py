@@ -1,6 +1,8 @@
 # The runner: MiniLM with an adapter, compiled ahead of time, served from C++.
+import json
 import subprocess
 import sys
+import zipfile
 
 import export_similarity as export
 import pytest
@@ -73,10 +75,13 @@ def test_other_numbers_of_texts_of_other_lengths(programs, compiled, adapter, te
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 
 
-def test_the_adapter_is_operators_in_the_package(compiled):
+def test_the_adapter_is_operators_in_the_package(compiled, adapter):
     """Neither merged nor taken apart: the compiled program calls rankwise's operator by name."""
-    package = (compiled / "model.pt2").read_bytes()
-    assert b"rankwise::lora_linear" in package
+    with zipfile.ZipFile(compiled / "model.pt2") as package:
+        (calls,) = [name for name in package.namelist() if name.endswith("wrapper.json")]
+        targets = [call["node"]["target"] for call in json.loads(package.read(calls))["nodes"]]
+    layers = rw.summary(export.load_model(adapter)).layers
+    assert targets == ["rankwise::_lora_linear_forward"] * len(layers) and len(layers) == 30
 
 
 def test_a_classifiers_adapter_is_taken_without_its_head(tmp_path):
@@ -90,11 +95,16 @@ def test_a_classifiers_adapter_is_taken_without_its_head(tmp_path):
 
 
 def test_an_adapter_of_other_modules_is_refused(tmp_path):
-    other = torch.nn.ModuleDict({"decoder": torch.nn.Linear(4, 4)})
-    rw.apply_lora(other, rw.LoRAConfig(rank=2, target_modules=["decoder"]))
-    rw.save_adapter(other, tmp_path)
+    model = export.Embedder(export.model_folder())
+    model.decoder = torch.nn.Linear(4, 4)
+    rw.apply_lora(model, rw.LoRAConfig(rank=2, target_modules=["decoder"]))
+    rw.save_adapter(model, tmp_path / "decoder")
+    rw.add_adapter(model, "both", rw.LoRAConfig(rank=2, target_modules=["query", "decoder"]))
+    rw.save_adapter(model, tmp_path / "both", "both")
+    with pytest.raises(rw.FileError, match="the model has no module 'decoder'"):
+        export.load_model(tmp_path / "decoder")
     with pytest.raises(ValueError, match="no place for .*decoder.lora_A.weight"):
-        export.load_model(tmp_path)
+        export.load_model(tmp_path / "both")
 
 
 def test_lines_that_are_no_pairs_are_refused(adapter, tmp_path):
