@@ -21,11 +21,21 @@ std::vector<Adapter> triplets_of(torch::nn::Module& model) {
   return adapters;
 }
 
-void check_known(const char* operation, torch::nn::Module& model, const std::string& name) {
-  const std::vector<std::string> names = adapter_names(model);
-  if (std::find(names.begin(), names.end(), name) != names.end()) return;
+std::vector<std::string> names_in(const Layers& layers) {
+  std::vector<std::string> names;
+  for (const auto& [path, layer] : layers) {
+    for (const std::string& name : layer->adapter_names()) {
+      if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+    }
+  }
+  return names;
+}
+
+void check_known(const char* operation, const Layers& layers, const std::string& name) {
+  for (const auto& [path, layer] : layers)
+    if (layer->has_adapter(name)) return;
   throw std::invalid_argument(
-      c10::str(operation, ": adapters are [", c10::Join(", ", names), "], got ", name));
+      c10::str(operation, ": adapters are [", c10::Join(", ", names_in(layers)), "], got ", name));
 }
 
 void check_unmerged(const char* operation, const Layers& layers) {
@@ -71,13 +81,7 @@ void freeze_base(torch::nn::Module& model) {
 }
 
 std::vector<std::string> adapter_names(torch::nn::Module& model) {
-  std::vector<std::string> names;
-  for (const auto& [path, layer] : adapted_layers(model)) {
-    for (const std::string& name : layer->adapter_names()) {
-      if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
-    }
-  }
-  return names;
+  return names_in(adapted_layers(model));
 }
 
 void add_adapter(torch::nn::Module& model, const std::string& name,
@@ -94,14 +98,14 @@ void add_adapter(torch::nn::Module& model, const std::string& name,
 
 void activate_adapter(torch::nn::Module& model, const std::optional<std::string>& name) {
   const auto layers = adapted_layers(model);
-  if (name) check_known("activate_adapter", model, *name);
+  if (name) check_known("activate_adapter", layers, *name);
   check_unmerged("activate_adapter", layers);
   for (const auto& [path, layer] : layers) layer->activate_adapter(name);
 }
 
 void delete_adapter(torch::nn::Module& model, const std::string& name) {
   const auto layers = adapted_layers(model);
-  check_known("delete_adapter", model, name);
+  check_known("delete_adapter", layers, name);
   check_unmerged("delete_adapter", layers);
   for (const auto& [path, layer] : layers)
     if (layer->has_adapter(name)) layer->delete_adapter(name);
