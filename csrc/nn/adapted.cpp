@@ -1,4 +1,4 @@
-// Adapted: settings, first values, merge and unmerge.
+// Adapted: settings, first values, merge and unmerge. Named adapters: named_adapters.cpp.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <rankwise/adapted.h>
@@ -8,6 +8,7 @@
 #include <cmath>
 #include <ostream>
 #include <stdexcept>
+#include <utility>
 
 namespace rankwise::nn {
 namespace {
@@ -37,8 +38,15 @@ void AdapterSettings::check() const {
           std::to_string(capacity.value_or(0)));
 }
 
-void Adapted::adapt(AdapterSettings settings) {
+HeldAdapter Adapted::zero_adapter(AdapterSettings settings) const {
+  settings.triplets = triplets_;
   settings.check();
+  if (embedding() && settings.dropout != 0) {
+    throw std::invalid_argument(
+        "LoRAEmbedding: dropout must be 0, for indices cannot be dropped, got " +
+        text_of(settings.dropout));
+  }
+  const at::Tensor shape = matrix(weight);
   const at::ScalarType base = weight.scalar_type();
   const at::ScalarType dtype = settings.adapter_dtype.value_or(base);
   const bool masters = dtype == at::kFloat && (base == at::kBFloat16 || base == at::kHalf);
@@ -46,33 +54,49 @@ void Adapted::adapt(AdapterSettings settings) {
           c10::str("adapter_dtype must be ", base, " like the base's, or Float over a 16-bit base"),
           c10::str(dtype));
   const int64_t capacity = settings.capacity.value_or(settings.rank);
-  const at::Tensor shape = matrix(weight);
   const auto factor = [&](int64_t rows, int64_t columns) {
-    return at::zeros({rows, columns}, weight.options().dtype(dtype)).requires_grad_();
+    return at::zeros({rows, columns}, weight.options().dtype(dtype));
   };
-  lora_A = factor(capacity, shape.size(1));
-  lora_B = factor(shape.size(0), capacity);
-  lora_E = settings.triplets ? factor(capacity, 1) : at::Tensor();
+  return {factor(capacity, shape.size(1)), factor(shape.size(0), capacity),
+          triplets_ ? factor(capacity, 1) : at::Tensor(), settings, settings.rank};
+}
+
+void Adapted::adapt(AdapterSettings settings, bool triplets) {
+  triplets_ = triplets;
+  const HeldAdapter adapter = zero_adapter(std::move(settings));
   weight.requires_grad_(false);
-  settings_ = settings;
-  rank_ = settings.rank;
+  set_active("default", adapter);
+}
+
+HeldAdapter Adapted::new_adapter(AdapterSettings settings) const {
+  const at::NoGradGuard no_grad;
+  HeldAdapter adapter = zero_adapter(std::move(settings));
+  draw(adapter);
+  return adapter;
+}
+
+void Adapted::draw(const HeldAdapter& adapter) const {
+  if (adapter.rank == 0) return;
+  initialise(adapter.lora_A.narrow(0, 0, adapter.rank), adapter.lora_B.narrow(1, 0, adapter.rank),
+             adapter.settings);
 }
 
 void Adapted::reset_adapter() {
   const at::NoGradGuard no_grad;
-  for (const at::Tensor& factor : {lora_A, lora_B, lora_E})
+  for (const at::Tensor& factor : active().factors())
     if (factor.defined()) factor.zero_();
-  if (rank_ > 0) initialise(lora_A.narrow(0, 0, rank_), lora_B.narrow(1, 0, rank_));
+  draw(active());
 }
 
-void Adapted::initialise(const at::Tensor& A, const at::Tensor& B) const {
-  const double deviation = 1 / static_cast<double>(settings_.rank);
-  if (settings_.triplets) {
+void Adapted::initialise(const at::Tensor& A, const at::Tensor& B,
+                         const AdapterSettings& settings) const {
+  const double deviation = 1 / static_cast<double>(settings.rank);
+  if (settings.triplets) {
     A.normal_(0, 0.02);
     B.normal_(0, 0.02);
     return;
   }
-  switch (settings_.init.value_or(LoRAInit::kaiming)) {
+  switch (settings.init.value_or(LoRAInit::kaiming)) {
     case LoRAInit::kaiming:
       torch::nn::init::kaiming_uniform_(A, std::sqrt(5.0));
       break;
@@ -85,17 +109,12 @@ void Adapted::initialise(const at::Tensor& A, const at::Tensor& B) const {
   }
 }
 
-void Adapted::set_rank(int64_t rank) {
-  TORCH_CHECK(rank >= 0 && rank <= capacity(), "set_rank: rank must be from 0 to the capacity ",
-              capacity(), ", got ", rank);
-  rank_ = rank;
-}
-
 std::optional<MergeReport> Adapted::merge() {
   if (merged()) {
     TORCH_WARN("merge: the layer is merged already; nothing was done");
     return std::nullopt;
   }
+  TORCH_CHECK(adapter_, "merge: no adapter is active");
   const at::NoGradGuard no_grad;
   std::optional<at::Tensor> E;
   if (lora_E.defined()) E = lora_E;
@@ -104,8 +123,8 @@ std::optional<MergeReport> Adapted::merge() {
   const MergeReport report{error.item<double>(), changed.item<int64_t>(), sum.numel()};
   TORCH_CHECK(std::isfinite(report.max_rounding_error),
               "merge: the merged weight would not be finite; nothing was changed");
-  base_ = weight;
-  replace_weight(matrix(sum));
+  base_ = std::exchange(weight, matrix(sum));
+  replace_tensors();
   return report;
 }
 
@@ -114,8 +133,8 @@ void Adapted::unmerge() {
     TORCH_WARN("unmerge: the layer is not merged; nothing was done");
     return;
   }
-  replace_weight(base_);
-  base_.reset();
+  weight = std::exchange(base_, {});
+  replace_tensors();
 }
 
 void Adapted::check_trainable(bool training) const {
@@ -129,8 +148,12 @@ void Adapted::check_unmerged(const char* operation) const {
 }
 
 void Adapted::print_adapter(std::ostream& stream) const {
+  if (!adapter_) {
+    stream << "no active adapter";
+    return;
+  }
   stream << "rank=" << rank_ << ", alpha=" << settings_.alpha << ", dropout=" << settings_.dropout
-         << (merged() ? ", merged" : "");
+         << ", adapter=" << *adapter_ << (merged() ? ", merged" : "");
 }
 
 }  // namespace rankwise::nn

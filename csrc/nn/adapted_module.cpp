@@ -1,7 +1,17 @@
 // AdaptedModule: parameters, clone, moves and archives of an adapted layer.
 #include <rankwise/nn.h>
 
+#include <string>
+
 namespace rankwise::nn {
+namespace {
+
+// Child modules are not called as the adapters, which may be called as a parameter.
+std::string child_name(const std::string& adapter) {
+  return "adapter_" + adapter;
+}
+
+}  // namespace
 
 template <class Derived>
 std::vector<std::pair<const char*, at::Tensor*>> AdaptedModule<Derived>::tensors() {
@@ -22,6 +32,10 @@ void AdaptedModule<Derived>::reset() {
     *tensor = at::empty_like(tensor->detach()).requires_grad_(trainable);
   }
   register_tensors();
+  for (auto& [name, stored] : waiting_) {
+    stored = StoredAdapter(HeldAdapter());  // clone() then assigns it a copy of the other's
+    add_child(name, stored);
+  }
 }
 
 template <class Derived>
@@ -66,9 +80,18 @@ void AdaptedModule<Derived>::load(torch::serialize::InputArchive& archive) {
 }
 
 template <class Derived>
-void AdaptedModule<Derived>::replace_weight(const at::Tensor& replacement) {
-  weight = replacement;
-  this->parameters_["weight"] = replacement;
+void AdaptedModule<Derived>::replace_tensors() {
+  for (const auto& [name, tensor] : tensors()) this->parameters_[name] = *tensor;
+}
+
+template <class Derived>
+void AdaptedModule<Derived>::add_child(const std::string& name, const StoredAdapter& adapter) {
+  this->register_module(child_name(name), adapter)->train(this->is_training());
+}
+
+template <class Derived>
+void AdaptedModule<Derived>::remove_child(const std::string& name) {
+  this->unregister_module(child_name(name));
 }
 
 template class AdaptedModule<LoRALinearImpl>;

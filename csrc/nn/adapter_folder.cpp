@@ -1,9 +1,11 @@
 // save_adapter, load_adapter and export_lora for trees of modules, over the file layer.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/util/StringUtil.h>
 #include <rankwise/adapter_fold.h>
 #include <rankwise/module_adapters.h>
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 #include <stdexcept>
@@ -31,18 +33,24 @@ struct Slot {
   }
 };
 
-std::vector<Slot> slots_of(const std::string& path, const nn::Adapted& layer) {
-  const bool triplets = layer.lora_E.defined();
-  const auto key = [&](Part linear, Part embedding, Part triplet) {
-    const Part part = triplets ? triplet : layer.embedding() ? embedding : linear;
+std::vector<Slot> slots_of(const PlacedAdapter& placed) {
+  const auto& [path, adapter, embedding] = placed;
+  const bool triplets = adapter.lora_E.defined();
+  const auto key = [&, &path = path, &embedding = embedding](Part linear, Part table,
+                                                             Part triplet) {
+    const Part part = triplets ? triplet : embedding ? table : linear;
     return to_string({path, part, ""});
   };
   std::vector<Slot> slots = {
-      {key(Part::lora_A, Part::embedding_A, Part::triplet_A), layer.lora_A.detach(), 0},
-      {key(Part::lora_B, Part::embedding_B, Part::triplet_B), layer.lora_B.detach(), 1}};
-  if (triplets) slots.push_back({to_string({path, Part::triplet_E, ""}), layer.lora_E.detach(), 0});
+      {key(Part::lora_A, Part::embedding_A, Part::triplet_A), adapter.lora_A.detach(), 0},
+      {key(Part::lora_B, Part::embedding_B, Part::triplet_B), adapter.lora_B.detach(), 1}};
+  if (triplets)
+    slots.push_back({to_string({path, Part::triplet_E, ""}), adapter.lora_E.detach(), 0});
   return slots;
 }
+
+using Layers = std::vector<std::pair<std::string, std::shared_ptr<nn::Adapted>>>;
+using Placed = std::vector<PlacedAdapter>;
 
 Layers layers_of(const std::string& owner, torch::nn::Module& model) {
   Layers layers = adapted_layers(model);
@@ -55,21 +63,72 @@ Layers layers_of(const std::string& owner, torch::nn::Module& model) {
   return layers;
 }
 
+// The adapters of this name, or the active ones.
+Placed adapters_named(const Layers& layers, const std::optional<std::string>& name) {
+  Placed adapters;
+  for (const auto& [path, layer] : layers) {
+    const std::optional<std::string>& here = name ? name : layer->adapter();
+    if (here && layer->has_adapter(*here))
+      adapters.push_back({path, layer->held_adapter(*here), layer->embedding()});
+  }
+  return adapters;
+}
+
+Placed adapters_to_write(const std::string& owner, torch::nn::Module& model,
+                         const std::optional<std::string>& name) {
+  Placed adapters = adapters_named(layers_of(owner, model), name);
+  if (!adapters.empty()) return adapters;
+  if (!name) throw std::invalid_argument(owner + ": no adapter is active");
+  throw std::invalid_argument(
+      c10::str(owner, ": adapters are [", c10::Join(", ", adapter_names(model)), "], got ", *name));
+}
+
+// The dtype that the op takes over a base of dtype `base` and that holds `stored` unrounded; else
+// the base's, which the check of the tensors then refuses.
+at::ScalarType factor_dtype(at::ScalarType stored, at::ScalarType base) {
+  const bool narrow = base == at::kBFloat16 || base == at::kHalf;
+  if (narrow && c10::promoteTypes(stored, base) == at::kFloat) return at::kFloat;
+  return base;
+}
+
+// New adapters, as the file describes them, for the layers that it names.
+Placed adapters_of_file(const Layers& layers, const AdapterFile& file) {
+  Placed adapters;
+  nn::AdapterSettings nothing;
+  nothing.rank = 0;
+  for (const auto& [path, layer] : layers) {
+    const PlacedAdapter like{path, layer->new_adapter(nothing), layer->embedding()};
+    const auto stored = file.tensors.find(slots_of(like).front().key);
+    if (stored == file.tensors.end()) continue;
+    nn::AdapterSettings settings;
+    settings.rank =
+        file.config.peft_type == "ADALORA" ? file.config.rank : file.config.rank_of(path);
+    settings.alpha = file.config.alpha_of(path);
+    settings.dropout = layer->embedding() ? 0 : file.config.dropout;
+    settings.rslora = file.config.rslora;
+    settings.adapter_dtype =
+        factor_dtype(stored->second.scalar_type(), layer->weight.scalar_type());
+    adapters.push_back({path, layer->new_adapter(settings), layer->embedding()});
+  }
+  return adapters;
+}
+
 // Compares a file with the layers and collects what does not fit.
 class FitCheck {
  public:
   explicit FitCheck(const AdapterFile& file) : file_(file) {}
 
-  void layer(const std::string& path, const nn::Adapted& layer) {
+  void adapter(const PlacedAdapter& placed) {
+    const auto& [path, adapter, embedding] = placed;
     const int64_t rank = file_.config.rank_of(path);
-    if (rank > layer.capacity()) {
-      fault(path, c10::str("rank must be at most the layer's capacity ", layer.capacity(), ", got ",
-                           rank));
+    if (rank > adapter.capacity()) {
+      fault(path, c10::str("rank must be at most the layer's capacity ", adapter.capacity(),
+                           ", got ", rank));
     }
     const double scaling = file_.config.scaling(path);  // of AdaLoRA stored rounded
-    if (std::abs(scaling - layer.scaling()) > 1e-9 * std::abs(layer.scaling()))
-      fault(path, c10::str("scaling must be ", layer.scaling(), ", got ", scaling));
-    for (const Slot& slot : slots_of(path, layer)) tensor(slot, rank);
+    if (std::abs(scaling - adapter.scaling()) > 1e-9 * std::abs(adapter.scaling()))
+      fault(path, c10::str("scaling must be ", adapter.scaling(), ", got ", scaling));
+    for (const Slot& slot : slots_of(placed)) tensor(slot, rank);
   }
 
   void finish(const std::filesystem::path& directory) {
@@ -106,54 +165,69 @@ class FitCheck {
 
 }  // namespace
 
-void save_adapter(torch::nn::Module& model, const std::filesystem::path& directory) {
-  Layers layers = layers_of("save_adapter", model);
-  std::erase_if(layers, [](const auto& item) {
-    return item.second->rank() == 0 && !item.second->lora_E.defined();
+void save_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
+                  const std::optional<std::string>& name) {
+  Placed adapters = adapters_to_write("save_adapter", model, name);
+  std::erase_if(adapters, [](const PlacedAdapter& placed) {
+    return placed.adapter.rank == 0 && !placed.adapter.lora_E.defined();
   });
-  if (layers.empty())
+  if (adapters.empty())
     throw std::invalid_argument("save_adapter: every layer has rank 0; there is nothing to save");
-  AdapterFile file{.config = folder_config(layers), .tensors = {}, .metadata = {}};
-  for (const auto& [path, layer] : layers) {
-    for (const Slot& slot : slots_of(path, *layer))
-      file.tensors.emplace(slot.key, slot.directions(0, layer->rank()));
+  AdapterFile file{.config = folder_config(adapters), .tensors = {}, .metadata = {}};
+  for (const PlacedAdapter& placed : adapters) {
+    for (const Slot& slot : slots_of(placed))
+      file.tensors.emplace(slot.key, slot.directions(0, placed.adapter.rank));
   }
   write_adapter(directory, file);
 }
 
-void load_adapter(torch::nn::Module& model, const std::filesystem::path& directory) {
-  Layers layers = layers_of("load_adapter", model);
+void load_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
+                  const std::string& name) {
+  const Layers layers = layers_of("load_adapter", model);
   for (const auto& [path, layer] : layers)
     TORCH_CHECK(!layer->merged(), "load_adapter: ", path, " is merged; call unmerge() first");
   const AdapterFile file = read_adapter(directory);
-  std::erase_if(layers, [&](const auto& item) {
-    const auto& [path, layer] = item;
-    return layer->rank() == 0 && !file.tensors.contains(slots_of(path, *layer).front().key);
+  Placed adapters = adapters_named(layers, name);
+  const bool fresh = adapters.empty();
+  if (fresh) {
+    layers.front().second->check_new_name(name);
+    adapters = adapters_of_file(layers, file);
+  }
+  std::erase_if(adapters, [&](const PlacedAdapter& placed) {
+    return placed.adapter.rank == 0 && !file.tensors.contains(slots_of(placed).front().key);
   });
   FitCheck check(file);
-  for (const auto& [path, layer] : layers) check.layer(path, *layer);
+  for (const PlacedAdapter& placed : adapters) check.adapter(placed);
   check.finish(directory);
 
   const at::NoGradGuard no_grad;
-  for (const auto& [path, layer] : layers) {
-    const int64_t rank = file.config.rank_of(path);
-    for (const Slot& slot : slots_of(path, *layer)) {
+  for (const PlacedAdapter& placed : adapters) {
+    const int64_t rank = file.config.rank_of(placed.path);
+    for (const Slot& slot : slots_of(placed)) {
       slot.directions(0, rank).copy_(file.tensors.at(slot.key));
-      slot.directions(rank, layer->capacity() - rank).zero_();
+      slot.directions(rank, placed.adapter.capacity() - rank).zero_();
     }
-    layer->set_rank(rank);
   }
+  for (const auto& [path, layer] : layers) {
+    const auto placed = std::find_if(adapters.begin(), adapters.end(),
+                                     [&](const PlacedAdapter& item) { return item.path == path; });
+    if (placed == adapters.end()) continue;
+    if (fresh) layer->add_adapter(name, placed->adapter);
+    layer->set_rank_of(placed->adapter.lora_A, file.config.rank_of(path));
+  }
+  activate_adapter(model, name);
 }
 
-void export_lora(torch::nn::Module& model, const std::filesystem::path& directory) {
+void export_lora(torch::nn::Module& model, const std::filesystem::path& directory,
+                 const std::optional<std::string>& name) {
   std::vector<AdapterUpdate> updates;
-  for (const auto& [path, layer] : layers_of("export_lora", model)) {
-    const std::vector<Slot> slots = slots_of(path, *layer);
+  for (const PlacedAdapter& placed : adapters_to_write("export_lora", model, name)) {
+    const std::vector<Slot> slots = slots_of(placed);
     const auto active = [&](size_t i) {
-      return i < slots.size() ? slots[i].directions(0, layer->rank()) : at::Tensor();
+      return i < slots.size() ? slots[i].directions(0, placed.adapter.rank) : at::Tensor();
     };
     updates.push_back(
-        {path, active(0), active(1), active(2), layer->scaling(), layer->embedding()});
+        {placed.path, active(0), active(1), active(2), placed.adapter.scaling(), placed.embedding});
   }
   write_adapter(directory, fold_adapter(updates));
 }

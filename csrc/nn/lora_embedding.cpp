@@ -9,13 +9,6 @@
 namespace rankwise::nn {
 namespace {
 
-AdapterSettings without_dropout(const AdapterSettings& settings) {
-  if (settings.dropout == 0) return settings;
-  throw std::invalid_argument(
-      "LoRAEmbedding: dropout must be 0, for indices cannot be dropped, got " +
-      c10::str(settings.dropout));
-}
-
 // PyTorch's own value for a padding index counted from the end, or none.
 int64_t padding_of(const std::optional<int64_t>& index, int64_t rows) {
   if (!index) return -1;
@@ -31,7 +24,7 @@ int64_t padding_of(const std::optional<int64_t>& index, int64_t rows) {
 LoRAEmbeddingImpl::LoRAEmbeddingImpl(const LoRAEmbeddingOptions& options)
     : padding_idx_(padding_of(options.padding_idx(), options.num_embeddings())) {
   weight = torch::empty({options.num_embeddings(), options.embedding_dim()});
-  adapt(without_dropout(options.settings()));
+  adapt(options.settings(), /*triplets=*/false);
   register_tensors();
   reset_parameters();
 }
@@ -44,7 +37,7 @@ LoRAEmbeddingImpl::LoRAEmbeddingImpl(const torch::nn::Embedding& embedding,
     throw std::invalid_argument(
         "LoRAEmbedding: an embedding with max_norm, scale_grad_by_freq or sparse is not supported");
   weight = embedding->weight;
-  adapt(without_dropout(options.settings()));
+  adapt(options.settings(), /*triplets=*/false);
   register_tensors();
   train(embedding->is_training());
   reset_adapter();
@@ -58,17 +51,18 @@ void LoRAEmbeddingImpl::reset_parameters() {
   reset_adapter();
 }
 
-void LoRAEmbeddingImpl::initialise(const at::Tensor& A, const at::Tensor& B) const {
-  if (settings().init.value_or(LoRAInit::swapped) == LoRAInit::swapped) {
+void LoRAEmbeddingImpl::initialise(const at::Tensor& A, const at::Tensor& B,
+                                   const AdapterSettings& settings) const {
+  if (settings.init.value_or(LoRAInit::swapped) == LoRAInit::swapped) {
     B.normal_();  // as the paper's code: unit variance
   } else {
-    Adapted::initialise(A, B);
+    Adapted::initialise(A, B, settings);
   }
 }
 
 at::Tensor LoRAEmbeddingImpl::forward(const at::Tensor& indices) {
   check_trainable(is_training());
-  if (merged()) return at::embedding(weight, indices, padding_idx_);
+  if (merged() || !adapter()) return at::embedding(weight, indices, padding_idx_);
   return lora_embedding(indices, weight, lora_A, lora_B, {}, scaling(), padding_idx_, rank());
 }
 

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <ostream>
+#include <type_traits>
 
 namespace rankwise::nn {
 namespace {
@@ -13,18 +14,13 @@ std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }
 
-AdapterSettings with_triplets(AdapterSettings settings, bool triplets) {
-  settings.triplets = triplets;
-  return settings;
-}
-
 }  // namespace
 
 template <class Derived>
 AdaptedLinear<Derived>::AdaptedLinear(const LoRALinearOptions& options, bool triplets) {
   this->weight = torch::empty({options.out_features(), options.in_features()});
   if (options.bias()) bias = torch::empty({options.out_features()});
-  this->adapt(with_triplets(options.settings(), triplets));
+  this->adapt(options.settings(), triplets);
   this->register_tensors();
   reset_parameters();
 }
@@ -34,7 +30,7 @@ AdaptedLinear<Derived>::AdaptedLinear(const torch::nn::Linear& linear,
                                       const AdapterOptions& options, bool triplets)
     : bias(linear->bias) {
   this->weight = linear->weight;
-  this->adapt(with_triplets(options.settings(), triplets));
+  this->adapt(options.settings(), triplets);
   if (bias.defined()) bias.requires_grad_(false);
   this->register_tensors();
   this->train(linear->is_training());
@@ -60,9 +56,9 @@ void AdaptedLinear<Derived>::reset_parameters() {
 }
 
 template <class Derived>
-at::Tensor AdaptedLinear<Derived>::forward(const at::Tensor& input) {
+at::Tensor AdaptedLinear<Derived>::adapted(const at::Tensor& input) {
   this->check_trainable(this->is_training());
-  if (this->merged()) return at::linear(input, this->weight, if_defined(bias));
+  if (this->merged() || !this->adapter()) return at::linear(input, this->weight, if_defined(bias));
   return lora_linear(input, this->weight, if_defined(bias), this->lora_A, this->lora_B,
                      if_defined(this->lora_E), this->scaling(),
                      this->is_training() ? this->settings().dropout : 0.0, this->rank());
@@ -70,7 +66,8 @@ at::Tensor AdaptedLinear<Derived>::forward(const at::Tensor& input) {
 
 template <class Derived>
 void AdaptedLinear<Derived>::pretty_print(std::ostream& stream) const {
-  stream << "rankwise::nn::" << (this->settings().triplets ? "AdaLoRALinear" : "LoRALinear")
+  stream << "rankwise::nn::"
+         << (std::is_same_v<Derived, AdaLoRALinearImpl> ? "AdaLoRALinear" : "LoRALinear")
          << std::boolalpha << "(in_features=" << this->weight.size(1)
          << ", out_features=" << this->weight.size(0) << ", bias=" << bias.defined() << ", ";
   this->print_adapter(stream);

@@ -137,7 +137,8 @@ def load_adapter(
     Args:
         model: plain or with adapters.
         directory: with adapter_config.json and adapter_model.safetensors.
-        strict: every tensor must have its place and the reverse; else the report lists the rest.
+        strict: every tensor must have its place and the reverse; else one of them must, and the
+            report lists the rest.
         name: the adapter's name in the model.
 
     Raises:
@@ -231,7 +232,7 @@ def _check(
         stored = file.config.scaling(path)
         if not math.isclose(stored, adapter.options.scaling):  # AdaLoRA's is stored rounded
             problems.append(f"{path}: scaling must be {adapter.options.scaling:g}, got {stored:g}")
-    if strict:
+    if strict or len(report.unexpected) == len(file.tensors):  # nothing fits
         problems += [f"{key}: missing in the file" for key in report.missing]
         problems += [f"{key}: {_why_unexpected(model, key)}" for key in report.unexpected]
     if problems:

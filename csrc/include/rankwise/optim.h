@@ -78,11 +78,22 @@ class WithCallbacks : public Optimizer {
   }
 
  private:
+  // nullopt where state might be elsewhere: in another optimizer, or under another parameter
+  // (LBFGS).
   std::optional<std::vector<at::Tensor>> state_of(const at::Tensor& parameter) {
     const auto& state = this->state();
     const auto it = state.find(parameter.unsafeGetTensorImpl());
-    if (it == state.end()) return std::vector<at::Tensor>();
-    return state_tensors(*it->second);
+    if (it != state.end()) return state_tensors(*it->second);
+    const bool stepped = parameter.grad().defined() && !state.empty();
+    if (parameter.requires_grad() && (stepped || !steps(parameter))) return std::nullopt;
+    return std::vector<at::Tensor>();
+  }
+
+  bool steps(const at::Tensor& parameter) {
+    return std::ranges::any_of(this->param_groups(), [&](const auto& group) {
+      return std::ranges::any_of(group.params(),
+                                 [&](const at::Tensor& own) { return own.is_same(parameter); });
+    });
   }
 
   std::shared_ptr<std::list<Callback>> callbacks_ = std::make_shared<std::list<Callback>>();

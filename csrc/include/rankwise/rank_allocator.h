@@ -16,6 +16,10 @@
 namespace torch::nn {
 class Module;
 }
+namespace torch::serialize {
+class InputArchive;
+class OutputArchive;
+}  // namespace torch::serialize
 
 namespace rankwise {
 
@@ -126,6 +130,14 @@ class RankAllocator {
   std::vector<Allocation> history_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
+
+/// An allocator's state() to and from an archive: torch::save(allocator, file) and
+/// torch::load(allocator, file), as for modules and optimizers. Loading throws as load_state, and
+/// c10::Error for an archive that holds no allocator.
+torch::serialize::OutputArchive& operator<<(torch::serialize::OutputArchive& archive,
+                                            const RankAllocator& allocator);
+torch::serialize::InputArchive& operator>>(torch::serialize::InputArchive& archive,
+                                           RankAllocator& allocator);
 
 template <class Optimizer>
 auto RankAllocator::attach(Optimizer& optimizer) {

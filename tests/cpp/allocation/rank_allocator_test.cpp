@@ -136,7 +136,9 @@ TEST(RankAllocator, ResumesWithTheSameBits) {
     loaded.load_from(saved);
     second.load(loaded);
     RankAllocator after(resumed.adapters(), options());
-    after.load_state(before.state());
+    std::stringstream allocation;
+    torch::save(before, allocation);
+    torch::load(after, allocation);
     after.attach(second);
     EXPECT_THAT(resumed.ranks, testing::ElementsAreArray(half.ranks));
     for (int64_t i = stop; i < 12; ++i) again.push_back(train_step(resumed, second, after, i));
@@ -178,6 +180,76 @@ TEST(RankAllocator, RefusesAStateOfOtherOptionsAndChangesNothing) {
               testing::ThrowsMessage<std::invalid_argument>(
                   testing::HasSubstr("options.total_steps: must be 12, got 13")));
   EXPECT_EQ(allocator.steps(), 0);
+}
+
+TEST(RankAllocator, RefusesAnArchiveOfSomethingElse) {
+  Net net;
+  RankAllocator allocator(net.adapters(), options());
+  std::stringstream stream;
+  torch::save(torch::ones({2}), stream);
+  EXPECT_THAT([&] { torch::load(allocator, stream); },
+              testing::ThrowsMessage<c10::Error>(
+                  testing::HasSubstr("RankAllocator: the archive holds no allocator")));
+}
+
+TEST(WithCallbacks, AClosureIsEvaluatedOnceAndItsLossReturned) {
+  Net net, plain;
+  AdamW optimizer(net.parameters, torch::optim::AdamWOptions(1e-2));
+  torch::optim::AdamW reference(plain.parameters, torch::optim::AdamWOptions(1e-2));
+  std::vector<const char*> order;
+  const auto handle =
+      optimizer.add_callback([&](const rankwise::OptimizerView&) { order.push_back("callback"); });
+  const at::Tensor x = torch::ones({3, 7}, torch::kDouble);
+  for (int i = 0; i < 3; ++i) {
+    const at::Tensor loss = optimizer.step([&] {
+      order.push_back("closure");
+      optimizer.zero_grad();
+      const at::Tensor value = net.forward(x).square().mean();
+      value.backward();
+      return value;
+    });
+    reference.zero_grad();
+    const at::Tensor wanted = plain.forward(x).square().mean();
+    wanted.backward();
+    reference.step();
+    EXPECT_TRUE(loss.equal(wanted));
+  }
+  EXPECT_THAT(order, testing::ElementsAre("closure", "callback", "closure", "callback", "closure",
+                                          "callback"));
+  for (size_t i = 0; i < 6; ++i) EXPECT_TRUE(net.parameters[i].equal(plain.parameters[i])) << i;
+}
+
+// State that is elsewhere cannot follow the directions: masking takes the place of shrinking.
+template <class Optimizer>
+void expect_masked(Net& net, Optimizer& optimizer) {
+  RankAllocator allocator(net.adapters(), options());
+  allocator.attach(optimizer);
+  const at::Tensor x = torch::ones({3, 7}, torch::kDouble);
+  const auto closure = [&] {
+    for (at::Tensor& parameter : net.parameters) parameter.mutable_grad().reset();
+    const at::Tensor loss = net.forward(x).square().mean();
+    loss.backward();
+    return loss;
+  };
+  for (int i = 0; i < 12; ++i) optimizer.step(closure);
+  EXPECT_TRUE(allocator.frozen());
+  EXPECT_THAT(net.ranks, testing::ElementsAre(4, 4));
+  int64_t zeros = 0;
+  for (const size_t e : {2, 5}) zeros += (net.parameters[e] == 0).sum().template item<int64_t>();
+  EXPECT_EQ(zeros, 4);
+}
+
+TEST(WithCallbacks, StateUnderAnotherParameterIsNotMoved) {
+  Net net;
+  WithCallbacks<torch::optim::LBFGS> optimizer(net.parameters,
+                                               torch::optim::LBFGSOptions(1e-3).max_iter(2));
+  expect_masked(net, optimizer);
+}
+
+TEST(WithCallbacks, StateInAnotherOptimizerIsNotMoved) {
+  Net net;
+  AdamW optimizer({net.parameters[0], net.parameters[1]}, torch::optim::AdamWOptions(1e-2));
+  expect_masked(net, optimizer);
 }
 
 TEST(WithCallbacks, HandlesDetachAndOutliveTheirOptimizer) {

@@ -205,7 +205,7 @@ TEST(Layers, Print) {
   const AdaLoRALinear layer(LoRALinearOptions(32, 64).rank(6).alpha(12).dropout(0.1));
   EXPECT_EQ(c10::str(layer),
             "rankwise::nn::AdaLoRALinear(in_features=32, out_features=64, bias=true, rank=6, "
-            "alpha=12, dropout=0.1)");
+            "alpha=12, dropout=0.1, adapter=default)");
 }
 
 TEST(Layers, WrongOptions) {

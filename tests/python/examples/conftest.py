@@ -1,5 +1,14 @@
-# Lets tests import the examples' modules, which find each other beside the script that is run.
+# Lets tests import the examples' modules, which find each other beside the script that is run, and
+# builds the C++ programs once.
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples" / "sentiment"))
+import pytest
+from cpp_programs import EXAMPLES, build
+
+sys.path[:0] = [str(EXAMPLES / "sentiment"), str(EXAMPLES / "cpp")]
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """examples/cpp, built outside the tree against the installed package."""
+    return build(EXAMPLES / "cpp", tmp_path_factory.mktemp("cpp"))

@@ -34,17 +34,6 @@ def test_cpp_examples_are_parts_of_the_programs():
         assert block in program
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """examples/cpp, built outside the tree against the installed package."""
-    build = tmp_path_factory.mktemp("cpp")
-    cmake_dir = Path(rw.__file__).parent / "share" / "cmake"
-    configure = ["cmake", "-S", ROOT / "examples" / "cpp", "-B", build, "-G", "Ninja"]
-    subprocess.run([*configure, f"-DCMAKE_PREFIX_PATH={cmake_dir}"], check=True)
-    subprocess.run(["cmake", "--build", build, "-j", "2"], check=True)
-    return build
-
-
 def test_the_layer_program_learns(programs):
     result = subprocess.run([programs / "layer"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -73,6 +73,13 @@ def test_missing_and_extra_tensors_and_what_strict_false_does(folder):
     assert len(rw.load_adapter(model, folder, strict=False).missing) == 2
 
 
+def test_a_folder_of_which_nothing_fits_is_refused_also_when_not_strict(folder):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(rw.FileError, match="the model has no module 'first'"):
+        rw.load_adapter(model, folder, strict=False)
+    assert type(model[0]) is torch.nn.Linear
+
+
 def test_every_truncation(folder):
     path = folder / "adapter_model.safetensors"
     data = path.read_bytes()
