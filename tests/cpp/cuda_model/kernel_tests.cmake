@@ -7,7 +7,7 @@ if(NOT cuda_headers)
 endif()
 
 # Alignment, array bounds and overflows are checked as well; fibers leave no room for more.
-set(kernel_test_options -O2 -g1 -Wall -Wextra -Werror -U_FORTIFY_SOURCE -fno-sanitize-recover=all
+set(kernel_test_options -O2 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE -fno-sanitize-recover=all
   -fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero
   -fsanitize=float-cast-overflow,return,bool,enum)
 
@@ -41,3 +41,5 @@ endif()
 
 rankwise_kernel_test(cuda_model/grid_test)
 rankwise_kernel_test(cuda_model/warp_test)
+rankwise_kernel_test(kernels/lora_linear_test column_products.cu dropout_mask.cu expand.cu finish.cu
+  lora_linear.cu row_products.cu)
