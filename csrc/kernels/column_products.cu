@@ -14,17 +14,14 @@ struct Plan {
   static constexpr int rank_tile = rank_tile_, row_tile = 64;
   static constexpr int col_tile = 256 / static_cast<int>(sizeof(Wide));
   static constexpr int warp_cols = col_tile / (threads / 32);
-  static constexpr int wide_parts = part_count<Wide, Factor>;
-  static constexpr int factor_parts = part_count<Factor, Wide>;
   using Mma = Multiplied<Wide, Factor>;
   using WideTile = Tile<Wide, row_tile, col_tile, threads>;
   using SkinnyTile = Tile<Factor, row_tile, rank_tile, threads>;
+  using Columns = Operand<Wide, WideTile::pitch, true, part_count<Wide, Factor>>;
+  using Directions = Operand<Factor, SkinnyTile::pitch, true, part_count<Factor, Wide>>;
   static constexpr int stage_bytes = WideTile::bytes + SkinnyTile::bytes;
+  static_assert(stages * stage_bytes <= largest_shared_bytes);
 };
-
-// A thread's sums: columns in groups of 16, ranks in groups of 8, and mma's four places.
-template <typename P>
-using Sums = float[P::warp_cols / 16][P::rank_tile / 8][4];
 
 template <typename P>
 struct Stage {
@@ -38,58 +35,8 @@ struct Stage {
   }
 };
 
-template <typename P>
-__device__ void multiply_tile(const Stage<P>& stage, int ranks,
-                              float (*sums)[P::rank_tile / 8][4]) {
-  const int warp_col = static_cast<int>(threadIdx.x) / 32 * P::warp_cols;
-#pragma unroll
-  for (int k = 0; k < P::row_tile; k += 16) {
-    uint32_t a[P::warp_cols / 16][P::wide_parts][4];
-#pragma unroll
-    for (int i = 0; i < P::warp_cols / 16; ++i) {
-      load_fragment<true, P::WideTile::pitch>(
-          stage.wide + k * P::WideTile::pitch + warp_col + 16 * i, a[i]);
-    }
-#pragma unroll
-    for (int n = 0; n < P::rank_tile; n += 16) {
-      if (n >= ranks) continue;
-      uint32_t b[P::factor_parts][4];
-      constexpr int pitch = P::SkinnyTile::pitch;
-      load_fragment<true, pitch>(stage.skinny + k * pitch + n, b);
-#pragma unroll
-      for (int i = 0; i < P::warp_cols / 16; ++i) {
-        auto& pair = reinterpret_cast<float(&)[2][4]>(sums[i][n / 8]);
-        multiply_add_parts<typename P::Mma>(pair, a[i], b, n + 8 < ranks);
-      }
-    }
-  }
-}
-
-template <typename P>
-__device__ void store(float* partial, const float (*sums)[P::rank_tile / 8][4], int64_t cols,
-                      int64_t first_rank, int64_t pitch) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t first =
-      static_cast<int64_t>(blockIdx.x) * P::col_tile + threadIdx.x / 32 * P::warp_cols;
-#pragma unroll
-  for (int i = 0; i < P::warp_cols / 16; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t col = first + 16 * i + 8 * half + lane / 4;
-      if (col >= cols) continue;
-      float* to = partial + (blockIdx.y * cols + col) * pitch + first_rank + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < P::rank_tile / 8; ++n) {
-        if (first_rank + 8 * n >= pitch) continue;
-        *reinterpret_cast<float2*>(to + 8 * n) =
-            make_float2(sums[i][n][2 * half], sums[i][n][2 * half + 1]);
-      }
-    }
-  }
-}
-
 template <typename Types, int rank_tile>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
     column_products(View<typename Types::Wide> m, View<typename Types::Factor> skinny,
                     int64_t chunk_tiles, DropoutMask dropout, float* partial) {
   using P = Plan<Types, rank_tile>;
@@ -112,29 +59,25 @@ __global__ void __launch_bounds__(128)
     copy_async_commit();
   };
 
-  Sums<P> sums = {};
+  const int warp_col = static_cast<int>(threadIdx.x) / 32 * P::warp_cols;
+  float sums[P::warp_cols / 16][rank_tile / 8][4] = {};
   for (int tile = 0; tile < P::stages - 1; ++tile) start(tile);
   for (int64_t tile = 0; tile < count; ++tile) {
     const Stage<P> stage(tile);
     copy_async_wait<P::stages - 2>();
     if (dropout.threshold > 0) {
-      P::WideTile::drop(stage.wide, {m, (first + tile) * P::row_tile, col}, seed,
-                        dropout.threshold);
+      const int64_t row = (first + tile) * P::row_tile;
+      P::WideTile::drop(stage.wide, {m, row, col}, seed, dropout.threshold);
     }
     __syncthreads();
     start(tile + P::stages - 1);
-    if constexpr (P::factor_parts == 1) {
-      multiply_tile<P>(stage, ranks, sums);
-    } else {  // the tensor core's long sums would lose more than float32's
-      Sums<P> tile_sums = {};
-      multiply_tile<P>(stage, ranks, tile_sums);
-#pragma unroll
-      for (int i = 0; i < P::warp_cols / 16 * rank_tile / 2; ++i) {
-        (&sums[0][0][0])[i] += (&tile_sums[0][0][0])[i];
-      }
-    }
+    const typename P::Columns columns{stage.wide + warp_col};
+    const typename P::Directions directions{stage.skinny};
+    add_product<typename P::Mma>(columns, directions, P::row_tile, ranks, sums);
   }
-  store<P>(partial, sums, m.cols, first_rank, (rank + 7) / 8 * 8);
+  const int64_t pitch = (rank + 7) / 8 * 8;
+  store_sums(partial + blockIdx.y * m.cols * pitch, sums, col + warp_col, m.cols, first_rank,
+             pitch);
 }
 
 constexpr int64_t rank_tile_of(const ColumnProducts& problem) {

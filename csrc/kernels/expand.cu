@@ -26,40 +26,20 @@ struct Plan {
   using HiddenTile = Tile<Factor, row_tile, rank_tile, threads>;
   using FactorTile = std::conditional_t<by_column, Tile<Factor, col_tile, rank_tile, threads>,
                                         Tile<Factor, rank_tile, col_tile, threads>>;
+  using Rows = Operand<Factor, HiddenTile::pitch, false, parts>;
+  using Columns = Operand<Factor, FactorTile::pitch, !by_column, parts>;
   using OutTile = Tile<Wide, row_tile, col_tile, threads>;
   static constexpr int operand_bytes = HiddenTile::bytes + FactorTile::bytes;
   static constexpr int shared_bytes =
       operand_bytes > OutTile::bytes ? operand_bytes : OutTile::bytes;
+  static_assert(shared_bytes <= largest_shared_bytes);
 };
 
+// The first row and column of the thread's warp.
 template <typename P>
-using Sums = float[P::warp_rows / 16][P::warp_cols / 8][4];
-
-template <typename P, bool by_column>
-__device__ void multiply_tile(const typename P::Factor* hidden, const typename P::Factor* factor,
-                              int ranks, float (*sums)[P::warp_cols / 8][4]) {
+__device__ int2 warp_place() {
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int row = warp / 2 * P::warp_rows, col = warp % 2 * P::warp_cols;
-  for (int k = 0; k < ranks; k += 16) {
-    uint32_t a[P::warp_rows / 16][P::parts][4];
-#pragma unroll
-    for (int i = 0; i < P::warp_rows / 16; ++i) {
-      constexpr int pitch = P::HiddenTile::pitch;
-      load_fragment<false, pitch>(hidden + (row + 16 * i) * pitch + k, a[i]);
-    }
-#pragma unroll
-    for (int n = 0; n < P::warp_cols; n += 16) {
-      uint32_t b[P::parts][4];
-      constexpr int pitch = P::FactorTile::pitch;
-      load_fragment<!by_column, pitch>(
-          factor + (by_column ? (col + n) * pitch + k : k * pitch + col + n), b);
-#pragma unroll
-      for (int i = 0; i < P::warp_rows / 16; ++i) {
-        auto& pair = reinterpret_cast<float(&)[2][4]>(sums[i][n / 8]);
-        multiply_add_parts<typename P::Mma>(pair, a[i], b, true);
-      }
-    }
-  }
+  return {warp / 2 * P::warp_rows, warp % 2 * P::warp_cols};
 }
 
 // The sums, scaled and rounded, as a tile of the result in shared memory.
@@ -67,8 +47,9 @@ template <typename P>
 __device__ void round_into(typename P::Wide* tile, const float (*sums)[P::warp_cols / 8][4],
                            float scale) {
   using Wide = typename P::Wide;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int row = warp / 2 * P::warp_rows + lane / 4, col = warp % 2 * P::warp_cols + lane % 4 * 2;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int2 place = warp_place<P>();
+  const int row = place.x + lane / 4, col = place.y + lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < P::warp_rows / 16; ++i) {
 #pragma unroll
@@ -94,7 +75,7 @@ __device__ void write_tile(typename P::Wide* tile, const Part<typename P::Wide>&
 }
 
 template <typename Types, bool by_column>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
     expand(View<typename Types::Factor> hidden, View<typename Types::Factor> factor, float scale,
            DropoutMask dropout, View<typename Types::Wide> shape, typename Types::Wide* out) {
   using P = Plan<Types, by_column>;
@@ -104,7 +85,10 @@ __global__ void __launch_bounds__(128)
   const int64_t col = static_cast<int64_t>(blockIdx.y) * P::col_tile;
   const int64_t rank = hidden.cols;
 
-  Sums<P> sums = {};
+  const int2 place = warp_place<P>();
+  const typename P::Rows rows{hidden_tile + place.x * P::HiddenTile::pitch};
+  const typename P::Columns columns{factor_tile + place.y * (by_column ? P::FactorTile::pitch : 1)};
+  float sums[P::warp_rows / 16][P::warp_cols / 8][4] = {};
   for (int64_t first = 0; first < rank; first += P::rank_tile) {
     const int ranks = static_cast<int>(rank - first < P::rank_tile ? rank - first : P::rank_tile);
     const int used = (ranks + 15) / 16 * 16;
@@ -118,7 +102,7 @@ __global__ void __launch_bounds__(128)
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
-    multiply_tile<P, by_column>(hidden_tile, factor_tile, ranks, sums);
+    multiply_tiles<typename P::Mma>(rows, columns, ranks, P::warp_cols, sums);
   }
   __syncthreads();
   auto* tile = dynamic_shared<typename P::Wide>();

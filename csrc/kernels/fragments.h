@@ -74,19 +74,94 @@ __device__ inline void load_fragment(const T* tile, uint32_t (&fragments)[parts]
   }
 }
 
-// sums[n] += a b for the columns n of 8 of b, smallest products first.
+// An operand in shared memory: element (i, k) lies at tile[i * pitch + k] or, with `transposed`, at
+// tile[k * pitch + i]; `parts` as above.
+template <typename T, int pitch_, bool transposed_, int parts_>
+struct Operand {
+  static constexpr int parts = parts_;
+  const T* tile;
+
+  __device__ void load(int i, int k, uint32_t (&fragments)[parts][4]) const {
+    const T* first = transposed_ ? tile + k * pitch_ + i : tile + i * pitch_ + k;
+    load_fragment<transposed_, pitch_>(first, fragments);
+  }
+};
+
+// sums[n] += a b for column n of 8 of b, smallest products first.
 template <typename Mma, int parts_a, int parts_b>
-__device__ inline void multiply_add_parts(float (&sums)[2][4], const uint32_t (&a)[parts_a][4],
-                                          const uint32_t (&b)[parts_b][4], bool second) {
+__device__ inline void multiply_fragments(float (&sums)[4], const uint32_t (&a)[parts_a][4],
+                                          const uint32_t (&b)[parts_b][4], int n) {
 #pragma unroll
   for (int order = parts_a + parts_b - 2; order >= 0; --order) {
 #pragma unroll
     for (int p = 0; p < parts_a; ++p) {
       if (order - p < 0 || order - p >= parts_b) continue;
-      const uint32_t(&from)[4] = b[order - p];
-      const uint32_t first_column[2] = {from[0], from[2]}, second_column[2] = {from[1], from[3]};
-      multiply_add<Mma>(sums[0], a[p], first_column);
-      if (second) multiply_add<Mma>(sums[1], a[p], second_column);
+      const uint32_t column[2] = {b[order - p][n], b[order - p][n + 2]};
+      multiply_add<Mma>(sums, a[p], column);
+    }
+  }
+}
+
+// sums[i][n] += rows 16 i.. of a times columns 8 n.. of b, over k below `depth`, for the columns
+// below `cols`. A warp's sums: lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the
+// next one.
+template <typename Mma, typename A, typename B, int groups, int columns>
+__device__ inline void multiply_tiles(const A& a, const B& b, int depth, int cols,
+                                      float (&sums)[groups][columns][4]) {
+#pragma unroll
+  for (int k = 0; k < depth; k += 16) {
+    uint32_t rows_of_a[groups][A::parts][4];
+#pragma unroll
+    for (int i = 0; i < groups; ++i) a.load(16 * i, k, rows_of_a[i]);
+#pragma unroll
+    for (int n = 0; n < columns; n += 2) {
+      if (8 * n >= cols) continue;
+      uint32_t columns_of_b[B::parts][4];
+      b.load(8 * n, k, columns_of_b);
+#pragma unroll
+      for (int i = 0; i < groups; ++i) {
+        multiply_fragments<Mma>(sums[i][n], rows_of_a[i], columns_of_b, 0);
+        if (8 * n + 8 < cols) {
+          multiply_fragments<Mma>(sums[i][n + 1], rows_of_a[i], columns_of_b, 1);
+        }
+      }
+    }
+  }
+}
+
+// The same, summed apart where operands have parts: in one long sum the tensor core would lose more
+// than float32 does.
+template <typename Mma, typename A, typename B, int groups, int columns>
+__device__ inline void add_product(const A& a, const B& b, int depth, int cols,
+                                   float (&sums)[groups][columns][4]) {
+  if constexpr (B::parts == 1) {
+    multiply_tiles<Mma>(a, b, depth, cols, sums);
+  } else {
+    float product[groups][columns][4] = {};
+    multiply_tiles<Mma>(a, b, depth, cols, product);
+#pragma unroll
+    for (int i = 0; i < groups * columns * 4; ++i) {
+      sums[i / 4 / columns][i / 4 % columns][i % 4] +=
+          product[i / 4 / columns][i / 4 % columns][i % 4];
+    }
+  }
+}
+
+// Writes a warp's sums to rows first.. of a slice [rows, pitch], from column first_col on.
+template <int groups, int columns>
+__device__ inline void store_sums(float* slice, const float (&sums)[groups][columns][4],
+                                  int64_t first, int64_t rows, int64_t first_col, int64_t pitch) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int i = 0; i < 2 * groups; ++i) {
+    const int64_t row = first + 8 * i + lane / 4;
+    if (row >= rows) continue;
+    float* to = slice + row * pitch + first_col + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < columns; ++n) {
+      if (first_col + 8 * n >= pitch) continue;
+      const float* pair = &sums[i / 2][n][i % 2 * 2];
+      *reinterpret_cast<float2*>(to + 8 * n) = make_float2(pair[0], pair[1]);
     }
   }
 }

@@ -14,37 +14,67 @@ RowProducts products(const Shrink& p) {
           p.x_stride,  p.A,           p.A_stride, false,  p.dropout};
 }
 
-RowProducts row_products(const OutputGradient& p) {
-  return {p.wide_type, p.factor_type, p.rows,     p.cols, p.rank, p.dy,
-          p.dy_stride, p.B,           p.B_stride, true,   {}};
-}
-
-ColumnProducts column_products(const OutputGradient& p) {
-  return {p.wide_type, p.factor_type, p.rows, p.cols, p.rank, p.dy, p.dy_stride, p.hidden, {}};
-}
-
 ColumnProducts products(const InputFactorGradient& p) {
   return {p.wide_type, p.factor_type, p.rows, p.cols, p.rank, p.x, p.x_stride, p.dh, p.dropout};
 }
 
+// One pass over dy for both products, or one for each that is asked for.
+struct OutputPasses {
+  RowProducts rows;
+  ColumnProducts columns;
+  OutputProducts both;
+  bool want_rows, want_columns, together;
+  int64_t row_slices, column_slices;
+
+  explicit OutputPasses(const OutputGradient& p)
+      : rows{p.wide_type, p.factor_type, p.rows,     p.cols, p.rank, p.dy,
+             p.dy_stride, p.B,           p.B_stride, true,   {}},
+        columns{p.wide_type, p.factor_type, p.rows,   p.cols, p.rank,
+                p.dy,        p.dy_stride,   p.hidden, {}},
+        both{p.wide_type, p.factor_type, p.rows, p.cols,     p.rank,
+             p.dy,        p.dy_stride,   p.B,    p.B_stride, p.hidden},
+        want_rows(p.dh),
+        want_columns(p.dB || p.dE),
+        together(want_rows && want_columns && output_products_fit(both)) {
+    const OutputChunks shared = output_product_chunks(both);
+    row_slices = together ? shared.of_columns.count : row_product_chunks(rows).count;
+    column_slices = together ? shared.of_rows.count : column_product_chunks(columns).count;
+  }
+
+  int64_t row_bytes() const { return want_rows ? bytes(row_slices, rows.rows) : 0; }
+  // At least one slice: dE is read from it.
+  int64_t column_bytes() const {
+    return want_columns ? bytes(column_slices > 0 ? column_slices : 1, rows.cols) : 0;
+  }
+
+  int launch(float* row_partial, float* column_partial, void* stream) const {
+    if (together) return launch_output_products(both, row_partial, column_partial, stream);
+    int error = want_rows ? launch_row_products(rows, row_partial, stream) : 0;
+    if (!error && want_columns) error = launch_column_products(columns, column_partial, stream);
+    return error;
+  }
+
+ private:
+  int64_t bytes(int64_t slices, int64_t length) const {
+    return slice_bytes({0, slices}, length, rows.rank);
+  }
+};
+
 // dh = scaling * keep_scale * (dy B) o E^T.
-int launch_hidden_gradient(const OutputGradient& p, float* partial, void* stream) {
-  const RowProducts pass = row_products(p);
-  if (const int error = launch_row_products(pass, partial, stream)) return error;
+int finish_hidden_gradient(const OutputGradient& p, int64_t slices, const float* partial,
+                           void* stream) {
   void* plain = p.E ? nullptr : p.dh;
   void* gated = p.E ? p.dh : nullptr;
-  return launch_finish_rows({p.factor_type, p.rows, p.rank, row_product_chunks(pass).count, partial,
-                             p.scaling * p.keep_scale, p.E, plain, gated},
-                            stream);
+  return launch_finish_rows(
+      {p.factor_type, p.rows, p.rank, slices, partial, p.scaling * p.keep_scale, p.E, plain, gated},
+      stream);
 }
 
 // dB and dE from g = scaling * hidden^T dy, whose float32 values stay in the first slice for dE.
-int launch_factor_gradient(const OutputGradient& p, float* partial, void* stream) {
-  const ColumnProducts pass = column_products(p);
-  if (const int error = launch_column_products(pass, partial, stream)) return error;
+int finish_factor_gradients(const OutputGradient& p, int64_t slices, float* partial, void* stream) {
   const int error = launch_finish_columns(
-      {p.factor_type, p.cols, p.rank, column_product_chunks(pass).count, partial, p.scaling, p.E,
-       p.dB, p.dB_stride, /*by_rank=*/false, p.dE ? partial : nullptr},
+      {p.factor_type, p.cols, p.rank, slices, partial, p.scaling, p.E, p.dB, p.dB_stride,
+       /*by_rank=*/false, p.dE ? partial : nullptr},
       stream);
   if (error || !p.dE) return error;
   return launch_gate_gradient({p.factor_type, p.cols, p.rank, p.B, p.B_stride, partial, p.dE},
@@ -66,24 +96,23 @@ int launch_shrink(const Shrink& p, void* scratch, void* stream) {
                             stream);
 }
 
-int64_t output_gradient_scratch_bytes(const OutputGradient& p) {
-  int64_t bytes = 0;
-  if (p.dh) bytes = slice_bytes(row_product_chunks(row_products(p)), p.rows, p.rank);
-  if (p.dB || p.dE) {
-    Chunks chunks = column_product_chunks(column_products(p));
-    if (chunks.count == 0) chunks.count = 1;  // for g, which dE reads
-    const int64_t more = slice_bytes(chunks, p.cols, p.rank);
-    if (more > bytes) bytes = more;
-  }
-  return bytes;
+int64_t output_gradient_scratch_bytes(const OutputGradient& problem) {
+  const OutputPasses passes(problem);
+  return passes.row_bytes() + passes.column_bytes();
 }
 
 int launch_output_gradient(const OutputGradient& p, void* scratch, void* stream) {
-  auto* partial = static_cast<float*>(scratch);
-  if (p.dh) {
-    if (const int error = launch_hidden_gradient(p, partial, stream)) return error;
+  const OutputPasses passes(p);
+  auto* row_partial = static_cast<float*>(scratch);
+  float* column_partial = row_partial + passes.row_bytes() / static_cast<int64_t>(sizeof(float));
+  int error = passes.launch(row_partial, column_partial, stream);
+  if (!error && passes.want_rows) {
+    error = finish_hidden_gradient(p, passes.row_slices, row_partial, stream);
   }
-  return p.dB || p.dE ? launch_factor_gradient(p, partial, stream) : 0;
+  if (!error && passes.want_columns) {
+    error = finish_factor_gradients(p, passes.column_slices, column_partial, stream);
+  }
+  return error;
 }
 
 int64_t input_factor_gradient_scratch_bytes(const InputFactorGradient& problem) {

@@ -13,18 +13,15 @@ struct Plan {
   static constexpr int rank_tile = rank_tile_, row_tile = 128;
   static constexpr int col_tile = 128 / static_cast<int>(sizeof(Wide));
   static constexpr int warp_rows = row_tile / (threads / 32);
-  static constexpr int wide_parts = part_count<Wide, Factor>;
-  static constexpr int factor_parts = part_count<Factor, Wide>;
   using Mma = Multiplied<Wide, Factor>;
   using WideTile = Tile<Wide, row_tile, col_tile, threads>;
   using FactorTile = std::conditional_t<by_column, Tile<Factor, col_tile, rank_tile, threads>,
                                         Tile<Factor, rank_tile, col_tile, threads>>;
+  using Rows = Operand<Wide, WideTile::pitch, false, part_count<Wide, Factor>>;
+  using Directions = Operand<Factor, FactorTile::pitch, by_column, part_count<Factor, Wide>>;
   static constexpr int stage_bytes = WideTile::bytes + FactorTile::bytes;
+  static_assert(stages * stage_bytes <= largest_shared_bytes);
 };
-
-// A thread's sums: rows in groups of 16, ranks in groups of 8, and mma's four places.
-template <typename P>
-using Sums = float[P::warp_rows / 16][P::rank_tile / 8][4];
 
 template <typename P>
 struct Stage {
@@ -38,59 +35,8 @@ struct Stage {
   }
 };
 
-template <typename P, bool by_column>
-__device__ void multiply_tile(const Stage<P>& stage, int ranks,
-                              float (*sums)[P::rank_tile / 8][4]) {
-  const int warp_row = static_cast<int>(threadIdx.x) / 32 * P::warp_rows;
-#pragma unroll
-  for (int k = 0; k < P::col_tile; k += 16) {
-    uint32_t a[P::warp_rows / 16][P::wide_parts][4];
-#pragma unroll
-    for (int i = 0; i < P::warp_rows / 16; ++i) {
-      load_fragment<false, P::WideTile::pitch>(
-          stage.wide + (warp_row + 16 * i) * P::WideTile::pitch + k, a[i]);
-    }
-#pragma unroll
-    for (int n = 0; n < P::rank_tile; n += 16) {
-      if (n >= ranks) continue;
-      uint32_t b[P::factor_parts][4];
-      constexpr int pitch = P::FactorTile::pitch;
-      load_fragment<by_column, pitch>(stage.factor + (by_column ? k * pitch + n : n * pitch + k),
-                                      b);
-#pragma unroll
-      for (int i = 0; i < P::warp_rows / 16; ++i) {
-        auto& pair = reinterpret_cast<float(&)[2][4]>(sums[i][n / 8]);
-        multiply_add_parts<typename P::Mma>(pair, a[i], b, n + 8 < ranks);
-      }
-    }
-  }
-}
-
-template <typename P>
-__device__ void store(float* partial, const float (*sums)[P::rank_tile / 8][4], int64_t rows,
-                      int64_t first_rank, int64_t pitch) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t first =
-      static_cast<int64_t>(blockIdx.x) * P::row_tile + threadIdx.x / 32 * P::warp_rows;
-#pragma unroll
-  for (int i = 0; i < P::warp_rows / 16; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = first + 16 * i + 8 * half + lane / 4;
-      if (row >= rows) continue;
-      float* to = partial + (blockIdx.y * rows + row) * pitch + first_rank + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < P::rank_tile / 8; ++n) {
-        if (first_rank + 8 * n >= pitch) continue;
-        *reinterpret_cast<float2*>(to + 8 * n) =
-            make_float2(sums[i][n][2 * half], sums[i][n][2 * half + 1]);
-      }
-    }
-  }
-}
-
 template <typename Types, int rank_tile, bool by_column>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
     row_products(View<typename Types::Wide> m, View<typename Types::Factor> factor, int64_t rank,
                  int64_t chunk_tiles, DropoutMask dropout, float* partial) {
   using P = Plan<Types, rank_tile, by_column>;
@@ -117,29 +63,25 @@ __global__ void __launch_bounds__(128)
     copy_async_commit();
   };
 
-  Sums<P> sums = {};
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * P::warp_rows;
+  float sums[P::warp_rows / 16][rank_tile / 8][4] = {};
   for (int tile = 0; tile < P::stages - 1; ++tile) start(tile);
   for (int64_t tile = 0; tile < count; ++tile) {
     const Stage<P> stage(tile);
     copy_async_wait<P::stages - 2>();
     if (dropout.threshold > 0) {
-      P::WideTile::drop(stage.wide, {m, row, (first + tile) * P::col_tile}, seed,
-                        dropout.threshold);
+      const int64_t col = (first + tile) * P::col_tile;
+      P::WideTile::drop(stage.wide, {m, row, col}, seed, dropout.threshold);
     }
     __syncthreads();
     start(tile + P::stages - 1);
-    if constexpr (P::factor_parts == 1) {
-      multiply_tile<P, by_column>(stage, ranks, sums);
-    } else {  // the tensor core's long sums would lose more than float32's
-      Sums<P> tile_sums = {};
-      multiply_tile<P, by_column>(stage, ranks, tile_sums);
-#pragma unroll
-      for (int i = 0; i < P::warp_rows / 16 * rank_tile / 2; ++i) {
-        (&sums[0][0][0])[i] += (&tile_sums[0][0][0])[i];
-      }
-    }
+    const typename P::Rows rows{stage.wide + warp_row * P::WideTile::pitch};
+    const typename P::Directions directions{stage.factor};
+    add_product<typename P::Mma>(rows, directions, P::col_tile, ranks, sums);
   }
-  store<P>(partial, sums, m.rows, first_rank, (rank + 7) / 8 * 8);
+  const int64_t pitch = (rank + 7) / 8 * 8;
+  store_sums(partial + blockIdx.y * m.rows * pitch, sums, row + warp_row, m.rows, first_rank,
+             pitch);
 }
 
 constexpr int64_t rank_tile_of(const RowProducts& problem) {

@@ -6,6 +6,9 @@
 
 namespace rankwise::kernels {
 
+// Shared memory of a block on sm_86 and sm_89, the least among sm_80 and later.
+constexpr int largest_shared_bytes = 99 * 1024;
+
 template <typename Wide_, typename Factor_>
 struct Types {
   using Wide = Wide_;
@@ -74,6 +77,26 @@ struct ColumnProducts {
 };
 Chunks column_product_chunks(const ColumnProducts& problem);
 int launch_column_products(const ColumnProducts& problem, float* partial, void* stream);
+
+// RowProducts with B and ColumnProducts with hidden in one read of dy, for 16-bit dy and up to 32
+// directions. `of_rows` counts the slices of the column products, `of_columns` those of the row
+// products.
+struct OutputProducts {
+  Type wide_type, factor_type;
+  int64_t rows, cols, rank;
+  const void* dy;
+  int64_t dy_stride;
+  const void* B;
+  int64_t B_stride;
+  const void* hidden;
+};
+struct OutputChunks {
+  Chunks of_rows, of_columns;
+};
+bool output_products_fit(const OutputProducts& problem);
+OutputChunks output_product_chunks(const OutputProducts& problem);
+int launch_output_products(const OutputProducts& problem, float* row_partial, float* column_partial,
+                           void* stream);
 
 // With s = scale * (slices added in order), [rows, rank]: plain = s, gated = s o E^T.
 struct FinishRows {

@@ -42,4 +42,4 @@ endif()
 rankwise_kernel_test(cuda_model/grid_test)
 rankwise_kernel_test(cuda_model/warp_test)
 rankwise_kernel_test(kernels/lora_linear_test column_products.cu dropout_mask.cu expand.cu finish.cu
-  lora_linear.cu row_products.cu)
+  lora_linear.cu output_products.cu row_products.cu)

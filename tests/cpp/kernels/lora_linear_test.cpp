@@ -5,6 +5,7 @@
 // themselves are exact. Results that are sums of rounded ones count both.
 #include <gtest/gtest.h>
 #include <kernels/dropout_mask.h>
+#include <sys/mman.h>
 
 #include <functional>
 #include <string>
@@ -345,6 +346,43 @@ TEST(LoraLinearDropout, MasksAreThoseOfTheDefinition) {
       ASSERT_EQ(mask[i], expected[i]) << cols << " " << i;
     }
   }
+}
+
+// Three rows that lie further apart than 32-bit offsets reach; only their pages are ever touched.
+TEST(LoraLinearOffsets, ReachBeyond32Bits) {
+  cuda_model::set_schedule({});
+  constexpr int64_t rows = 3, cols = 16, stride = (int64_t{1} << 30) + 8;
+  constexpr size_t bytes = ((rows - 1) * stride + cols) * sizeof(__half);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  auto* wide = static_cast<__half*>(memory);
+  const DeviceArray<__half> factor(std::vector<__half>(cols, __float2half(1.0f)));
+  DeviceArray<__half> hidden(rows);
+  for (int i = 0; i < 3; ++i) hidden[i] = __float2half(static_cast<float>(i + 1));
+
+  const Expand expand{
+      rows,  cols, 1,  Type::float16, Type::float16, hidden.data(), factor.data(), cols,
+      false, 1.0f, {}, wide,          stride};
+  ASSERT_EQ(launch_expand(expand, nullptr), 0);
+  for (int64_t i = 0; i < rows * cols; ++i) {
+    ASSERT_EQ(__half2float(wide[i / cols * stride + i % cols]), static_cast<float>(i / cols + 1));
+  }
+
+  DeviceArray<__half> out(rows), dA(cols);
+  const Shrink shrink{rows,       cols,          1,    Type::float16, Type::float16, wide,
+                      stride,     factor.data(), cols, nullptr,       1.0f,          {},
+                      out.data(), nullptr};
+  const DeviceArray<float> scratch(shrink_scratch_bytes(shrink) / 4);
+  ASSERT_EQ(launch_shrink(shrink, scratch.data(), nullptr), 0);
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(__half2float(out[i]), 16.0f * static_cast<float>(i + 1));
+
+  const InputFactorGradient gradient{rows,   cols,          1,  Type::float16, Type::float16, wide,
+                                     stride, hidden.data(), {}, dA.data(),     cols};
+  const DeviceArray<float> more(input_factor_gradient_scratch_bytes(gradient) / 4);
+  ASSERT_EQ(launch_input_factor_gradient(gradient, more.data(), nullptr), 0);
+  for (int j = 0; j < cols; ++j) EXPECT_EQ(__half2float(dA[j]), 1.0f + 4.0f + 9.0f);
+  munmap(memory, bytes);
 }
 
 TEST(LoraLinearTypes, OthersAreRefused) {
