@@ -7,18 +7,19 @@
 
 namespace rankwise::kernels {
 
-// A row-major matrix in device memory. `vectors`: its rows start at multiples of 16 bytes.
+// A row-major matrix in device memory whose rows start at multiples of `alignment` bytes: 16, 8,
+// 4, 2.
 template <typename T>
 struct View {
   const T* data;
   int64_t rows, cols, stride;
-  bool vectors;
+  int alignment;
 };
 
 template <typename T>
 View<T> view(const void* data, int64_t rows, int64_t cols, int64_t stride) {
-  const bool vectors = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * sizeof(T) % 16 == 0;
-  return {static_cast<const T*>(data), rows, cols, stride, vectors};
+  const uintptr_t starts = reinterpret_cast<uintptr_t>(data) | stride * sizeof(T) | 16;
+  return {static_cast<const T*>(data), rows, cols, stride, static_cast<int>(starts & -starts)};
 }
 
 // The part of a matrix that starts at (row, col) and has a tile's size; less at the matrix's ends.
@@ -64,11 +65,16 @@ struct Tile {
       const int count = valid(part, row, col);
       const int64_t offset = (part.row + row) * part.matrix.stride + part.col + col;
       const T* from = part.matrix.data + (count > 0 ? offset : 0);
-      if (part.matrix.vectors) {
-        copy_piece(to, from, count);
-      } else {
+      switch (part.matrix.alignment) {
+        case 16:
+          return copy_piece<16>(to, from, count);
+        case 8:
+          return copy_piece<8>(to, from, count);
+        case 4:
+          return copy_piece<4>(to, from, count);
+        default:
 #pragma unroll
-        for (int i = 0; i < piece; ++i) to[i] = i < count ? from[i] : T(0.0f);
+          for (int i = 0; i < piece; ++i) to[i] = i < count ? from[i] : T(0.0f);
       }
     });
   }
@@ -112,7 +118,7 @@ struct Tile {
     if (count == 0) return;
     const T* from = tile + row * pitch + col;
     T* to = out + (part.row + row) * part.matrix.stride + part.col + col;
-    if (part.matrix.vectors && count == piece) {
+    if (part.matrix.alignment == 16 && count == piece) {
 #pragma unroll
       for (int i = 0; i < piece * static_cast<int>(sizeof(T)) / 16; ++i) {
         reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
@@ -123,12 +129,13 @@ struct Tile {
   }
 
  private:
+  template <int bytes>
   __device__ static void copy_piece(T* to, const T* from, int count) {
-    constexpr int step = 16 / static_cast<int>(sizeof(T));
+    constexpr int step = bytes / static_cast<int>(sizeof(T));
 #pragma unroll
     for (int i = 0; i < piece; i += step) {
       const int left = count < i ? 0 : count - i < step ? count - i : step;
-      copy_async<16>(to + i, left > 0 ? from + i : from, left * static_cast<int>(sizeof(T)));
+      copy_async<bytes>(to + i, left > 0 ? from + i : from, left * static_cast<int>(sizeof(T)));
     }
   }
 

@@ -45,6 +45,8 @@ class Block {
 
  private:
   void sweep();
+  bool run_thread(int i);
+  bool run_warp(int i);
   void check_end(Thread& thread);
   [[noreturn]] void report_deadlock();
 
@@ -90,21 +92,36 @@ void Block::run(const dim3& size, const std::function<void()>& body) {
   while (ended_ < count) sweep();
 }
 
-// Runs every thread that may run, once.
+// Runs every thread that may run, or every warp as far as it goes.
 void Block::sweep() {
   arrange(order_, schedule.threads);
   bool progress = false;
-  for (const int i : order_) {
-    if (threads_[i].state != State::ready) continue;
-    progress = true;
-    current_ = i;
-    threadIdx = position(i, blockDim);
-    if (!fibers_.resume(i)) continue;
+  for (const int i : order_) progress |= schedule.warps_run_ahead ? run_warp(i) : run_thread(i);
+  if (!progress) report_deadlock();
+}
+
+bool Block::run_thread(int i) {
+  if (threads_[i].state != State::ready) return false;
+  current_ = i;
+  threadIdx = position(i, blockDim);
+  if (fibers_.resume(i)) {
     check_end(threads_[i]);
     threads_[i].state = State::ended;
     ++ended_;
   }
-  if (!progress) report_deadlock();
+  return true;
+}
+
+bool Block::run_warp(int i) {
+  const int first = i / warp_size * warp_size;
+  const int last = std::min<int>(first + warp_size, static_cast<int>(threads_.size()));
+  bool any = false, progress = true;
+  while (progress) {
+    progress = false;
+    for (int lane = first; lane < last; ++lane) progress |= run_thread(lane);
+    any |= progress;
+  }
+  return any;
 }
 
 void Block::check_end(Thread& thread) {

@@ -21,9 +21,11 @@ using rankwise::kernels::copy_async_wait;
 using rankwise::kernels::dynamic_shared;
 using rankwise::kernels::launch;
 
-const std::vector<Schedule> all_schedules = {{},
-                                             {Order::backwards, Order::backwards, true, 0},
-                                             {Order::shuffled, Order::shuffled, false, 7}};
+const std::vector<Schedule> all_schedules = {
+    {},
+    {.blocks = Order::backwards, .threads = Order::backwards, .early_copies = true},
+    {.blocks = Order::shuffled, .threads = Order::shuffled, .seed = 7},
+    {.threads = Order::shuffled, .warps_run_ahead = true, .seed = 3}};
 
 __global__ void write_positions(uint32_t* out) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
@@ -82,6 +84,7 @@ TEST(Grid, SumsTheSameUnderEverySchedule) {
   }
   EXPECT_EQ(results[0], results[1]);
   EXPECT_EQ(results[0], results[2]);
+  EXPECT_EQ(results[0], results[3]);
 }
 
 __global__ void reverse_without_barrier(int* out) {
@@ -107,6 +110,28 @@ __global__ void read_what_another_block_left(float* out) {
   if (blockIdx.x == 0) fixed = *dynamic_shared<float>() = 1.0f;
   out[2 * blockIdx.x] = fixed;
   out[2 * blockIdx.x + 1] = *dynamic_shared<float>();
+}
+
+// Two warps that go on by turns after each shuffle never show that the barrier is missing.
+__global__ void overwrite_without_barrier(int* out) {
+  __shared__ int value;
+  if (threadIdx.x == 0) value = 1;
+  __syncthreads();
+  for (int i = 0; i < 4; ++i) __syncwarp();
+  out[threadIdx.x] = value;
+  for (int i = 0; i < 4; ++i) __syncwarp();
+  if (threadIdx.x == 0) value = 2;
+}
+
+TEST(Grid, WarpsThatRunAheadShowAMissingBarrier) {
+  std::vector<std::vector<int>> results;
+  for (const Order order : {Order::forwards, Order::backwards}) {
+    cuda_model::set_schedule({.threads = order, .warps_run_ahead = true});
+    const DeviceArray<int> out(64);
+    launch(overwrite_without_barrier, {1}, {64}, 0, nullptr, out.data());
+    results.emplace_back(out.data(), out.data() + 64);
+  }
+  EXPECT_NE(results[0], results[1]);
 }
 
 TEST(Grid, PoisonsSharedMemoryBetweenBlocks) {
