@@ -1,4 +1,5 @@
-// Launches, asynchronous copies and tensor-core instructions (sm_80 and later) as functions.
+// Launches, asynchronous copies and tensor-core instructions (sm_80 and later) as functions, for
+// files that nvcc compiles.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,8 +36,6 @@ int launch(void (*kernel)(Parameters...), const dim3& grid, const dim3& block, s
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }
-
-#ifdef __CUDACC__
 
 // The block's dynamic shared memory, aligned to 16 bytes.
 template <typename T>
@@ -125,7 +124,5 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 }
-
-#endif
 
 }  // namespace rankwise::kernels

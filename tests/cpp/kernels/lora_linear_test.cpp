@@ -353,6 +353,39 @@ TEST(LoraLinearDropout, MasksAreThoseOfTheDefinition) {
   }
 }
 
+// Largest error of a long sum of exact products, beside that of a float32 sum written out here.
+template <typename Wide>
+void expect_errors_of_float32() {
+  constexpr int64_t rows = 40, cols = 4096;
+  std::mt19937 random(11);
+  const auto x = Matrix<Wide>::random(rows, cols, random);
+  const auto A = Matrix<float>::random(1, cols, random);
+  Matrix<float> hidden(rows, 1);
+  const Shrink p{rows,    cols, 1,  type_of<Wide>, Type::float32, x.data(), cols, A.data(), cols,
+                 nullptr, 1.0f, {}, hidden.data(), nullptr};
+  const DeviceArray<float> scratch(shrink_scratch_bytes(p) / 4);
+  ASSERT_EQ(launch_shrink(p, scratch.data(), nullptr), 0);
+  double worst = 0, worst_plain = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    double exact = 0;
+    float plain = 0;
+    for (int64_t j = 0; j < cols; ++j) {
+      exact += x.at(i, j) * A.at(0, j);
+      plain = std::fma(static_cast<float>(x.at(i, j)), static_cast<float>(A.at(0, j)), plain);
+    }
+    worst = std::max(worst, std::fabs(hidden.written(i, 0) - exact));
+    worst_plain = std::max(worst_plain, std::fabs(plain - exact));
+  }
+  EXPECT_LE(worst, worst_plain);
+}
+
+TEST(LoraLinearAccuracy, Float32FactorsGiveErrorsOfFloat32) {
+  cuda_model::set_schedule({});
+  expect_errors_of_float32<float>();
+  expect_errors_of_float32<__nv_bfloat16>();
+  expect_errors_of_float32<__half>();
+}
+
 // Three rows that lie further apart than 32-bit offsets reach; only their pages are ever touched.
 TEST(LoraLinearOffsets, ReachBeyond32Bits) {
   cuda_model::set_schedule({});

@@ -26,7 +26,7 @@ PLAN = {
     "finish_columns": (3, 40, 0),
     "finish_rows": (3, 40, 0),
     "gate_gradient": (3, 40, 1024),
-    "output_products": (8, 168, 0),
+    "output_products": (8, 128, 0),
     "row_products": (20, 168, 0),
 }
 
