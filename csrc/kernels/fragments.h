@@ -121,7 +121,7 @@ __device__ inline void multiply_tiles(const A& a, const B& b, int depth, int col
 #pragma unroll
       for (int i = 0; i < groups; ++i) {
         multiply_fragments<Mma>(sums[i][n], rows_of_a[i], columns_of_b, 0);
-        if (8 * n + 8 < cols) {
+        if (n + 1 < columns && 8 * n + 8 < cols) {
           multiply_fragments<Mma>(sums[i][n + 1], rows_of_a[i], columns_of_b, 1);
         }
       }

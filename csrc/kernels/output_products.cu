@@ -59,8 +59,7 @@ __device__ void multiply_columns(const typename P::Wide* dy, const typename P::F
   if (first_rank >= rank) return;
   constexpr int rows_at_once = 64;
   float sums[1][P::warp_ranks / 8][4] = {};
-  const int left = static_cast<int>(rank) - first_rank;
-  const int ranks = left < P::warp_ranks ? left : P::warp_ranks;
+  const int ranks = static_cast<int>(rank) - first_rank;
   for (int row = 0; row < row_tile; row += rows_at_once) {
     const typename P::Columns columns{dy + row * P::WideTile::pitch + col};
     const typename P::Hidden directions{hidden + row * P::HiddenTile::pitch + first_rank};
