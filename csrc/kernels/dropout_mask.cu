@@ -1,7 +1,5 @@
 // The dropout mask on the device: one thread per Philox block of eight elements.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "device.h"
 #include "dropout_mask.h"
 
 namespace rankwise::kernels {
@@ -24,13 +22,11 @@ __global__ void dropout_mask_kernel(const int64_t* seed, int64_t count, uint32_t
 template <typename T>
 int launch_dropout_mask(const int64_t* seed, int64_t count, uint32_t threshold, T* mask,
                         void* stream) {
-  constexpr int64_t threads = 256;
+  constexpr unsigned threads = 256;
   const int64_t blocks = (count + elements_per_block - 1) / elements_per_block;
   if (blocks == 0) return cudaSuccess;
   const auto grid = static_cast<unsigned>((blocks + threads - 1) / threads);
-  dropout_mask_kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(seed, count,
-                                                                               threshold, mask);
-  return cudaGetLastError();
+  return launch(dropout_mask_kernel<T>, grid, threads, 0, stream, seed, count, threshold, mask);
 }
 
 template int launch_dropout_mask(const int64_t*, int64_t, uint32_t, double*, void*);

@@ -1,0 +1,169 @@
+// Operands of tensor-core products, from tiles in shared memory.
+//
+// Numbers that the tensor core does not take as they are, are cut into bfloat16 parts of eight bits
+// each, whose sum is the number: three for float32, two for float16. Products of all parts with all
+// parts are exact, and their sums are as good as float32's.
+#pragma once
+
+#include "device.h"
+
+namespace rankwise::kernels {
+
+// How many parts an operand of type T has, beside operands of type Other.
+template <typename T, typename Other>
+constexpr int part_count = std::is_same_v<T, Other> && sizeof(T) == 2 ? 1
+                           : std::is_same_v<T, float>                 ? 3
+                           : std::is_same_v<T, __half>                ? 2
+                                                                      : 1;
+
+// The type that the tensor core multiplies.
+template <typename T, typename Other>
+using Multiplied = std::conditional_t<std::is_same_v<T, Other> && sizeof(T) == 2, T, __nv_bfloat16>;
+
+__device__ inline float as_float(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+#endif
+}
+
+__device__ inline uint32_t as_bits(float value) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+#endif
+}
+
+// fragments[p][j]: part p of the pair in place j, largest part first.
+template <int parts>
+__device__ inline void split(float low, float high, int j, uint32_t (&fragments)[parts][4]) {
+#pragma unroll
+  for (int p = 0; p < parts; ++p) {
+    fragments[p][j] = as_bits(low) >> 16 | (as_bits(high) & 0xFFFF0000u);
+    low -= as_float(as_bits(low) & 0xFFFF0000u);
+    high -= as_float(as_bits(high) & 0xFFFF0000u);
+  }
+}
+
+// 16 x 16 elements (i, k) of an operand, i counting the product's rows or columns and k what is
+// summed; they lie at tile[i * pitch + k] or, with `transposed`, at tile[k * pitch + i].
+// Place j of a fragment has i below 8 for j = 0, 2 and k below 8 for j = 0, 1: the order of mma's
+// first operand. Its second operand's two columns of 8 are places {0, 2} and {1, 3}.
+template <bool transposed, int pitch, typename T, int parts>
+__device__ inline void load_fragment(const T* tile, uint32_t (&fragments)[parts][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if constexpr (parts == 1) {
+    static_assert(sizeof(T) == 2, "a number of one part has 16 bits");
+    const int row = transposed ? lane % 8 + lane / 16 * 8 : lane % 16;
+    const int col = transposed ? lane / 8 % 2 * 8 : lane / 16 * 8;
+    load_matrices<transposed>(fragments[0], tile + row * pitch + col);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = lane / 4 + j % 2 * 8, k = lane % 4 * 2 + j / 2 * 8;
+      const T* pair = transposed ? tile + k * pitch + i : tile + i * pitch + k;
+      split(static_cast<float>(pair[0]), static_cast<float>(pair[transposed ? pitch : 1]), j,
+            fragments);
+    }
+  }
+}
+
+// An operand in shared memory: element (i, k) lies at tile[i * pitch + k] or, with `transposed`, at
+// tile[k * pitch + i]; `parts` as above.
+template <typename T, int pitch_, bool transposed_, int parts_>
+struct Operand {
+  static constexpr int parts = parts_;
+  const T* tile;
+
+  __device__ void load(int i, int k, uint32_t (&fragments)[parts][4]) const {
+    const T* first = transposed_ ? tile + k * pitch_ + i : tile + i * pitch_ + k;
+    load_fragment<transposed_, pitch_>(first, fragments);
+  }
+};
+
+// sums[n] += a b for column n of 8 of b, smallest products first.
+template <typename Mma, int parts_a, int parts_b>
+__device__ inline void multiply_fragments(float (&sums)[4], const uint32_t (&a)[parts_a][4],
+                                          const uint32_t (&b)[parts_b][4], int n) {
+#pragma unroll
+  for (int order = parts_a + parts_b - 2; order >= 0; --order) {
+#pragma unroll
+    for (int p = 0; p < parts_a; ++p) {
+      if (order - p < 0 || order - p >= parts_b) continue;
+      const uint32_t column[2] = {b[order - p][n], b[order - p][n + 2]};
+      multiply_add<Mma>(sums, a[p], column);
+    }
+  }
+}
+
+// sums[i][n] += rows 16 i.. of a times columns 8 n.. of b, over k below `depth`, for the columns
+// below `cols`. A warp's sums: lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the
+// next one.
+template <typename Mma, typename A, typename B, int groups, int columns>
+__device__ inline void multiply_tiles(const A& a, const B& b, int depth, int cols,
+                                      float (&sums)[groups][columns][4]) {
+#pragma unroll
+  for (int k = 0; k < depth; k += 16) {
+    uint32_t rows_of_a[groups][A::parts][4];
+#pragma unroll
+    for (int i = 0; i < groups; ++i) a.load(16 * i, k, rows_of_a[i]);
+#pragma unroll
+    for (int n = 0; n < columns; n += 2) {
+      if (8 * n >= cols) continue;
+      uint32_t columns_of_b[B::parts][4];
+      b.load(8 * n, k, columns_of_b);
+#pragma unroll
+      for (int i = 0; i < groups; ++i) {
+        multiply_fragments<Mma>(sums[i][n], rows_of_a[i], columns_of_b, 0);
+        if (n + 1 < columns && 8 * n + 8 < cols) {
+          multiply_fragments<Mma>(sums[i][n + 1], rows_of_a[i], columns_of_b, 1);
+        }
+      }
+    }
+  }
+}
+
+// The same, summed apart where operands have parts: in one long sum the tensor core would lose more
+// than float32 does.
+template <typename Mma, typename A, typename B, int groups, int columns>
+__device__ inline void add_product(const A& a, const B& b, int depth, int cols,
+                                   float (&sums)[groups][columns][4]) {
+  if constexpr (B::parts == 1) {
+    multiply_tiles<Mma>(a, b, depth, cols, sums);
+  } else {
+    float product[groups][columns][4] = {};
+    multiply_tiles<Mma>(a, b, depth, cols, product);
+#pragma unroll
+    for (int i = 0; i < groups * columns * 4; ++i) {
+      sums[i / 4 / columns][i / 4 % columns][i % 4] +=
+          product[i / 4 / columns][i / 4 % columns][i % 4];
+    }
+  }
+}
+
+// Writes a warp's sums to rows first.. of a slice [rows, pitch], from column first_col on.
+template <int groups, int columns>
+__device__ inline void store_sums(float* slice, const float (&sums)[groups][columns][4],
+                                  int64_t first, int64_t rows, int64_t first_col, int64_t pitch) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int i = 0; i < 2 * groups; ++i) {
+    const int64_t row = first + 8 * i + lane / 4;
+    if (row >= rows) continue;
+    float* to = slice + row * pitch + first_col + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < columns; ++n) {
+      if (first_col + 8 * n >= pitch) continue;
+      const float* pair = &sums[i / 2][n][i % 2 * 2];
+      *reinterpret_cast<float2*>(to + 8 * n) = make_float2(pair[0], pair[1]);
+    }
+  }
+}
+
+}  // namespace rankwise::kernels

@@ -1,0 +1,46 @@
+# The CUDA kernels compiled for the CPU against the execution model, and their tests. CUDA's headers
+# are enough: torch's wheel for CUDA brings them, and so does a CUDA toolkit.
+find_path(cuda_headers cuda_bf16.h
+  HINTS ${LibTorch_LIBRARY_DIR}/../../nvidia/cu13/include /usr/local/cuda/include)
+if(NOT cuda_headers)
+  message(WARNING "rankwise: no CUDA headers were found; the kernel tests are not built")
+endif()
+
+# Alignment, array bounds and overflows are checked as well; fibers leave no room for more.
+set(kernel_test_options -O2 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas -U_FORTIFY_SOURCE -fno-sanitize-recover=all
+  -fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero
+  -fsanitize=float-cast-overflow,return,bool,enum)
+
+function(rankwise_kernel_target target)
+  target_compile_definitions(${target} PRIVATE RANKWISE_CUDA_MODEL)
+  target_include_directories(${target} PRIVATE ${repository}/tests/cpp ${repository}/csrc)
+  target_include_directories(${target} SYSTEM PRIVATE ${cuda_headers})
+  target_compile_options(${target} PRIVATE ${kernel_test_options})
+endfunction()
+
+# One executable per test file, with the kernel files it runs.
+function(rankwise_kernel_test path)
+  if(NOT cuda_headers)
+    return()
+  endif()
+  string(REGEX REPLACE "[/.]" "_" name ${path})
+  list(TRANSFORM ARGN PREPEND ${repository}/csrc/kernels/ OUTPUT_VARIABLE kernels)
+  set_source_files_properties(${kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
+  add_executable(${name} ${path}.cpp ${kernels})
+  rankwise_kernel_target(${name})
+  target_link_libraries(${name} PRIVATE cuda_model GTest::gmock GTest::gtest_main)
+  gtest_discover_tests(${name} TEST_PREFIX ${path}. DISCOVERY_TIMEOUT 60)
+endfunction()
+
+if(cuda_headers)
+  add_library(cuda_model STATIC cuda_model/device_memory.cpp cuda_model/fibers.cpp
+    cuda_model/grid.cpp cuda_model/shared_memory.cpp cuda_model/warp.cpp)
+  rankwise_kernel_target(cuda_model)
+  target_link_options(cuda_model PUBLIC -fsanitize=undefined)
+endif()
+
+rankwise_kernel_test(cuda_model/grid_test)
+rankwise_kernel_test(cuda_model/warp_test)
+rankwise_kernel_test(kernels/dropout_mask_test dropout_mask.cu)
+rankwise_kernel_test(kernels/lora_linear_test column_products.cu dropout_mask.cu expand.cu finish.cu
+  lora_linear.cu output_products.cu row_products.cu)

@@ -1,0 +1,102 @@
+"""What the compiler made of the device kernels: registers, spills, shared memory, architectures.
+
+Read from the built library with cuobjdump, of the CUDA toolkit or of triton. The plan is one table;
+shared memory that launches ask for is bounded where the kernels are written.
+"""
+
+import re
+import shutil
+import subprocess
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+import rankwise
+from rankwise._library import library
+
+ARCHITECTURES = {"sm_80", "sm_90"}  # RANKWISE_CUDA_ARCHITECTURES
+
+# kernel -> (instances, most registers of a thread, most bytes of static shared memory). Registers:
+# 168 let three blocks of 128 threads run on one multiprocessor, 128 two of 256.
+PLAN = {
+    "column_products": (10, 168, 0),
+    "dropout_mask_kernel": (4, 32, 0),
+    "expand": (10, 168, 0),
+    "finish_columns": (3, 40, 0),
+    "finish_rows": (3, 40, 0),
+    "gate_gradient": (3, 40, 1024),
+    "output_products": (8, 128, 0),
+    "row_products": (20, 168, 0),
+}
+
+
+def cuobjdump() -> str | None:
+    """The program of the toolkit on the path or in its usual place, else triton's."""
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    triton = util.find_spec("triton")
+    if found or triton is None:
+        return found
+    program = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(program) if program.exists() else None
+
+
+def kernel_name(symbol: str) -> str:
+    """The last name of a mangled one, before its template arguments."""
+    found = [name for name in PLAN if re.search(rf"\d{name}(I|E)", symbol)]
+    assert len(found) == 1, f"a kernel outside the plan: {symbol}"
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def usage() -> list[dict]:
+    """One entry for each kernel and architecture."""
+    if not library.cuda:
+        pytest.skip("rankwise was built without its CUDA side: there are no kernels to look at")
+    program = cuobjdump()
+    if program is None:
+        pytest.skip("no cuobjdump: neither a CUDA toolkit nor triton is installed")
+    path = Path(rankwise.__file__).parent / "lib" / "librankwise.so"
+    text = subprocess.run(
+        [program, "--dump-resource-usage", path], capture_output=True, text=True, check=True
+    ).stdout
+    entries, architecture = [], ""
+    for line in text.splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            entries.append({"name": kernel_name(match[1]), "architecture": architecture})
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            numbers = map(int, match.groups())
+            entries[-1].update(zip(("registers", "stack", "shared", "local"), numbers, strict=True))
+    return entries
+
+
+def test_every_kernel_is_there_for_every_architecture(usage):
+    counts = {
+        (name, architecture): sum(
+            entry["name"] == name and entry["architecture"] == architecture for entry in usage
+        )
+        for name in PLAN
+        for architecture in {entry["architecture"] for entry in usage}
+    }
+    assert counts == {
+        (name, architecture): plan[0]
+        for name, plan in PLAN.items()
+        for architecture in ARCHITECTURES
+    }
+
+
+def test_nothing_spills(usage):
+    assert [entry for entry in usage if entry["stack"] or entry["local"]] == []
+
+
+def test_registers_and_shared_memory_keep_to_the_plan(usage):
+    beyond = []
+    for entry in usage:
+        _, registers, shared = PLAN[entry["name"]]
+        # sm_90 keeps 1 KiB of a block's shared memory, where it has any, for itself.
+        own = max(0, entry["shared"] - (1024 if entry["architecture"] == "sm_90" else 0))
+        if entry["registers"] > registers or own > shared:
+            beyond.append(entry)
+    assert beyond == []
