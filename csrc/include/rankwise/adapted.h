@@ -19,6 +19,8 @@ struct MergeReport {
 /// A frozen base weight with a low-rank update. Mixed into the layers of rankwise/nn.h, whose
 /// registered parameters these tensors are.
 ///
+/// Forward passes may run in several threads at a time, as long as none trains, merges or changes
+/// the rank.
 /// The base is never written: merging puts a new tensor in the place of `weight` and keeps the old
 /// one, so that unmerging restores every bit and tied weights are not touched.
 class Adapted {
