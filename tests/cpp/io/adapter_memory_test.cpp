@@ -74,10 +74,9 @@ class AdapterMemory : public testing::Test {
   }
 
   void expect_bounded(bool refused) const {
-    const auto size_of = [&](const std::string& name) {
-      return static_cast<int64_t>(folder_.read(name).size());
-    };
-    const int64_t size = size_of(model_name) + size_of(config_name);
+    int64_t size = 0;
+    for (const std::string& name : {model_name, config_name})
+      size += std::ifstream(folder_.path() / name, std::ios::ate).tellg();
     const Reading reading = read_in_child(folder_.path());
     EXPECT_EQ(reading.refused, refused);
     EXPECT_LE(reading.bytes, 2 * size + 64 * MiB) << "of files of " << size << " bytes";
@@ -110,18 +109,18 @@ TEST_F(AdapterMemory, OneLargeTensor) {
 
 TEST_F(AdapterMemory, ManySmallTensors) {
   const std::string none = R"("shape":[1,0],"dtype":"F32","data_offsets":[0,0]})";
-  for (const int64_t modules : {16000, 400'000}) {
+  for (const int64_t modules : {16000, 100'000}) {
     const std::string A = R"("base_model.model.#.lora_A.weight":{)" + none;
     const std::string B =
         R"("base_model.model.#.lora_B.weight":{"shape":[0,1],)" + none.substr(none.find("\"dtype"));
     write_model("{" + items(modules, A) + "," + items(modules, B) + "}", 0);
     folder_.write(config_name, lora_config);
-    expect_bounded(modules == 400'000);
+    expect_bounded(modules == 100'000);
   }
 }
 
 TEST_F(AdapterMemory, ManyMetadata) {
-  write_model(R"({"__metadata__":{)" + items(2'000'000, R"("#":"")") + "}}", 0);
+  write_model(R"({"__metadata__":{)" + items(1'000'000, R"("#":"")") + "}}", 0);
   folder_.write(config_name, lora_config);
   expect_bounded(true);
 }
