@@ -6,6 +6,10 @@
 #include <rankwise/ops.h>
 #include <torch/torch.h>
 
+#include <array>
+
+#include "run_blocks.h"
+
 namespace {
 
 constexpr double beta1 = 0.85, beta2 = 0.8;
@@ -20,8 +24,8 @@ struct Adapters {
     torch::manual_seed(7);
     const auto average = dtype == at::kDouble ? at::kDouble : at::kFloat;
     for (const auto& [in, out, rank] : {std::tuple(9000, 70, 5), {40, 4100, 13}, {7, 5, 3}}) {
-      for (const at::IntArrayRef size : {at::IntArrayRef({rank, in}), at::IntArrayRef({out, rank}),
-                                         at::IntArrayRef({rank, 1})}) {
+      for (const std::array<int64_t, 2> size :
+           {std::array<int64_t, 2>{rank, in}, {out, rank}, {rank, 1}}) {
         parameters.push_back(torch::randn(size, dtype));
         gradients.push_back(torch::randn(size, dtype));
         sensitivity.push_back(torch::zeros(size, average));
@@ -40,7 +44,8 @@ struct Adapters {
 
 /// Everything that steps of an allocator compute: scores, averages, the penalty and its gradients.
 std::vector<at::Tensor> results(at::ScalarType dtype, int threads) {
-  at::set_num_threads(threads);
+  at::set_num_threads(1);
+  rankwise::block_threads = threads;
   Adapters all(dtype);
   std::vector<at::Tensor> result;
   for (const bool score : {false, true, true}) {
@@ -73,7 +78,7 @@ TEST(AllocatorThreads, GiveTheSameBits) {
 
 /// Shows that the sanitizer would see a race; run by `make sanitize`, which wants it to fail.
 TEST(AllocatorThreads, DISABLED_ARaceIsReported) {
-  at::set_num_threads(8);
+  rankwise::block_threads = 8;
   int64_t sum = 0;
   rankwise::run_blocks(100'000, [&](int64_t i) { sum += i; });
   EXPECT_GE(sum, 0);
