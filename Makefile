@@ -55,17 +55,18 @@ fuzz: $(VENV)/.ready
 # The library and its C++ tests, built anew; torch itself is not instrumented.
 sanitize: sanitize-memory sanitize-threads
 
-SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+# g++ takes torch's optional arguments for uninitialised when it instruments them.
+SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	-fno-omit-frame-pointer -Wno-maybe-uninitialized
 SANITIZE_BUILD := -G Ninja -DCMAKE_BUILD_TYPE=Debug -DRANKWISE_PYTHON=$(CURDIR)/$(BIN)/python
 TORCH = $$($(BIN)/python -c "import torch; print(torch.__path__[0])")
 
 # adapter_memory_test measures memory, which the sanitizer itself takes.
-sanitize-memory: export LSAN_OPTIONS := suppressions=$(CURDIR)/tests/cpp/leaks_of_torch.txt
 sanitize-memory: $(VENV)/.ready
 	tools/system_packages.sh test
 	$(BIN)/cmake -S . -B build/sanitize/rankwise $(SANITIZE_BUILD) -DLibTorch_ROOT=$(TORCH) \
 		-DCMAKE_CXX_FLAGS_DEBUG="$(SANITIZE)" -DRANKWISE_WITH_CUDA=off \
-		-DCMAKE_INSTALL_PREFIX=build/sanitize/installed
+		-DCMAKE_INSTALL_PREFIX=$(CURDIR)/build/sanitize/installed
 	$(BIN)/cmake --build build/sanitize/rankwise -j 2
 	$(BIN)/cmake --install build/sanitize/rankwise
 	$(BIN)/cmake -S tests/cpp -B build/sanitize/tests $(SANITIZE_BUILD) -DLibTorch_ROOT=$(TORCH) \
