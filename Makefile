@@ -1,4 +1,4 @@
-# The doors: make demo | test | check | bench | format. Everything happens in .venv; see README.md.
+# The doors: make demo | test | check | fuzz | sanitize | bench | format. Everything happens in .venv; see README.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,8 @@ SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 FORMATTED_CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu')
 FORMATTED_PY := setup.py python tests examples tools
 
-.PHONY: demo bench test test-cpp test-python check lint format clean
+.PHONY: demo bench test test-cpp test-python check lint fuzz sanitize sanitize-memory \
+	sanitize-threads format clean
 
 demo: $(PACKAGE)
 	$(BIN)/python examples/sentiment/demo.py
@@ -36,6 +37,53 @@ lint: $(VENV)/.ready
 # Everything, with compiler warnings as errors.
 check: export RANKWISE_WARNINGS_AS_ERRORS := ON
 check: lint test
+
+# The readers of csrc/io under libFuzzer: a minute, or FUZZ_RUNS executions of each target.
+FUZZ_LIMIT = $(if $(FUZZ_RUNS),-runs=$(FUZZ_RUNS),-max_total_time=20)
+fuzz: $(VENV)/.ready
+	tools/system_packages.sh fuzz
+	$(BIN)/cmake -S tests/fuzz -B build/fuzz -G Ninja -DCMAKE_CXX_COMPILER=clang++ \
+		-DRANKWISE_PYTHON=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/fuzz -j 2
+	for target in adapter_config safetensors save_journal; do \
+		mkdir -p build/fuzz/corpus/$$target build/fuzz/found && \
+		build/fuzz/$${target}_fuzz $(FUZZ_LIMIT) -max_len=4096 -timeout=5 -rss_limit_mb=2048 \
+			-artifact_prefix=build/fuzz/found/$$target- -print_final_stats=1 \
+			build/fuzz/corpus/$$target tests/fuzz/corpus/$$target || exit 1; \
+	done
+
+# The library and its C++ tests, built anew; torch itself is not instrumented.
+sanitize: sanitize-memory sanitize-threads
+
+# g++ takes torch's optional arguments for uninitialised when it instruments them.
+SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	-fno-omit-frame-pointer -Wno-maybe-uninitialized
+SANITIZE_BUILD := -G Ninja -DCMAKE_BUILD_TYPE=Debug -DRANKWISE_PYTHON=$(CURDIR)/$(BIN)/python
+TORCH = $$($(BIN)/python -c "import torch; print(torch.__path__[0])")
+
+# adapter_memory_test measures memory, which the sanitizer itself takes.
+sanitize-memory: $(VENV)/.ready
+	tools/system_packages.sh test
+	$(BIN)/cmake -S . -B build/sanitize/rankwise $(SANITIZE_BUILD) -DLibTorch_ROOT=$(TORCH) \
+		-DCMAKE_CXX_FLAGS_DEBUG="$(SANITIZE)" -DRANKWISE_WITH_CUDA=off \
+		-DCMAKE_INSTALL_PREFIX=$(CURDIR)/build/sanitize/installed
+	$(BIN)/cmake --build build/sanitize/rankwise -j 2
+	$(BIN)/cmake --install build/sanitize/rankwise
+	$(BIN)/cmake -S tests/cpp -B build/sanitize/tests $(SANITIZE_BUILD) -DLibTorch_ROOT=$(TORCH) \
+		-DCMAKE_CXX_FLAGS_DEBUG="$(SANITIZE)" -DCMAKE_PREFIX_PATH=$(CURDIR)/build/sanitize/installed
+	$(BIN)/cmake --build build/sanitize/tests -j 2
+	$(BIN)/ctest --test-dir build/sanitize/tests --output-on-failure -E adapter_memory_test
+
+# setarch: ThreadSanitizer does not know all the address layouts of newer kernels. The last line
+# wants a failure: a race that is there must be seen.
+sanitize-threads: export TSAN_OPTIONS := ignore_noninstrumented_modules=1
+sanitize-threads: $(VENV)/.ready
+	tools/system_packages.sh test
+	$(BIN)/cmake -S tests/threads -B build/sanitize/threads $(SANITIZE_BUILD) -DLibTorch_ROOT=$(TORCH)
+	$(BIN)/cmake --build build/sanitize/threads -j 2
+	setarch -R build/sanitize/threads/allocator_threads_test
+	! setarch -R build/sanitize/threads/allocator_threads_test --gtest_also_run_disabled_tests \
+		--gtest_filter='*ARaceIsReported'
 
 # glibc keeps freed memory: else page faults, up to a tenth of a step, fall on contenders by chance.
 bench: export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456

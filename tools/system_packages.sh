@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes sure that the compiler, make's friends and GoogleTest are there: installs what is missing as
-# root on Debian and Ubuntu, and otherwise says in one sentence which command does.
-# Usage: tools/system_packages.sh build|test
+# Makes sure that the compiler, make's friends, GoogleTest and libFuzzer are there: installs what is
+# missing as root on Debian and Ubuntu, and otherwise says in one sentence which command does.
+# Usage: tools/system_packages.sh build|test|fuzz
 set -eu
 
 missing=""
@@ -14,6 +14,12 @@ need python3-venv 'python3 -c "import ensurepip, venv"'
 need python3-dev 'python3 -c "import os, sysconfig; assert os.path.exists(os.path.join(sysconfig.get_paths()[\"include\"], \"Python.h\"))"'
 if [ "${1:-build}" = test ]; then
   need libgtest-dev 'ls /usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h | grep -q .'
+fi
+if [ "${1:-build}" = fuzz ]; then
+  fuzzer='echo "extern \"C\" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }" |
+    clang++ -x c++ -fsanitize=fuzzer,address - -o /dev/null'
+  need clang 'command -v clang++'
+  need libclang-rt-dev "$fuzzer"
 fi
 
 [ -z "$missing" ] && exit 0

@@ -4,10 +4,13 @@
 #include <c10/util/Exception.h>
 #include <rankwise/adapter_file.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
+#include <optional>
 #include <vector>
 
+#include "adapter_checksums.h"
 #include "adapter_config.h"
 #include "adapter_layout.h"
 #include "adapter_tensors.h"
@@ -39,14 +42,14 @@ std::vector<io::File> open_adapter(const fs::path& directory) {
   }
 }
 
-AdapterConfig read_config(const io::File& file) {
+std::string read_config(const io::File& file) {
   if (file.size() > io::max_config_size) {
     throw FileError(file.path() + ": must be at most " + std::to_string(io::max_config_size) +
                     " bytes, got " + std::to_string(file.size()));
   }
   std::string text(file.size(), '\0');
   file.read(0, std::as_writable_bytes(std::span(text)));
-  return io::parse_adapter_config(text, file.path());
+  return text;
 }
 
 io::Header read_header(const io::File& file) {
@@ -58,12 +61,27 @@ io::Header read_header(const io::File& file) {
   return io::parse_header(head, size, file.path());
 }
 
+std::span<const std::byte> bytes_of(const at::Tensor& tensor) {
+  return {static_cast<const std::byte*>(tensor.const_data_ptr()), tensor.nbytes()};
+}
+
+/// In parts, because at::isfinite makes copies.
+bool all_finite(const at::Tensor& tensor) {
+  constexpr int64_t part = int64_t{1} << 20;
+  const at::Tensor values = tensor.view(-1);
+  for (int64_t i = 0; i < values.numel(); i += part) {
+    const int64_t size = std::min(part, values.numel() - i);
+    if (!at::isfinite(values.narrow(0, i, size)).all().item<bool>()) return false;
+  }
+  return true;
+}
+
 at::Tensor read_tensor(const io::File& file, const io::TensorInfo& info, uint64_t data_start) {
   const auto options = at::TensorOptions().dtype(io::tensor_dtype(info.dtype)).device(at::kCPU);
   at::Tensor tensor = at::empty(info.shape, options);
   TORCH_INTERNAL_ASSERT(tensor.nbytes() == info.end - info.begin);
   file.read(data_start + info.begin, {static_cast<std::byte*>(tensor.data_ptr()), tensor.nbytes()});
-  if (!at::isfinite(tensor).all().item<bool>()) {
+  if (!all_finite(tensor)) {
     TORCH_WARN(file.path(), ": tensor ", io::in_quotes(info.name), " has NaN or infinite values");
   }
   return tensor;
@@ -73,13 +91,21 @@ at::Tensor read_tensor(const io::File& file, const io::TensorInfo& info, uint64_
 
 AdapterFile read_adapter(const fs::path& directory) {
   const std::vector<io::File> files = open_adapter(directory);
-  AdapterFile adapter{.config = read_config(files[1]), .tensors = {}, .metadata = {}};
-  const io::Header header = read_header(files[0]);
-  io::check_adapter_layout(header.tensors, adapter.config, files[0].path());
-  adapter.metadata = header.metadata;
+  const std::string &model_path = files[0].path(), &config_path = files[1].path();
+  const std::string config = read_config(files[1]);
+  AdapterFile adapter{io::parse_adapter_config(config, config_path), {}, {}};
+  io::Header header = read_header(files[0]);
+  io::check_adapter_layout(header.tensors, adapter.config, model_path);
+  std::optional<io::AdapterChecksums> checksums;
+  if (io::has_checksums(header.metadata)) checksums.emplace(header.metadata, config, config_path);
   for (const io::TensorInfo& info : header.tensors) {
-    adapter.tensors.emplace(info.name, read_tensor(files[0], info, header.data_start));
+    const at::Tensor tensor = read_tensor(files[0], info, header.data_start);
+    if (checksums) checksums->add(info, bytes_of(tensor));
+    adapter.tensors.emplace(info.name, tensor);
   }
+  if (checksums) checksums->verify(header.metadata, model_path);
+  io::remove_checksums(header.metadata);
+  adapter.metadata = std::move(header.metadata);
   return adapter;
 }
 
@@ -96,18 +122,19 @@ void write_adapter(const fs::path& directory, const AdapterFile& adapter) {
   if (config.target_modules.empty() && config.target_modules_regex.empty()) {
     config.target_modules = io::adapted_modules(infos);
   }
-  const std::string config_text =
-      io::format_adapter_config(config, (directory / config_name).string());
+  const std::string config_path = (directory / config_name).string();
+  const std::string config_text = io::format_adapter_config(config, config_path);
   io::check_adapter_layout(infos, config, model_path);
 
-  std::map<std::string, std::string> metadata = adapter.metadata;
+  io::Metadata metadata = adapter.metadata;
   metadata["format"] = "pt";  // PEFT's loaders ask for it
+  io::AdapterChecksums checksums(metadata, config_text, config_path);
+  for (const io::TensorInfo& info : infos) checksums.add(info, bytes_of(tensors.at(info.name)));
+  checksums.store(metadata);
   const std::string head = io::format_header(infos, metadata, model_path);
   io::FileContent model{model_name, {std::as_bytes(std::span(head))}};
   for (const io::TensorInfo& info : infos) {
-    const at::Tensor& tensor = tensors.at(info.name);
-    model.pieces.push_back(
-        {static_cast<const std::byte*>(tensor.const_data_ptr()), tensor.nbytes()});
+    model.pieces.push_back(bytes_of(tensors.at(info.name)));
   }
   const io::FileContent config_file{config_name, {std::as_bytes(std::span(config_text))}};
   io::write_file_set(directory, std::array{model, config_file});

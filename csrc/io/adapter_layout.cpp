@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "message_text.h"
+#include "module_pattern.h"
 
 namespace rankwise::io {
 namespace {
@@ -140,12 +141,44 @@ void check_module(const std::string& name, const Module& module, const AdapterCo
   }
 }
 
+/// What matching a name with all patterns costs; those that cannot be matched are named elsewhere.
+size_t patterns_cost(const AdapterConfig& config) {
+  size_t cost = 0;
+  const auto add = [&](const auto& patterns) {
+    for (const auto& [pattern, value] : patterns) {
+      try {
+        cost += pattern_cost(pattern);
+      } catch (const std::invalid_argument&) {
+      }
+    }
+  };
+  add(config.rank_pattern);
+  add(config.alpha_pattern);
+  return cost;
+}
+
+/// Every module is matched with every pattern: many modules times complicated ones could take
+/// hours.
+void check_matching_work(const std::map<std::string, Module>& modules, const AdapterConfig& config,
+                         const std::string& file) {
+  constexpr size_t most = size_t{1} << 30;  // some ten seconds
+  const size_t cost = patterns_cost(config);
+  size_t letters = 0;
+  for (const auto& [name, module] : modules) letters += name.size();
+  if (cost == 0 || letters <= most / cost) return;
+  throw FileError(file +
+                  ": the regular expressions of rank_pattern and alpha_pattern must be fewer "
+                  "or simpler for " +
+                  std::to_string(modules.size()) + " modules");
+}
+
 }  // namespace
 
 void check_adapter_layout(const std::vector<TensorInfo>& tensors, const AdapterConfig& config,
                           const std::string& file) {
   Faults faults;
   const std::map<std::string, Module> modules = collect(tensors, faults);
+  check_matching_work(modules, config, file);
   for (const auto& [name, module] : modules) check_module(name, module, config, faults);
   for (const auto& [name, kept] : config.kept_directions) {
     if (!modules.contains(name)) {

@@ -1,62 +1,89 @@
-// JSON from untrusted files: depth and duplicate keys are checked by a callback while the text is
-// parsed.
+// JSON from untrusted files: the text is checked token by token before anything is built of it.
 #include "bounded_json.h"
 
 #include <rankwise/file_error.h>
 
 #include <set>
+#include <utility>
 
 #include "message_text.h"
 
 namespace rankwise::io {
 namespace {
 
-class ParseCheck {
- public:
-  ParseCheck(const std::string& file, JsonObject& result) : file_(file), result_(result) {}
+using Json = nlohmann::json;
 
-  void operator()(int depth, nlohmann::json::parse_event_t event, const nlohmann::json& value) {
-    using Event = nlohmann::json::parse_event_t;
-    constexpr int max_depth = 32;
-    if ((event == Event::object_start || event == Event::array_start) && depth >= max_depth) {
-      throw FileError(file_ + ": must be nested at most " + std::to_string(max_depth) + " deep");
-    }
-    if (event == Event::object_start) keys_.emplace_back();
-    if (event == Event::object_end) keys_.pop_back();
-    if (event == Event::key) add_key(depth, value.get_ref<const std::string&>());
+/// Walks over the text and builds nothing but the keys. Not nlohmann's parser callback: there each
+/// object or array that ends costs time in proportion to the values beside it.
+class ParseCheck final : public nlohmann::json_sax<Json> {
+ public:
+  explicit ParseCheck(const std::string& file) : file_(file) {}
+
+  bool null() override { return count(); }
+  bool boolean(bool) override { return count(); }
+  bool number_integer(Json::number_integer_t) override { return count(); }
+  bool number_unsigned(Json::number_unsigned_t) override { return count(); }
+  bool number_float(Json::number_float_t, const std::string&) override { return count(); }
+  bool string(std::string&) override { return count(); }
+  bool binary(Json::binary_t&) override { return count(); }
+
+  bool start_object(size_t) override { return open(); }
+  bool start_array(size_t) override { return open(); }
+  bool end_object() override { return close(); }
+  bool end_array() override { return close(); }
+
+  bool key(std::string& key) override {
+    count();
+    if (!keys_.back().insert(key).second) fail("key " + in_quotes(key) + " is given twice");
+    if (keys_.size() == 1) member_ = key;
+    if (keys_.size() == 2) key_order_[member_].push_back(key);
+    return true;
   }
 
+  bool parse_error(size_t position, const std::string&, const Json::exception& error) override {
+    constexpr int number_overflow = 406;
+    if (error.id == number_overflow) fail("not valid JSON, a number is out of range");
+    fail("not valid JSON at byte " + std::to_string(position));
+  }
+
+  KeyOrder take_key_order() { return std::move(key_order_); }
+
  private:
-  void add_key(int depth, const std::string& key) {
-    if (!keys_.back().insert(key).second) {
-      throw FileError(file_ + ": key " + in_quotes(key) + " is given twice");
+  [[noreturn]] void fail(const std::string& reason) { throw FileError(file_ + ": " + reason); }
+
+  bool count() {
+    if (++values_ > max_json_values)
+      fail("must have at most " + std::to_string(max_json_values) + " keys and values");
+    return true;
+  }
+
+  bool open() {
+    constexpr size_t max_depth = 32;
+    if (keys_.size() == max_depth) {
+      fail("must be nested at most " + std::to_string(max_depth) + " deep");
     }
-    if (depth == 1) member_ = key;
-    if (depth == 2) result_.key_order[member_].push_back(key);
+    keys_.emplace_back();
+    return count();
+  }
+
+  bool close() {
+    keys_.pop_back();
+    return true;
   }
 
   const std::string& file_;
-  JsonObject& result_;
-  std::vector<std::set<std::string>> keys_;  // of every open object
+  KeyOrder key_order_;
+  std::vector<std::set<std::string>> keys_;  // of every open object; of an array none
   std::string member_;                       // the current key of the outermost object
+  size_t values_ = 0;
 };
 
 }  // namespace
 
 JsonObject parse_json_object(std::string_view text, const std::string& file) {
-  JsonObject result;
-  ParseCheck check(file, result);
-  const auto callback = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
-    check(depth, event, value);
-    return true;
-  };
-  try {
-    result.value = nlohmann::json::parse(text.begin(), text.end(), callback);
-  } catch (const nlohmann::json::parse_error& error) {
-    throw FileError(file + ": not valid JSON at byte " + std::to_string(error.byte));
-  } catch (const nlohmann::json::out_of_range&) {
-    throw FileError(file + ": not valid JSON, a number is out of range");
-  }
+  ParseCheck check(file);
+  Json::sax_parse(text.begin(), text.end(), &check);
+  JsonObject result{Json::parse(text.begin(), text.end()), check.take_key_order()};
   if (!result.value.is_object()) {
     throw FileError(file + ": must be a JSON object, got " + described(result.value));
   }

@@ -8,24 +8,18 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <bit>
 #include <cerrno>
 #include <cstdio>
-#include <cstring>
 #include <system_error>
 #include <vector>
+
+#include "checksum.h"
 
 namespace rankwise::io {
 namespace {
 
 [[noreturn]] void fail_with(const std::string& path, const std::string& action, int error) {
   throw FileError(path + ": cannot " + action + ": " + std::generic_category().message(error));
-}
-
-/// One step of FNV-1a on 64-bit words, with a shift so that high bits count too.
-void mix(uint64_t& hash, uint64_t word) {
-  hash = (hash ^ word) * 0x100000001B3;
-  hash ^= hash >> 32;
 }
 
 }  // namespace
@@ -79,21 +73,15 @@ void File::sync() const {
 }
 
 FileState File::state() const {
-  static_assert(std::endian::native == std::endian::little);
-  FileState state{.size = size(), .checksum = 0xCBF29CE484222325};
-  std::vector<std::byte> block(std::min<uint64_t>(state.size + 8, uint64_t{1} << 20));
-  const size_t step = block.size() / 8 * 8;
-  for (uint64_t offset = 0; offset < state.size; offset += step) {
-    const size_t length = std::min<uint64_t>(step, state.size - offset);
-    read(offset, std::span(block).first(length));
-    std::fill(block.begin() + static_cast<ptrdiff_t>(length), block.end(), std::byte{0});
-    for (size_t i = 0; i < length; i += 8) {
-      uint64_t word = 0;
-      std::memcpy(&word, &block[i], 8);
-      mix(state.checksum, word);
-    }
+  Checksum checksum;
+  const uint64_t total = size();
+  std::vector<std::byte> block(std::min<uint64_t>(total, uint64_t{1} << 20));  // whole words
+  for (uint64_t offset = 0; offset < total; offset += block.size()) {
+    const auto part = std::span(block).first(std::min<uint64_t>(block.size(), total - offset));
+    read(offset, part);
+    checksum.add(part);
   }
-  return state;
+  return {.size = total, .checksum = checksum.value()};
 }
 
 Directory::Directory(const std::filesystem::path& path) : file_(-1, path.string()) {

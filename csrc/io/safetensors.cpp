@@ -154,7 +154,8 @@ Header parse_header(std::span<const std::byte> head, uint64_t file_size, const s
   Header header;
   header.data_start = 8 + length;
   const uint64_t data_size = file_size - header.data_start;
-  parse_header_json({reinterpret_cast<const char*>(json.data()), json.size()}, file, header);
+  parse_header_json({reinterpret_cast<const char*>(json.data()), json.size()},
+                    max_tensors(file_size), file, header);
   check_names(header.tensors, file);
   for (const TensorInfo& tensor : header.tensors) check_sizes(tensor, data_size, file);
   std::sort(header.tensors.begin(), header.tensors.end(), [](const auto& a, const auto& b) {

@@ -59,8 +59,14 @@ struct Header {
 };
 
 constexpr uint64_t max_header_length = 100'000'000;
-constexpr size_t max_tensors = size_t{1} << 20;
+constexpr size_t max_metadata = size_t{1} << 15;
 constexpr size_t max_dimensions = 64;
+
+/// A tensor takes about a kilobyte of memory, whatever its size: what a small file may hold, and
+/// large ones of tensors larger than that.
+constexpr size_t max_tensors(uint64_t file_size) {
+  return (size_t{1} << 15) + static_cast<size_t>(file_size / 2048);
+}
 
 /// Length of the JSON header, from the first 8 bytes of the file. Throws FileError when `head` is
 /// shorter, or when the length exceeds max_header_length or the file.

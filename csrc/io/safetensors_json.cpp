@@ -18,7 +18,8 @@ using Json = nlohmann::json;
 
 class HeaderSax final : public nlohmann::json_sax<Json> {
  public:
-  HeaderSax(const std::string& file, Header& header) : file_(file), header_(header) {}
+  HeaderSax(size_t most_tensors, const std::string& file, Header& header)
+      : most_tensors_(most_tensors), file_(file), header_(header) {}
 
   bool null() override { unexpected("null"); }
   bool boolean(bool) override { unexpected("a boolean"); }
@@ -79,6 +80,8 @@ class HeaderSax final : public nlohmann::json_sax<Json> {
     } else if (place_ == Place::metadata) {
       if (header_.metadata.contains(text))
         fail("__metadata__ key " + in_quotes(text) + " is given twice");
+      if (header_.metadata.size() == max_metadata)
+        fail("__metadata__ must have at most " + std::to_string(max_metadata) + " keys");
       metadata_key_ = text;
       place_ = Place::metadata_value;
     } else {
@@ -143,8 +146,8 @@ class HeaderSax final : public nlohmann::json_sax<Json> {
       place_ = Place::metadata_start;
       return;
     }
-    if (header_.tensors.size() == max_tensors) {
-      fail("must have at most " + std::to_string(max_tensors) + " tensors");
+    if (header_.tensors.size() == most_tensors_) {
+      fail("a file of this size must have at most " + std::to_string(most_tensors_) + " tensors");
     }
     header_.tensors.emplace_back().name = text;
     seen_ = {};
@@ -195,6 +198,7 @@ class HeaderSax final : public nlohmann::json_sax<Json> {
 
   [[noreturn]] void fail(const std::string& reason) { throw FileError(file_ + ": " + reason); }
 
+  const size_t most_tensors_;
   const std::string& file_;
   Header& header_;
   Place place_ = Place::before;
@@ -222,11 +226,12 @@ void check_token_lengths(std::string_view json, const std::string& file) {
 
 }  // namespace
 
-void parse_header_json(std::string_view json, const std::string& file, Header& header) {
+void parse_header_json(std::string_view json, size_t most_tensors, const std::string& file,
+                       Header& header) {
   if (json.empty() || json.front() != '{')
     throw FileError(file + ": the header must start with '{'");
   check_token_lengths(json, file);
-  HeaderSax sax(file, header);
+  HeaderSax sax(most_tensors, file, header);
   Json::sax_parse(json.data(), json.data() + json.size(), &sax);
 }
 

@@ -12,12 +12,24 @@ namespace {
 
 using Json = nlohmann::json;
 
+[[noreturn]] void refuse(const std::string& file) {
+  throw FileError(file + ": not a save journal; delete it to read the folder as it is");
+}
+
 Json to_json(const std::optional<FileState>& state) {
   return state ? Json{{"size", state->size}, {"checksum", state->checksum}} : Json();
 }
 
-FileState to_state(const Json& json) {
-  return {.size = json.at("size").get<uint64_t>(), .checksum = json.at("checksum").get<uint64_t>()};
+/// nlohmann's get<uint64_t>() converts any number; of one that does not fit the result is
+/// undefined.
+uint64_t to_unsigned(const Json& json, const std::string& file) {
+  if (!json.is_number_unsigned()) refuse(file);
+  return json.get<uint64_t>();
+}
+
+FileState to_state(const Json& json, const std::string& file) {
+  return {.size = to_unsigned(json.at("size"), file),
+          .checksum = to_unsigned(json.at("checksum"), file)};
 }
 
 }  // namespace
@@ -39,26 +51,29 @@ std::string format_journal(const std::vector<JournalEntry>& entries) {
          "\n";
 }
 
-std::vector<JournalEntry> read_journal(const File& file) {
-  constexpr uint64_t max_size = 65536;
-  const std::string advice = ": not a save journal; delete it to read the folder as it is";
-  if (file.size() > max_size) throw FileError(file.path() + advice);
-  std::string text(file.size(), '\0');
-  file.read(0, std::as_writable_bytes(std::span(text)));
-  const Json json = parse_json_object(text, file.path()).value;
+std::vector<JournalEntry> parse_journal(std::string_view text, const std::string& file) {
+  const Json json = parse_json_object(text, file).value;
   try {
     std::vector<JournalEntry> entries;
     for (const Json& item : json.at("files")) {
-      JournalEntry entry{item.at("name").get<std::string>(), to_state(item.at("written")), {}};
-      if (!item.at("replaced").is_null()) entry.replaced = to_state(item.at("replaced"));
-      if (entry.name.empty() || entry.name.find('/') != std::string::npos)
-        throw FileError(file.path() + advice);
+      JournalEntry entry{
+          item.at("name").get<std::string>(), to_state(item.at("written"), file), {}};
+      if (!item.at("replaced").is_null()) entry.replaced = to_state(item.at("replaced"), file);
+      if (entry.name.empty() || entry.name.find('/') != std::string::npos) refuse(file);
       entries.push_back(std::move(entry));
     }
     return entries;
   } catch (const Json::exception&) {
-    throw FileError(file.path() + advice);
+    refuse(file);
   }
+}
+
+std::vector<JournalEntry> read_journal(const File& file) {
+  constexpr uint64_t max_size = 65536;
+  if (file.size() > max_size) refuse(file.path());
+  std::string text(file.size(), '\0');
+  file.read(0, std::as_writable_bytes(std::span(text)));
+  return parse_journal(text, file.path());
 }
 
 std::optional<std::vector<LocatedFile>> locate(const Directory& directory,

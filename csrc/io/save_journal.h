@@ -10,6 +10,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "posix_file.h"
@@ -28,7 +29,8 @@ struct JournalEntry {
 
 std::string format_journal(const std::vector<JournalEntry>& entries);
 
-/// Throws FileError when the file is not a journal.
+/// Throw FileError naming the file when it is not a journal.
+std::vector<JournalEntry> parse_journal(std::string_view text, const std::string& file);
 std::vector<JournalEntry> read_journal(const File& file);
 
 struct LocatedFile {

@@ -26,6 +26,8 @@ struct MergeReport {
 /// At most one adapter is active; its factors are the layer's own. The others wait, frozen, as
 /// child modules `adapter_<name>`. A layer starts with one, "default", active.
 ///
+/// Forward passes may run in several threads at a time, as long as none trains, merges or changes
+/// the rank.
 /// The base is never written: merging puts a new tensor in the place of `weight` and keeps the old
 /// one, so that unmerging restores every bit and tied weights are not touched.
 class Adapted {

@@ -18,29 +18,34 @@ struct AdapterFile {
   AdapterConfig config;
   /// By name as in the file (see AdapterKey). Float64, float32, float16 or bfloat16.
   std::map<std::string, at::Tensor> tensors;
-  /// The safetensors `__metadata__`, e.g. {"format": "pt"}.
+  /// The safetensors `__metadata__`, e.g. {"format": "pt"}, without checksums.
   std::map<std::string, std::string> metadata;
 };
 
 /// Reads a folder written by this library or by PEFT. The tensors are fresh contiguous CPU tensors.
 ///
-/// Every byte is treated as hostile: memory is bounded by the file size, no pickle is read. Each
-/// module must have lora_A [rank, in] and lora_B [out, rank] (or the two lora_embedding tensors; in
-/// an AdaLoRA folder also lora_E [rank, 1]) with rank = config.rank_of(module); all that is wrong
-/// is listed in one error. Tensors that are not factors are returned as they are: whether the model
-/// wants them only the model can tell.
-/// A tensor with NaN or Inf is reported by TORCH_WARN. After a save that was killed the previous or
-/// the new adapter is read, never a mixture; the folder is not modified. Throws io::FileError
-/// (path, wanted, got).
+/// Every byte is treated as hostile: memory is at most twice the files' size + 64 MiB, no pickle is
+/// read. Each module must have lora_A [rank, in] and lora_B [out, rank] (or the two lora_embedding
+/// tensors; in an AdaLoRA folder also lora_E [rank, 1]) with rank = config.rank_of(module); all
+/// that is wrong is listed in one error. Tensors that are not factors are returned as they are:
+/// whether the model wants them only the model can tell. A tensor with NaN or Inf is reported by
+/// TORCH_WARN.
+///
+/// What write_adapter saved carries checksums of the tensors and of the configuration: whatever
+/// differs is refused, apart from base_model_name_or_path and revision, which may be edited.
+/// Folders of other programs have none and are taken as they are. While another process saves, and
+/// after a save that was killed, the previous or the new adapter is read, never a mixture; the
+/// folder is not modified. Throws io::FileError (path, wanted, got).
 AdapterFile read_adapter(const std::filesystem::path& directory);
 
 /// Writes a folder that PEFT and read_adapter load; creates it if missing and leaves other files in
 /// it alone.
 ///
-/// Tensors may be on any device and have any strides. The same input gives the same bytes. Without
+/// Tensors may be on any device and have any strides. The same input gives the same bytes. The
+/// safetensors metadata get two checksums (see read_adapter), which other readers ignore. Without
 /// target modules in the config, the adapted modules are named there. Both files change together: a
-/// process killed at any moment leaves the old or the new adapter, an error leaves the old one.
-/// Throws io::FileError (path, wanted, got).
+/// process killed at any moment leaves the old or the new adapter, an error leaves the old one. One
+/// writer at a time: a second one gets an error. Throws io::FileError (path, wanted, got).
 void write_adapter(const std::filesystem::path& directory, const AdapterFile& adapter);
 
 }  // namespace rankwise

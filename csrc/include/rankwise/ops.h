@@ -1,5 +1,9 @@
 // The operators as C++ functions. All are differentiable where autograd applies and run under the
 // dispatcher, so autocast, torch.compile and functorch treat them as they do PyTorch's own.
+//
+// Arguments are never written; results are fresh tensors. Any thread may call them; on CUDA the
+// work goes to the current stream and nothing waits for it. All throw c10::Error naming the
+// operator, the argument, what was wanted and what came.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,7 +27,6 @@ namespace rankwise {
 // 16-bit base. The result has input's dtype and shape [..., out].
 // dropout_p applies to the adapter's input alone; the mask is a function of a seed drawn from
 // PyTorch's default generator and of the element's index, for every device and thread count.
-// Throws c10::Error naming the argument, what was wanted and what came.
 at::Tensor lora_linear(const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
                        const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E = {},
@@ -35,7 +38,8 @@ at::Tensor lora_linear(const at::Tensor& input, const at::Tensor& weight,
 //   indices any shape, int64 or int32    weight W0 [num, dim]
 //   lora_A  [capacity, num]              lora_B [dim, capacity]     lora_E [capacity, 1] or none
 //
-// Row `padding_idx` (negative: none) of the table and of A^T gets no gradient.
+// dtypes as in lora_linear; the result is [..., dim] in weight's dtype. An index outside of the
+// table is an error. Row `padding_idx` (negative: none) of the table and of A^T gets no gradient.
 at::Tensor lora_embedding(const at::Tensor& indices, const at::Tensor& weight,
                           const at::Tensor& lora_A, const at::Tensor& lora_B,
                           const std::optional<at::Tensor>& lora_E = {}, double scaling = 1.0,
@@ -44,6 +48,7 @@ at::Tensor lora_embedding(const at::Tensor& indices, const at::Tensor& weight,
 // The merged weight round(W0 + scaling * B diag(E) A), summed in float64 and rounded once to
 // W0's dtype, with W0's strides. Also returned, as 0-d tensors: the largest |rounded - exact|
 // (float64; not finite if the sum is not) and the number of elements that differ from W0 (int64).
+// Shapes and dtypes as in lora_linear. Not differentiable.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> merged_weight(
     const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
     const std::optional<at::Tensor>& lora_E = {}, double scaling = 1.0,

@@ -53,7 +53,8 @@ inline std::optional<std::vector<at::Tensor>> state_tensors(
   return tensors;
 }
 
-/// A torch::optim optimizer that calls back after each step, before gradients are cleared:
+/// A torch::optim optimizer that calls back after each step, before gradients are cleared, in the
+/// thread of the step. State, save and load are the optimizer's own:
 ///
 ///   rankwise::optim::WithCallbacks<torch::optim::AdamW> optimizer(parameters, options);
 ///   allocator.attach(optimizer);

@@ -52,9 +52,9 @@ struct OptimizerView {
 /// data pointers.
 ///
 /// Until the pattern is frozen, a step whose gradients are infinite or NaN changes nothing but
-/// skipped_steps(). Ties are decided
-/// by the order of adapters and directions; results do not depend on the number of threads. Not
-/// thread-safe: one caller at a time.
+/// skipped_steps(). Ties are decided by the order of adapters and directions; results do not depend
+/// on the number of threads. Not thread-safe: one caller at a time. On CUDA the work goes to the
+/// current stream, which must be that of the optimizer's step.
 class RankAllocator {
  public:
   /// Throws std::invalid_argument for wrong options, no adapters, repeated names, wrong shapes, or

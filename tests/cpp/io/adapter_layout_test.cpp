@@ -175,4 +175,21 @@ TEST(AdapterLayout, LongListsAreCut) {
   EXPECT_THAT(message, HasSubstr("\n  and 11 more"));
 }
 
+TEST(AdapterLayout, ManyModulesNeedSimplePatterns) {
+  std::vector<TensorInfo> tensors;
+  for (int i = 0; i < 3000; ++i) {
+    const std::string module =
+        "base_model.model." + std::string(400, 'a') + "." + std::to_string(i);
+    tensors.push_back(info(module + ".lora_A.weight", {8, 1}));
+    tensors.push_back(info(module + ".lora_B.weight", {1, 8}));
+  }
+  AdapterConfig config;
+  config.rank_pattern = {{"[b-z]{300}", 8}};
+  EXPECT_EQ(error_of(tensors, config),
+            "F: the regular expressions of rank_pattern and alpha_pattern must be fewer or simpler "
+            "for 3000 modules");
+  config.rank_pattern = {{"b|c", 8}, {"plain.name", 8}};
+  check_adapter_layout(tensors, config, "F");
+}
+
 }  // namespace

@@ -208,6 +208,27 @@ TEST(Safetensors, SizesAndOffsetsAreChecked) {
               HasSubstr("tensor \"b\": data must begin at byte 8 (no overlap, no hole), got 4"));
 }
 
+TEST(Safetensors, TensorsAndMetadataAreBounded) {
+  const auto items = [](size_t count, const std::string& value) {
+    std::string text;
+    for (size_t i = 0; i < count; ++i)
+      text += (i ? ",\"" : "\"") + std::to_string(i) + "\":" + value;
+    return text;
+  };
+  const std::string tensor = R"({"dtype":"F32","shape":[0],"data_offsets":[0,0]})";
+  const auto file = [&](size_t count) { return file_of("{" + items(count, tensor) + "}", 0); };
+  const size_t most = max_tensors(file(34000).size());
+  EXPECT_LT(most, 34000u);
+  EXPECT_EQ(error_of(file(34000)),
+            "F: a file of this size must have at most " + std::to_string(most) + " tensors");
+  EXPECT_EQ(parse(file(32768)).tensors.size(), 32768u);
+  const auto metadata = [&](size_t count) {
+    return file_of("{\"__metadata__\":{" + items(count, "\"\"") + "}}", 0);
+  };
+  EXPECT_EQ(parse(metadata(32768)).metadata.size(), 32768u);
+  EXPECT_EQ(error_of(metadata(32769)), "F: __metadata__ must have at most 32768 keys");
+}
+
 TEST(Safetensors, TokensAreBounded) {
   for (const char* start : {"{\"t\": ", "{\""}) {
     EXPECT_EQ(error_of(file_of(start + std::string(65537, '9') + "\": {}}", 0)),

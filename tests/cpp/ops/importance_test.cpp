@@ -4,6 +4,8 @@
 #include <ops/importance_composite.h>
 #include <torch/torch.h>
 
+#include <array>
+
 namespace {
 
 using rankwise::select_triplets;
@@ -20,8 +22,8 @@ Lists lists(at::ScalarType dtype) {
   Lists result;
   for (const auto& [in, out, rank] :
        {std::tuple(7, 5, 3), {33, 1, 4}, {1, 17, 1}, {9000, 70, 5}, {6, 6, 0}, {40, 4100, 13}}) {
-    for (const at::IntArrayRef size :
-         {at::IntArrayRef({rank, in}), at::IntArrayRef({out, rank}), at::IntArrayRef({rank, 1})}) {
+    for (const std::array<int64_t, 2> size :
+         {std::array<int64_t, 2>{rank, in}, {out, rank}, {rank, 1}}) {
       const at::Tensor parameter = torch::randn(size, dtype);
       const auto average = dtype == at::kDouble ? at::kDouble : at::kFloat;
       result.parameters.push_back(parameter);

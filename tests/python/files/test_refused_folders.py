@@ -89,6 +89,27 @@ def test_every_truncation(folder):
             rw.load_adapter(TwoLayers(), folder)
 
 
+def test_a_changed_number(folder):
+    path = folder / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    refuses(TwoLayers(), folder, f"^{re.escape(str(path))}: damaged, or changed since it was saved")
+
+
+def test_an_edited_configuration_and_how_to_accept_it(folder):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"lora_alpha": 1, "revision": "main"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(rw.FileError, match=f"^{re.escape(str(path))}: damaged, or ") as error:
+        rw.load_adapter(TwoLayers(), folder)
+    advice, _, name = str(error.value).partition(" in Python: ")[2].partition(" with PATH = ")
+    exec(f"import safetensors.torch\n{advice}", {"PATH": name})
+    model = TwoLayers()
+    rw.load_adapter(model, folder)
+    assert model.first.scaling == 0.25
+
+
 def file_of(entries: dict, data: int) -> bytes:
     text = json.dumps(entries).encode()
     return struct.pack("<Q", len(text)) + text + bytes(data)

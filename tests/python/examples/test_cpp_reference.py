@@ -1,0 +1,102 @@
+"""The C++ API reference: every example compiles and runs as it stands."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import rankwise as rw
+
+ROOT = Path(__file__).resolve().parents[3]
+HEADERS = ROOT / "csrc" / "include"
+PAGE = (HEADERS / "README.md").read_text()
+EXAMPLES = re.findall(r"```cpp\n(.*?)```", PAGE, flags=re.DOTALL)
+
+PROJECT = """
+cmake_minimum_required(VERSION 3.25)
+project(reference LANGUAGES CXX)
+find_package(rankwise REQUIRED)
+add_executable(reference reference.cpp)
+target_link_libraries(reference PRIVATE rankwise::rankwise)
+"""
+START = """
+#include <rankwise/rankwise.h>
+#include <torch/torch.h>
+namespace {
+"""
+MAIN = """
+}  // namespace
+int main(int, char** argv) {
+  torch::manual_seed(0);
+  const std::string directory = argv[2];
+  EXAMPLES[std::atoi(argv[1])](directory);
+}
+"""
+
+
+def source() -> str:
+    """One program: a function for each example, and a table of them."""
+    functions = [
+        f"void example_{i}([[maybe_unused]] const std::string& directory) {{\n{code}}}\n"
+        for i, code in enumerate(EXAMPLES)
+    ]
+    names = ", ".join(f"example_{i}" for i in range(len(EXAMPLES)))
+    table = f"void (*const EXAMPLES[])(const std::string&) = {{{names}}};\n"
+    return START + "".join(functions) + table + MAIN
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "CMakeLists.txt").write_text(PROJECT)
+    (folder / "reference.cpp").write_text(source())
+    prefix = Path(rw.__file__).parent / "share" / "cmake"
+    configure = ["cmake", "-S", folder, "-B", folder / "build", "-G", "Ninja"]
+    configure += [f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-O0 -Wall -Wextra -Werror"]
+    configure += [f"-DLibTorch_ROOT={Path(torch.__file__).parent}"]
+    for command in [configure, ["cmake", "--build", folder / "build"]]:
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "build" / "reference"
+
+
+@pytest.mark.parametrize("example", range(len(EXAMPLES)))
+def test_example(program, example, tmp_path):
+    run = subprocess.run([program, str(example), tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, EXAMPLES[example] + run.stderr
+
+
+def test_every_public_class_and_function_is_on_the_page():
+    declaration = re.compile(
+        r"^(?:class|struct|enum class) (\w+)[^;]*\{|^\w[\w:<>,& ]* (\w+)\((?!.*operator)",
+        re.MULTILINE,
+    )
+    names = set()
+    for header in sorted((HEADERS / "rankwise").glob("*.h")):
+        text = re.sub(r"//.*", "", header.read_text())
+        names |= {name for match in declaration.findall(text) for name in match if name}
+    missing = [name for name in sorted(names - INNER) if not re.search(rf"\b{name}\b", PAGE)]
+    assert len(names) > 30 and not missing, missing
+
+
+# Parts of what is on the page: bases, single settings and what only custom optimizers need.
+INNER = {
+    "Adapted",
+    "AdaptedModule",
+    "AdaptedLinear",
+    "AdapterArguments",
+    "AdapterSettings",
+    "AllocationSettings",
+    "Allocation",
+    "BudgetUnit",
+    "LoRAInit",
+    "LoRALinearImpl",
+    "AdaLoRALinearImpl",
+    "LoRAEmbeddingImpl",
+    "OptimizerView",
+    "OrthogonalityForm",
+    "state_tensors",
+    "to_string",
+}

@@ -1,0 +1,28 @@
+// run_blocks with threads of its own, which take the next block as soon as they are free.
+#include "run_blocks.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ops/cpu_blocks.h>
+
+#include <atomic>
+#include <thread>
+
+namespace rankwise {
+
+int block_threads = 1;
+
+void run_blocks(int64_t count, const std::function<void(int64_t)>& body) {
+  std::atomic<int64_t> next = 0;
+  const auto work = [&] {
+    at::set_num_threads(1);  // of the products inside
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    for (int64_t i = next++; i < count; i = next++) body(i);
+  };
+  std::vector<std::jthread> threads;
+  for (int i = 0; i < block_threads; ++i) threads.emplace_back(work);
+}
+
+}  // namespace rankwise
