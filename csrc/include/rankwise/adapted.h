@@ -28,6 +28,7 @@ struct MergeReport {
 ///
 /// Forward passes may run in several threads at a time, as long as none trains, merges or changes
 /// the rank.
+///
 /// The base is never written: merging puts a new tensor in the place of `weight` and keeps the old
 /// one, so that unmerging restores every bit and tied weights are not touched.
 class Adapted {
