@@ -44,6 +44,7 @@ class CMakeBuild(build_ext):
         arguments = [
             f"-DCMAKE_INSTALL_PREFIX={package}",
             "-DRANKWISE_WITH_PYTHON=ON",
+            "-DRANKWISE_BESIDE_TORCH=ON",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DLibTorch_ROOT={torch_folder}",
             f"-DRANKWISE_PYTHON={sys.executable}",
