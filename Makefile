@@ -1,4 +1,5 @@
-# The doors: make demo | test | check | fuzz | sanitize | bench | format. Everything happens in .venv; see README.md.
+# The doors: make demo | test | check | fuzz | sanitize | bench | gpu | format. All but gpu happens in
+# .venv; see README.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ FORMATTED_CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu')
 FORMATTED_PY := setup.py python tests examples tools
 
 .PHONY: demo bench test test-cpp test-python check lint fuzz sanitize sanitize-memory \
-	sanitize-threads format clean
+	sanitize-threads format gpu gpu-headers clean
 
 demo: $(PACKAGE)
 	$(BIN)/python examples/sentiment/demo.py
@@ -91,6 +92,15 @@ bench: $(PACKAGE)
 	$(BIN)/python tests/bench/layers.py
 	$(BIN)/python tests/bench/allocator.py
 	$(BIN)/python tests/bench/adalora_step.py
+
+# On a machine with a GPU, with the python3 that has its torch; no network, no virtual environment.
+gpu:
+	$(PYTHON) tools/gpu.py
+
+# For a GPU machine without nlohmann-json: build/headers is to be taken there.
+gpu-headers: $(VENV)/.ready
+	mkdir -p build/headers
+	cp -r $$($(BIN)/python -c "import nlohmann_json as j; print(j.__path__[0])")/include/nlohmann build/headers/
 
 format: $(VENV)/.ready
 	$(BIN)/clang-format -i $(FORMATTED_CPP)

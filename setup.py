@@ -44,12 +44,16 @@ class CMakeBuild(build_ext):
         arguments = [
             f"-DCMAKE_INSTALL_PREFIX={package}",
             "-DRANKWISE_WITH_PYTHON=ON",
+            "-DRANKWISE_BESIDE_TORCH=ON",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DLibTorch_ROOT={torch_folder}",
             f"-DRANKWISE_PYTHON={sys.executable}",
             f"-DRANKWISE_WITH_CUDA={os.environ.get('RANKWISE_WITH_CUDA', 'auto').lower()}",
             f"-DRANKWISE_WARNINGS_AS_ERRORS={os.environ.get('RANKWISE_WARNINGS_AS_ERRORS', 'OFF')}",
         ]
+        for name in ("RANKWISE_CUDA_ARCHITECTURES", "RANKWISE_JSON_INCLUDE_DIR"):
+            if os.environ.get(name):
+                arguments.append(f"-D{name}={os.environ[name]}")
         jobs = os.environ.get("MAX_JOBS", str(min(os.cpu_count() or 1, 8)))
         if shutil.which("ninja"):
             arguments.append("-GNinja")

@@ -43,6 +43,8 @@ Product multiply(const at::Tensor& a, uint32_t b) {
   return {shift_right(product, 32) & low32, product & low32};
 }
 
+}  // namespace
+
 at::Tensor dropout_mask_composite(const at::Tensor& seed, int64_t rows, int64_t cols,
                                   double dropout_p, at::ScalarType dtype) {
   using kernels::Philox;
@@ -69,7 +71,6 @@ at::Tensor dropout_mask_composite(const at::Tensor& seed, int64_t rows, int64_t 
   return numbers.narrow(0, 0, count).ge(threshold).to(dtype).reshape({rows, cols});
 }
 
-}  // namespace
 }  // namespace rankwise
 
 TORCH_LIBRARY_IMPL(rankwise, CompositeExplicitAutograd, m) {

@@ -25,4 +25,8 @@ class Dropout {
   uint32_t threshold_;
 };
 
+// The op `_dropout_mask` from ATen's integer ops: its definition, on any device.
+at::Tensor dropout_mask_composite(const at::Tensor& seed, int64_t rows, int64_t cols,
+                                  double dropout_p, at::ScalarType dtype);
+
 }  // namespace rankwise

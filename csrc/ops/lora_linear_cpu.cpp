@@ -12,20 +12,12 @@
 #include "dispatch.h"
 #include "dropout.h"
 #include "dropout_cpu.h"
+#include "matrices.h"
 #include "panels_cpu.h"
 #include "products_cpu.h"
 
 namespace rankwise {
 namespace {
-
-// A 2-D view [tokens, features] with unit column stride and non-overlapping rows; a copy only when
-// the strides allow no such view.
-at::Tensor matrix(const at::Tensor& tensor) {
-  const int64_t cols = tensor.size(-1);
-  const at::Tensor view = tensor.reshape({token_count(tensor), cols});
-  const bool plain = cols <= 1 || view.stride(1) == 1;
-  return plain && (view.size(0) <= 1 || view.stride(0) >= cols) ? view : view.contiguous();
-}
 
 // One call's active factors and the dropout of its input.
 struct Adapter {

@@ -1,63 +1,252 @@
-// lora_linear on CUDA: the composite form under the input's device, and the dropout mask's kernel.
+// lora_linear on CUDA: the LoRA term is written first, by a kernel, and the base product added to
+// it (beta = 1), so y and dx are written once, read once more and the larger term is rounded last.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <torch/library.h>
 
-#include "../kernels/dropout_mask.h"
+#include "../kernels/lora_linear.h"
+#include "base_product_cuda.h"
 #include "checks.h"
+#include "dispatch.h"
 #include "dropout.h"
 #include "lora_linear_composite.h"
+#include "matrices.h"
+#include "path_cuda.h"
 
 namespace rankwise {
 namespace {
 
-template <typename T>
-void launch(const at::Tensor& seed, uint32_t threshold, const at::Tensor& mask) {
-  const int error = kernels::launch_dropout_mask(
-      seed.const_data_ptr<int64_t>(), mask.numel(), threshold,
-      static_cast<T*>(mask.mutable_data_ptr()), c10::cuda::getCurrentCUDAStream().stream());
+void check_launch(int error) {
   C10_CUDA_CHECK(static_cast<cudaError_t>(error));
 }
 
-at::Tensor dropout_mask_cuda(const at::Tensor& seed, int64_t rows, int64_t cols, double dropout_p,
-                             at::ScalarType dtype) {
-  check_dropout_p("_dropout_mask", dropout_p);
-  check_seed("_dropout_mask", seed, dropout_p);
-  const c10::cuda::CUDAGuard guard(seed.device());
-  const uint32_t threshold = Dropout(dropout_p).threshold();
-  if (threshold == 0) return at::ones({rows, cols}, seed.options().dtype(dtype));
-  const at::Tensor mask = at::empty({rows, cols}, seed.options().dtype(dtype));
-  switch (dtype) {
-    case at::kDouble:
-      launch<double>(seed, threshold, mask);
-      break;
-    case at::kFloat:
-      launch<float>(seed, threshold, mask);
-      break;
-    case at::kBFloat16:
-      launch<__nv_bfloat16>(seed, threshold, mask);
-      break;
-    case at::kHalf:
-      launch<__half>(seed, threshold, mask);
-      break;
-    default:
-      TORCH_CHECK(false, "_dropout_mask: dtype must be floating, got ", dtype);
-  }
-  return mask;
+void* stream() {
+  return c10::cuda::getCurrentCUDAStream().stream();
 }
 
-std::string path_cuda(const at::Tensor&) {
-  return "cuda (composite)";
+at::Tensor scratch(int64_t bytes, const at::Tensor& like) {
+  return at::empty({bytes}, like.options().dtype(at::kByte));
+}
+
+kernels::Type kernel_type(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kBFloat16:
+      return kernels::Type::bfloat16;
+    case at::kHalf:
+      return kernels::Type::float16;
+    case at::kFloat:
+      return kernels::Type::float32;
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no kernels for ", tensor.scalar_type());
+  }
+}
+
+// Everything else takes the composite form, which launches nothing for empty results.
+bool kernels_serve(const at::Tensor& input, const at::Tensor& weight, int64_t rank) {
+  return input.numel() > 0 && weight.numel() > 0 && rank <= kernels::max_rank &&
+         composite_reason(input.scalar_type(), input.device()).empty();
+}
+
+// One call's active factors as the kernels take them, and the dropout of its input.
+struct Adapter {
+  at::Tensor A, B, E;  // [rank, in], [out, rank], [rank] or undefined; unit column strides
+  double scaling;
+  Dropout dropout;
+  at::Tensor seed;
+
+  Adapter(const at::Tensor& lora_A, const at::Tensor& lora_B,
+          const std::optional<at::Tensor>& lora_E, double scaling_, double dropout_p,
+          const at::Tensor& seed_, int64_t rank)
+      : A(matrix(lora_A.narrow(0, 0, rank))),
+        B(rank > 0 ? matrix(lora_B.narrow(1, 0, rank)) : at::Tensor()),
+        E(has(lora_E) ? lora_E->narrow(0, 0, rank).select(1, 0).contiguous() : at::Tensor()),
+        scaling(scaling_),
+        dropout(dropout_p),
+        seed(seed_) {}
+
+  int64_t rank() const { return A.size(0); }
+  kernels::Type type() const { return kernel_type(A); }
+  const void* gate() const { return E.defined() ? E.const_data_ptr() : nullptr; }
+
+  float keep_scale() const {
+    return dropout.active() ? static_cast<float>(dropout.keep_scale()) : 1.0f;
+  }
+
+  kernels::DropoutMask mask() const {
+    if (!dropout.active()) return {};
+    return {seed.const_data_ptr<int64_t>(), dropout.threshold()};
+  }
+};
+
+// hidden = drop(x) A^T, and gated = hidden o E^T where there is an E.
+void shrink(const Adapter& adapter, const at::Tensor& x, const at::Tensor& hidden,
+            const at::Tensor& gated) {
+  const kernels::Shrink problem{x.size(0),
+                                x.size(1),
+                                adapter.rank(),
+                                kernel_type(x),
+                                adapter.type(),
+                                x.const_data_ptr(),
+                                x.stride(0),
+                                adapter.A.const_data_ptr(),
+                                adapter.A.stride(0),
+                                adapter.gate(),
+                                adapter.keep_scale(),
+                                adapter.mask(),
+                                hidden.mutable_data_ptr(),
+                                adapter.E.defined() ? gated.mutable_data_ptr() : nullptr};
+  const at::Tensor partial = scratch(kernels::shrink_scratch_bytes(problem), x);
+  check_launch(kernels::launch_shrink(problem, partial.mutable_data_ptr(), stream()));
+}
+
+// y = scaling * gated B^T + bias + x W0^T.
+at::Tensor expand_and_accumulate(const Adapter& adapter, const at::Tensor& x, const at::Tensor& w,
+                                 const std::optional<at::Tensor>& bias, const at::Tensor& gated) {
+  const at::Tensor y = at::empty({x.size(0), w.size(0)}, x.options());
+  if (adapter.rank() > 0) {
+    check_launch(kernels::launch_expand(
+        {y.size(0), y.size(1), adapter.rank(), kernel_type(y), adapter.type(),
+         gated.const_data_ptr(), adapter.B.const_data_ptr(), adapter.B.stride(0),
+         /*transposed=*/true, static_cast<float>(adapter.scaling), kernels::DropoutMask{},
+         y.mutable_data_ptr(), y.stride(0)},
+        stream()));
+  }
+  multiply_base(y, x, w.t(), bias, /*accumulate=*/adapter.rank() > 0);
+  return y;
+}
+
+ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor& weight,
+                                       const std::optional<at::Tensor>& bias,
+                                       const at::Tensor& lora_A, const at::Tensor& lora_B,
+                                       const std::optional<at::Tensor>& lora_E, double scaling,
+                                       double dropout_p, int64_t rank) {
+  check_lora_linear("lora_linear", input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p,
+                    rank);
+  const c10::cuda::CUDAGuard guard(input.device());
+  if (!kernels_serve(input, weight, rank)) {
+    return lora_linear_forward_composite(input, weight, bias, lora_A, lora_B, lora_E, scaling,
+                                         dropout_p, rank);
+  }
+  const at::Tensor seed = Dropout(dropout_p).draw_seed(input);
+  const Adapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  const at::Tensor x = matrix(input);
+  const at::Tensor hidden = at::empty({x.size(0), rank}, lora_A.options());
+  const at::Tensor gated = adapter.E.defined() ? at::empty_like(hidden) : hidden;
+  if (rank > 0) shrink(adapter, x, hidden, gated);
+  const at::Tensor y = expand_and_accumulate(adapter, x, weight, bias, gated);
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = weight.size(0);
+  return {y.view(shape), hidden, seed};
+}
+
+// A factor's gradient to write the active part of: the other directions are zero already.
+at::Tensor gradient_of(const at::Tensor& factor, int64_t capacity, int64_t rank) {
+  return rank == capacity ? at::empty(factor.sizes(), factor.options())
+                          : at::zeros(factor.sizes(), factor.options());
+}
+
+struct OutputGradients {
+  at::Tensor dh, dB, dE;  // undefined where not asked for
+};
+
+// One pass over dy. dh = scaling * keep_scale * (dy B) o E^T, the gradient of mask(x) A^T.
+void output_gradients(const Adapter& adapter, const at::Tensor& dy, const at::Tensor& hidden,
+                      const OutputGradients& out) {
+  const auto pointer = [](const at::Tensor& tensor) {
+    return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+  };
+  const kernels::OutputGradient problem{dy.size(0),
+                                        dy.size(1),
+                                        adapter.rank(),
+                                        kernel_type(dy),
+                                        adapter.type(),
+                                        dy.const_data_ptr(),
+                                        dy.stride(0),
+                                        adapter.B.const_data_ptr(),
+                                        adapter.B.stride(0),
+                                        adapter.gate(),
+                                        hidden.const_data_ptr(),
+                                        static_cast<float>(adapter.scaling),
+                                        adapter.keep_scale(),
+                                        pointer(out.dh),
+                                        pointer(out.dB),
+                                        out.dB.defined() ? out.dB.stride(0) : 0,
+                                        pointer(out.dE)};
+  const at::Tensor partial = scratch(kernels::output_gradient_scratch_bytes(problem), dy);
+  check_launch(kernels::launch_output_gradient(problem, partial.mutable_data_ptr(), stream()));
+}
+
+// dA = dh^T mask(x).
+void input_factor_gradient(const Adapter& adapter, const at::Tensor& x, const at::Tensor& dh,
+                           const at::Tensor& dA) {
+  const kernels::InputFactorGradient problem{
+      x.size(0),          x.size(1),   adapter.rank(),      kernel_type(x), adapter.type(),
+      x.const_data_ptr(), x.stride(0), dh.const_data_ptr(), adapter.mask(), dA.mutable_data_ptr(),
+      dA.stride(0)};
+  const at::Tensor partial = scratch(kernels::input_factor_gradient_scratch_bytes(problem), x);
+  check_launch(
+      kernels::launch_input_factor_gradient(problem, partial.mutable_data_ptr(), stream()));
+}
+
+// dx = mask(dh A) + dy W0.
+at::Tensor input_gradient(const Adapter& adapter, const at::Tensor& dy, const at::Tensor& w,
+                          const at::Tensor& dh) {
+  const at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
+  if (adapter.rank() > 0) {
+    check_launch(kernels::launch_expand(
+        {dx.size(0), dx.size(1), adapter.rank(), kernel_type(dx), adapter.type(),
+         dh.const_data_ptr(), adapter.A.const_data_ptr(), adapter.A.stride(0),
+         /*transposed=*/false, 1.0f, adapter.mask(), dx.mutable_data_ptr(), dx.stride(0)},
+        stream()));
+  }
+  multiply_base(dx, dy, w, {}, /*accumulate=*/adapter.rank() > 0);
+  return dx;
+}
+
+BackwardResult lora_linear_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input,
+                                         const at::Tensor& weight, const at::Tensor& lora_A,
+                                         const at::Tensor& lora_B,
+                                         const std::optional<at::Tensor>& lora_E,
+                                         const at::Tensor& hidden, const at::Tensor& seed,
+                                         double scaling, double dropout_p, int64_t rank,
+                                         std::array<bool, 6> output_mask) {
+  check_lora_linear("lora_linear", input, weight, {}, lora_A, lora_B, lora_E, scaling, dropout_p,
+                    rank);
+  check_backward("lora_linear", grad_output, input, weight, lora_A, hidden, seed, dropout_p, rank);
+  const c10::cuda::CUDAGuard guard(input.device());
+  if (!kernels_serve(input, weight, rank)) {
+    return lora_linear_backward_composite(grad_output, input, weight, lora_A, lora_B, lora_E,
+                                          hidden, seed, scaling, dropout_p, rank, output_mask);
+  }
+  const Adapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  const at::Tensor dy = matrix(grad_output);
+  const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
+  const int64_t capacity = lora_A.size(0);
+  at::Tensor dx, dw, db, dA;
+  OutputGradients from_dy;
+
+  if (need_B) from_dy.dB = gradient_of(lora_B, capacity, rank);
+  if (need_E) from_dy.dE = gradient_of(*lora_E, capacity, rank);
+  if (need_x || need_A) from_dy.dh = at::empty({dy.size(0), rank}, lora_A.options());
+  if (rank > 0 && (need_x || need_A || need_B || need_E)) {
+    output_gradients(adapter, dy, hidden.contiguous(), from_dy);
+  }
+  if (need_x) dx = input_gradient(adapter, dy, weight, from_dy.dh).view(input.sizes());
+  if (need_A) {
+    dA = gradient_of(lora_A, capacity, rank);
+    if (rank > 0) input_factor_gradient(adapter, matrix(input), from_dy.dh, dA);
+  }
+  if (need_w) dw = at::mm(dy.t(), matrix(input));
+  if (need_b) db = at::sum(dy, 0);
+  return {dx, dw, db, dA, from_dy.dB, from_dy.dE};
 }
 
 }  // namespace
 }  // namespace rankwise
 
 TORCH_LIBRARY_IMPL(rankwise, CUDA, m) {
-  m.impl("_dropout_mask", &rankwise::dropout_mask_cuda);
-  m.impl("_lora_linear_path", &rankwise::path_cuda);
+  m.impl("_lora_linear_forward", &rankwise::lora_linear_forward_cuda);
+  m.impl("_lora_linear_backward", &rankwise::lora_linear_backward_cuda);
 }

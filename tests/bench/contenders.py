@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python" / "ops"))
 from layer_shapes import SHAPES as SHAPES
-from peft_layer import peft_layer
+from samples import DTYPES
 
 import rankwise as rw
 
@@ -50,22 +50,24 @@ class Tensors:
     dy: Tensor
 
     @staticmethod
-    def draw(case: Case) -> Tensors:
-        generator = torch.Generator().manual_seed(0)
-        dtype = getattr(torch, case.dtype)
+    def draw(case: Case, device: str = "cpu", seed: int = 0) -> Tensors:
+        generator = torch.Generator(device).manual_seed(seed)
+        base, adapter = DTYPES[case.dtype]
 
-        def normal(*size: int, scale: float = 1.0, grad: bool = False) -> Tensor:
-            values = torch.randn(size, generator=generator) * scale
-            return values.to(dtype).requires_grad_(grad)
+        def normal(*size: int, scale: float = 1.0, dtype: torch.dtype = base) -> Tensor:
+            return torch.randn(size, generator=generator, device=device).mul_(scale).to(dtype)
 
-        return Tensors(
-            normal(case.tokens, case.n_in, grad=True),
+        drawn = Tensors(
+            normal(case.tokens, case.n_in),
             normal(case.n_out, case.n_in, scale=case.n_in**-0.5),
             normal(case.n_out),
-            normal(case.rank, case.n_in, scale=case.n_in**-0.5, grad=True),
-            normal(case.n_out, case.rank, scale=0.25 * case.rank**-0.5, grad=True),
+            normal(case.rank, case.n_in, scale=case.n_in**-0.5, dtype=adapter),
+            normal(case.n_out, case.rank, scale=0.25 * case.rank**-0.5, dtype=adapter),
             normal(case.tokens, case.n_out),
         )
+        for tensor in (drawn.x, drawn.A, drawn.B):
+            tensor.requires_grad_()
+        return drawn
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def frozen(case: Case, t: Tensors) -> Layer:
 
 
 def _peft(case: Case, t: Tensors) -> torch.nn.Module:
+    from peft_layer import peft_layer  # where PEFT is missing its contenders are left out
+
     return peft_layer(t.W, t.b, t.A, t.B, scaling=SCALING, dropout=case.dropout)
 
 
@@ -133,10 +137,10 @@ CONTENDERS: dict[str, Callable[[Case, Tensors], Layer]] = {
 WITHOUT_DROPOUT = ("merged each call",)  # the frozen layer is the reference of all cases
 
 
-def check(case: Case) -> None:
+def check(case: Case, device: str = "cpu") -> None:
     """Raises unless y and dx of ours are at least as exact as PEFT's, without dropout."""
     plain = Case(case.tokens, case.n_in, case.n_out, case.rank, case.dtype)
-    t = Tensors.draw(plain)
+    t = Tensors.draw(plain, device)
     wide = Tensors(*(getattr(t, name).detach().double() for name in Tensors.__annotations__))
     update = wide.W + SCALING * wide.B @ wide.A
     exact = [F.linear(wide.x, update, wide.b), wide.dy @ update]

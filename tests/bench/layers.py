@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -107,9 +108,9 @@ def peak_bytes(action) -> int:
     return peak
 
 
-def overview(results: list[dict]) -> Table:
+def overview(results: list[dict], contenders: Iterable[str] = CONTENDERS) -> Table:
     """Ratios to frozen of forward and backward, a row for each case."""
-    names = [n for n in CONTENDERS if n != "frozen" and any(n in r["both"] for r in results)]
+    names = [n for n in contenders if n != "frozen" and any(n in r["both"] for r in results)]
     result = Table(title="Time over frozen, forward and backward", title_justify="left")
     for column in ("case", *names):
         result.add_column(column, justify="left" if column == "case" else "right")

@@ -63,7 +63,7 @@ def assert_close(
     )
     if actual.numel() == 0:
         return
-    got = actual.detach().to(torch.float64).numpy()
+    got = actual.detach().cpu().to(torch.float64).numpy()
     difference = np.abs(got - expected)
     allowed = limit(dtype, magnitude, units)
     bad = ~(difference <= allowed)

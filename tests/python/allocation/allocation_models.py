@@ -36,7 +36,7 @@ class Bench:
     def numpy(self, gradients: bool) -> list[dict[str, np.ndarray | None]]:
         def array(tensor: Tensor) -> np.ndarray | None:
             tensor = tensor.grad if gradients else tensor.detach()
-            return None if tensor is None else tensor.double().numpy().copy()
+            return None if tensor is None else tensor.double().cpu().numpy().copy()
 
         return [{k: array(getattr(x, n)) for k, n in LETTERS.items()} for x in self.layers]
 
@@ -53,7 +53,7 @@ class Bench:
         """Overwrites all factors, or their gradients, with float64 tensors that are rounded."""
         with torch.no_grad():
             for factor in self.factors:
-                value = random(factor.shape).to(factor.dtype)
+                value = random(factor.shape).to(factor)
                 if gradients:
                     factor.grad = value
                 else:
@@ -64,12 +64,13 @@ def bench(
     shapes: Sequence[tuple[int, int]],
     ranks: Sequence[int],
     dtypes: Sequence[torch.dtype] | torch.dtype = torch.float64,
+    device: str = "cpu",
     **options,
 ) -> Bench:
     """Layers of (in, out) with these initial ranks."""
     if isinstance(dtypes, torch.dtype):
         dtypes = [dtypes] * len(shapes)
-    linears = [nn.Linear(*s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)]
+    linears = [nn.Linear(*s, dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=True)]
     names = [str(i) for i in range(len(linears))]
     options.setdefault("initial_rank", max(ranks))
     pattern = dict(zip(names, ranks, strict=True))

@@ -83,16 +83,18 @@ def step_beside(b: Bench, oracle: Oracle, what: str) -> None:
                 wanted[k] = np.take(wanted[k], order, axis)
                 np.moveaxis(wanted[k], axis, 0)[kept.sum() :] = 0
         for k, name in LETTERS.items():
-            got = getattr(layer, name).detach().double().numpy()
+            got = getattr(layer, name).detach().double().cpu().numpy()
             assert np.array_equal(got, wanted[k]), f"{what}: {name} of {m}: {got} not {wanted[k]}"
-        assert np.array_equal(b.allocator.pattern[str(m)].numpy(), kept), f"{what}: pattern of {m}"
+        assert np.array_equal(b.allocator.pattern[str(m)].cpu().numpy(), kept), (
+            f"{what}: pattern of {m}"
+        )
         assert layer.rank == (kept.sum() if shrunk else len(kept)), f"{what}: rank of {m}"
     assert list(b.allocator.ranks.values()) == oracle.ranks(), what
     assert b.allocator.steps == oracle.steps and b.allocator.frozen == oracle.frozen, what
     if oracle.frozen:
         assert b.allocator.scores is None, what
     else:
-        got, wanted = b.allocator.scores.numpy(), oracle.scores()
+        got, wanted = b.allocator.scores.cpu().numpy(), oracle.scores()
         assert np.all(np.abs(got - wanted) <= 1e-12 * wanted), f"{what}: {got} not {wanted}"
 
 

@@ -27,6 +27,7 @@ PLAN = {
     "finish_rows": (3, 40, 0),
     "gate_gradient": (3, 40, 1024),
     "output_products": (8, 128, 0),
+    "probe_kernel": (1, 32, 0),
     "row_products": (20, 168, 0),
 }
 

@@ -9,7 +9,7 @@ from tolerances import assert_close
 
 
 def exact(tensor: torch.Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else tensor.detach().to(torch.float64).numpy()
+    return None if tensor is None else tensor.detach().cpu().to(torch.float64).numpy()
 
 
 def problem(

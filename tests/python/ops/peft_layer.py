@@ -15,7 +15,9 @@ def peft_layer(
 ) -> PeftLinear:
     """A PEFT layer whose parameters have these values and dtypes; the base is frozen."""
     rank = lora_A.shape[0]
-    base = torch.nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+    base = torch.nn.Linear(
+        weight.shape[1], weight.shape[0], dtype=weight.dtype, device=weight.device
+    )
     base.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=scaling * rank, lora_dropout=dropout)
     layer = PeftLinear(base, "default", config=config, r=rank, lora_alpha=scaling * rank)

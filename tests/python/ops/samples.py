@@ -166,7 +166,7 @@ def _edges() -> Iterator[Sample]:
 SAMPLES = list({s.id: s for s in [*_numbers(), *_geometry(), *_gradients(), *_edges()]}.values())
 
 
-def leaves(sample: Sample) -> dict[str, torch.Tensor]:
+def leaves(sample: Sample, device: str = "cpu") -> dict[str, torch.Tensor]:
     """The contiguous tensors behind a sample, by NAMES' values and grad_output; the same ever."""
     generator = torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:6], "little")
@@ -208,7 +208,7 @@ def leaves(sample: Sample) -> dict[str, torch.Tensor]:
         found["lora_E"] = None
     elif sample.gate == "zeros":
         found["lora_E"].zero_()
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    return {name: tensor.to(device) for name, tensor in found.items() if tensor is not None}
 
 
 def views(sample: Sample, leaf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -240,9 +240,10 @@ def views(sample: Sample, leaf: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return view
 
 
-def tensors(sample: Sample) -> dict[str, torch.Tensor]:
+def tensors(sample: Sample, device: str = "cpu") -> dict[str, torch.Tensor]:
     """The strided tensors as autograd leaves, requiring the sample's gradients."""
-    found = {name: tensor.detach() for name, tensor in views(sample, leaves(sample)).items()}
+    seen = views(sample, leaves(sample, device))
+    found = {name: tensor.detach() for name, tensor in seen.items()}
     for name in sample.grads:
         found[NAMES[name]].requires_grad_()
     return found

@@ -27,17 +27,20 @@ CASES = [(dtype, shape) for dtype in DTYPES for shape in [*SMALL, *LARGE[dtype]]
 REPEATS = 20
 
 
-def tensors(dtype: str, tokens: int, n_in: int, n_out: int, rank: int) -> list[torch.Tensor]:
+def tensors(
+    dtype: str, tokens: int, n_in: int, n_out: int, rank: int, device: str = "cpu"
+) -> list[torch.Tensor]:
     base, adapter = DTYPES[dtype]
     torch.manual_seed(1)
-    return [
-        torch.randn(tokens, n_in).to(base).requires_grad_(),
-        (torch.randn(n_out, n_in) * n_in**-0.5).to(base).requires_grad_(),
-        torch.randn(n_out).to(base).requires_grad_(),
-        (torch.randn(rank, n_in) * n_in**-0.5).to(adapter).requires_grad_(),
-        torch.randn(n_out, rank).to(adapter).requires_grad_(),
-        torch.randn(rank, 1).to(adapter).requires_grad_(),
+    values = [
+        torch.randn(tokens, n_in).to(base),
+        (torch.randn(n_out, n_in) * n_in**-0.5).to(base),
+        torch.randn(n_out).to(base),
+        (torch.randn(rank, n_in) * n_in**-0.5).to(adapter),
+        torch.randn(n_out, rank).to(adapter),
+        torch.randn(rank, 1).to(adapter),
     ]
+    return [value.to(device).requires_grad_() for value in values]
 
 
 def step(tensor: list[torch.Tensor], p: float) -> list[torch.Tensor]:
@@ -120,11 +123,9 @@ def two_layers(x: torch.Tensor, first: list[torch.Tensor], second: list[torch.Te
     return rankwise.ops.lora_linear(torch.tanh(hidden), *second, scaling=0.5, dropout_p=0.1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_recomputes_the_same_mask(reentrant, dtype):
-    x, *first = tensors(dtype, 13, 24, 24, 4)
-    _, *second = tensors(dtype, 13, 24, 24, 4)
+def check_checkpointing(reentrant: bool, dtype: str, device: str = "cpu") -> None:
+    x, *first = tensors(dtype, 13, 24, 24, 4, device)
+    _, *second = tensors(dtype, 13, 24, 24, 4, device)
     leaves = [x, *first, *second]
 
     def gradients(run):
@@ -132,7 +133,7 @@ def test_checkpointing_recomputes_the_same_mask(reentrant, dtype):
             leaf.grad = None
         torch.manual_seed(6)
         y = run(x)
-        torch.rand(3)  # moves the generator between forward and recomputation
+        torch.rand(3, device=device)  # moves the generator between forward and recomputation
         y.backward(torch.cos(y.detach()))
         return [y, *(leaf.grad for leaf in leaves)]
 
@@ -141,3 +142,9 @@ def test_checkpointing_recomputes_the_same_mask(reentrant, dtype):
     names = ["y", "x", *(f"{n} of layer {i}" for i in (1, 2) for n in NAMES[1:])]
     for name, got, expected in zip(names, again, plain, strict=True):
         assert_same_bits(got, expected, f"{name} with checkpointing")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_recomputes_the_same_mask(reentrant, dtype):
+    check_checkpointing(reentrant, dtype)

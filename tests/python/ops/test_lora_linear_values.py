@@ -17,8 +17,8 @@ def sampled(samples: list[Sample]):
     return pytest.mark.parametrize("sample", samples, ids=[s.id for s in samples])
 
 
-def check(sample: Sample) -> None:
-    tensor = tensors(sample)
+def check(sample: Sample, device: str = "cpu") -> None:
+    tensor = tensors(sample, device)
     args, kwargs = arguments(sample, tensor)
     torch.manual_seed(SEED)
     output, found_hidden, seed = raw_forward(sample, tensor)

@@ -31,24 +31,20 @@ class Saved:
         return sum(size for place, size in storages.items() if place not in self.held)
 
 
-def tensors(dtype: str, gated: bool) -> list[torch.Tensor | None]:
+def tensors(dtype: str, gated: bool, device: str = "cpu") -> list[torch.Tensor | None]:
     base, adapter = DTYPES[dtype]
     return [
-        torch.randn(TOKENS, IN).to(base),
-        torch.randn(OUT, IN).to(base),
-        torch.randn(OUT).to(base),
-        torch.randn(RANK, IN).to(adapter).requires_grad_(),
-        torch.randn(OUT, RANK).to(adapter).requires_grad_(),
-        torch.randn(RANK, 1).to(adapter).requires_grad_() if gated else None,
+        torch.randn(TOKENS, IN).to(device, base),
+        torch.randn(OUT, IN).to(device, base),
+        torch.randn(OUT).to(device, base),
+        torch.randn(RANK, IN).to(device, adapter).requires_grad_(),
+        torch.randn(OUT, RANK).to(device, adapter).requires_grad_(),
+        torch.randn(RANK, 1).to(device, adapter).requires_grad_() if gated else None,
     ]
 
 
-@pytest.mark.parametrize("input_grad", [True, False])
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bytes(dtype, p, gated, input_grad):
-    x, weight, bias, A, B, E = arguments = tensors(dtype, gated)
+def check(dtype: str, p: float, gated: bool, input_grad: bool, device: str = "cpu") -> None:
+    x, weight, bias, A, B, E = arguments = tensors(dtype, gated, device)
     x.requires_grad_(input_grad)
     with Saved([t for t in arguments if t is not None]) as mine:
         y = rankwise.ops.lora_linear(*arguments, scaling=2.0, dropout_p=p)
@@ -65,6 +61,14 @@ def test_bytes(dtype, p, gated, input_grad):
     print(f"{dtype}, dropout {p}: rankwise {mine.new_bytes()} B, PEFT {peft.new_bytes()} B")
     assert mine.new_bytes() <= peft.new_bytes()
     assert y.shape == peft_y.shape
+
+
+@pytest.mark.parametrize("input_grad", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes(dtype, p, gated, input_grad):
+    check(dtype, p, gated, input_grad)
 
 
 def test_nothing_is_saved_without_gradients():

@@ -1,0 +1,252 @@
+// cuBLASLt with beta = 1 and the bias in its epilogue. It works on column-major matrices, so a
+// row-major out = left right is computed as out^T = right^T left^T.
+#include "base_product_cuda.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cublasLt.h>
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <mutex>
+
+#include "checks.h"
+
+namespace rankwise {
+namespace {
+
+constexpr size_t largest_workspace = size_t{32} << 20;
+constexpr size_t plans_kept = 4096;
+constexpr int64_t bias_alignment = 16;
+
+void check_cublas(cublasStatus_t status, const char* call) {
+  TORCH_CHECK(status == CUBLAS_STATUS_SUCCESS, "lora_linear: ", call, " failed with ",
+              cublasLtGetStatusName(status), " (", cublasLtGetStatusString(status), ")");
+}
+
+// Tensor is contiguous along rows or along columns of a [rows, cols] matrix.
+struct Layout {
+  bool row_major;
+  int64_t stride;
+};
+
+Layout layout(const at::Tensor& matrix) {
+  if (matrix.stride(1) == 1 || matrix.size(1) == 1) {
+    return {true, std::max(matrix.stride(0), matrix.size(1))};
+  }
+  return {false, std::max(matrix.stride(1), matrix.size(0))};
+}
+
+bool has_layout(const at::Tensor& matrix) {
+  const auto along = [&](int64_t unit, int64_t other) {
+    return (matrix.size(unit) == 1 || matrix.stride(unit) == 1) &&
+           (matrix.size(other) == 1 || matrix.stride(other) >= matrix.size(unit));
+  };
+  return along(1, 0) || along(0, 1);
+}
+
+// What a plan depends on.
+struct Problem {
+  int64_t device, m, n, k, dtype, out_stride, left_stride, right_stride;
+  int64_t right_row_major, bias, tf32;
+  int64_t out_alignment, left_alignment, right_alignment;
+
+  auto key() const {
+    return std::array{device,
+                      m,
+                      n,
+                      k,
+                      dtype,
+                      out_stride,
+                      left_stride,
+                      right_stride,
+                      right_row_major,
+                      bias,
+                      tf32,
+                      out_alignment,
+                      left_alignment,
+                      right_alignment};
+  }
+};
+
+// The largest power of two up to 256 that divides the address.
+int64_t alignment(const at::Tensor& tensor) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return static_cast<int64_t>(std::min<uintptr_t>(address & (~address + 1), 256));
+}
+
+Problem describe(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right,
+                 bool bias) {
+  const Layout right_layout = layout(right);
+  const bool tf32 =
+      out.scalar_type() == at::kFloat &&
+      at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+          at::Float32Precision::TF32;
+  return {out.get_device(),
+          out.size(0),
+          out.size(1),
+          left.size(1),
+          static_cast<int64_t>(out.scalar_type()),
+          layout(out).stride,
+          layout(left).stride,
+          right_layout.stride,
+          right_layout.row_major,
+          bias,
+          tf32,
+          alignment(out),
+          alignment(left),
+          alignment(right)};
+}
+
+cudaDataType_t data_type(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kBFloat16:
+      return CUDA_R_16BF;
+    case at::kHalf:
+      return CUDA_R_16F;
+    default:
+      return CUDA_R_32F;
+  }
+}
+
+// Never destroyed: the driver may be gone when static objects are.
+cublasLtHandle_t handle(int64_t device) {
+  static std::mutex mutex;
+  static std::map<int64_t, cublasLtHandle_t> handles;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cublasLtHandle_t& found = handles[device];
+  if (!found) check_cublas(cublasLtCreate(&found), "cublasLtCreate");
+  return found;
+}
+
+// Descriptors and the algorithm for one problem: plain values, copied for each call.
+struct Plan {
+  cublasLtMatmulDescOpaque_t operation;
+  cublasLtMatrixLayoutOpaque_t right, left, out;
+  cublasLtMatmulAlgo_t algorithm;
+  size_t workspace;
+  bool found;
+
+  explicit Plan(const Problem& problem);
+
+ private:
+  void find_algorithm(const Problem& problem);
+};
+
+template <typename T>
+void set(cublasLtMatmulDescOpaque_t& operation, cublasLtMatmulDescAttributes_t attribute,
+         const T& value) {
+  check_cublas(cublasLtMatmulDescSetAttribute(&operation, attribute, &value, sizeof(value)),
+               "cublasLtMatmulDescSetAttribute");
+}
+
+template <typename T>
+void set(cublasLtMatmulPreferenceOpaque_t& preference,
+         cublasLtMatmulPreferenceAttributes_t attribute, const T& value) {
+  check_cublas(cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof(value)),
+               "cublasLtMatmulPreferenceSetAttribute");
+}
+
+Plan::Plan(const Problem& problem) {
+  const cudaDataType_t type = data_type(static_cast<at::ScalarType>(problem.dtype));
+  const auto compute = problem.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+  check_cublas(cublasLtMatmulDescInit(&operation, compute, CUDA_R_32F), "cublasLtMatmulDescInit");
+  const cublasOperation_t transposed = problem.right_row_major ? CUBLAS_OP_N : CUBLAS_OP_T;
+  set(operation, CUBLASLT_MATMUL_DESC_TRANSA, transposed);
+  if (problem.bias) {
+    set(operation, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+    // Any aligned address: the one of each call takes its place.
+    set(operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, reinterpret_cast<const void*>(256));
+  }
+  const auto matrix = [&](cublasLtMatrixLayoutOpaque_t& layout, int64_t rows, int64_t cols,
+                          int64_t stride) {
+    check_cublas(cublasLtMatrixLayoutInit(&layout, type, static_cast<uint64_t>(rows),
+                                          static_cast<uint64_t>(cols), stride),
+                 "cublasLtMatrixLayoutInit");
+  };
+  if (problem.right_row_major) {
+    matrix(right, problem.n, problem.k, problem.right_stride);
+  } else {
+    matrix(right, problem.k, problem.n, problem.right_stride);
+  }
+  matrix(left, problem.k, problem.m, problem.left_stride);
+  matrix(out, problem.n, problem.m, problem.out_stride);
+  find_algorithm(problem);
+}
+
+void Plan::find_algorithm(const Problem& problem) {
+  cublasLtMatmulPreferenceOpaque_t preference;
+  check_cublas(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit");
+  set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, largest_workspace);
+  // The other schemes add partial sums in the output's type, or in an order that may change.
+  set(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+      static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+  const auto out_alignment = static_cast<uint32_t>(problem.out_alignment);
+  set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+      static_cast<uint32_t>(problem.right_alignment));
+  set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+      static_cast<uint32_t>(problem.left_alignment));
+  set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, out_alignment);
+  set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, out_alignment);
+  cublasLtMatmulHeuristicResult_t result{};
+  int count = 0;
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoGetHeuristic(handle(problem.device), &operation, &right, &left, &out, &out,
+                                     &preference, 1, &result, &count);
+  if (status != CUBLAS_STATUS_NOT_SUPPORTED) {
+    check_cublas(status, "cublasLtMatmulAlgoGetHeuristic");
+  }
+  found = status == CUBLAS_STATUS_SUCCESS && count > 0;
+  algorithm = result.algo;
+  workspace = result.workspaceSize;
+}
+
+// The heuristic answers for the exact shape, so that no earlier call changes a result's bits.
+Plan plan(const Problem& problem) {
+  static std::mutex mutex;
+  static std::map<decltype(problem.key()), Plan> plans;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto known = plans.find(problem.key()); known != plans.end()) return known->second;
+  if (plans.size() >= plans_kept) plans.clear();
+  return plans.emplace(problem.key(), Plan(problem)).first->second;
+}
+
+void multiply_aten(at::Tensor out, const at::Tensor& left, const at::Tensor& right,
+                   const at::Tensor& bias, bool accumulate) {
+  at::addmm_out(out, out, left, right, /*beta=*/accumulate);
+  if (bias.defined()) at::add_out(out, out, bias);
+}
+
+}  // namespace
+
+void multiply_base(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right_view,
+                   const std::optional<at::Tensor>& bias_view, bool accumulate) {
+  const at::Tensor right = has_layout(right_view) ? right_view : right_view.contiguous();
+  at::Tensor bias;
+  if (has(bias_view)) {
+    bias = bias_view->contiguous();
+    if (alignment(bias) < bias_alignment) bias = bias.clone();
+  }
+  const Problem problem = describe(out, left, right, bias.defined());
+  Plan found = plan(problem);
+  if (!found.found) return multiply_aten(out, left, right, bias, accumulate);
+  if (bias.defined()) {
+    set(found.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.const_data_ptr());
+  }
+  const at::Tensor workspace =
+      at::empty({static_cast<int64_t>(found.workspace)}, out.options().dtype(at::kByte));
+  const float alpha = 1.0f, beta = accumulate ? 1.0f : 0.0f;
+  void* result = out.mutable_data_ptr();
+  check_cublas(
+      cublasLtMatmul(handle(problem.device), &found.operation, &alpha, right.const_data_ptr(),
+                     &found.right, left.const_data_ptr(), &found.left, &beta, result, &found.out,
+                     result, &found.out, &found.algorithm, workspace.mutable_data_ptr(),
+                     found.workspace, c10::cuda::getCurrentCUDAStream().stream()),
+      "cublasLtMatmul");
+}
+
+}  // namespace rankwise

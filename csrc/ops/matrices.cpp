@@ -1,0 +1,17 @@
+// Views as matrices, and copies where there is no such view.
+#include "matrices.h"
+
+#include <ATen/ATen.h>
+
+#include "checks.h"
+
+namespace rankwise {
+
+at::Tensor matrix(const at::Tensor& tensor) {
+  const int64_t cols = tensor.size(-1);
+  const at::Tensor view = tensor.reshape({token_count(tensor), cols});
+  const bool plain = cols <= 1 || view.stride(1) == 1;
+  return plain && (view.size(0) <= 1 || view.stride(0) >= cols) ? view : view.contiguous();
+}
+
+}  // namespace rankwise

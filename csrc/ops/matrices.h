@@ -1,0 +1,12 @@
+// Tensors as the matrices that products and kernels take.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace rankwise {
+
+// A 2-D view [tokens, features] with unit column stride and non-overlapping rows; a copy only when
+// the strides allow no such view.
+at::Tensor matrix(const at::Tensor& tensor);
+
+}  // namespace rankwise

@@ -1,0 +1,168 @@
+# One linear layer with LoRA on a GPU: all contenders against the frozen layer.
+"""Times forward, the whole step, and the step replayed from a graph; writes JSON and a table.
+
+    python tests/bench/layers_cuda.py [--quick] [--repeats 30] [--limit 3000] [--output build/bench]
+
+A case is timed only after its results were found at least as exact as PEFT's (contenders.check).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from contenders import Case, Layer, Tensors, check
+from contenders_cuda import CUDA_CONTENDERS, suited
+from layers import OUTPUT, overview, saved_bytes
+from timing import as_json, console, paired
+from timing_cuda import Graph, device_milliseconds, host_microseconds, peak_bytes, rotating
+
+SHAPES = [  # tokens, in, out
+    (8192, 4096, 4096),
+    (2048, 4096, 4096),
+    (8192, 1024, 1024),
+    (8192, 1024, 4096),
+    (8192, 4096, 1024),
+    (16384, 4096, 4096),
+    (8192, 4096, 14336),
+    (8192, 14336, 4096),
+    (8192, 8192, 8192),
+    (8192, 8192, 28672),
+]
+TINY = (16, 64, 64)  # the host's time alone
+CACHE = 3 * 60 * 2**20  # bytes: x and dy of all turns exceed three times the largest L2 cache
+WARM_UP = 2.0  # seconds, until clocks have settled
+
+
+def cases(quick: bool) -> list[Case]:
+    shapes = SHAPES[:3] if quick else SHAPES
+    ranks = (16,) if quick else (16, 8, 64)
+    return [
+        Case(*shape, rank, dtype, dropout)
+        for rank in ranks
+        for shape in shapes
+        for dtype in ("bfloat16", "bfloat16_float32", *(() if quick else ("float16",)))
+        for dropout in (0.0, 0.1)
+    ]
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 30,
+    quick: Annotated[bool, typer.Option(help="Three shapes, rank 16, no compiled PEFT.")] = False,
+    limit: Annotated[int, typer.Option(help="Seconds after which no case begins.")] = 3000,
+    output: Annotated[Path, typer.Option(help="Folder for the JSON file.")] = OUTPUT,
+) -> None:
+    """Times one layer with LoRA on the current CUDA device."""
+    begin = time.monotonic()
+    random.seed(0)
+    warm_up()
+    results, unfinished = [], []
+    for case in cases(quick):
+        if time.monotonic() - begin > limit:
+            unfinished.append(str(case))
+            continue
+        check(case, "cuda")
+        names = [n for n in suited(case) if not (quick and "compiled" in n)]
+        results.append(measure(case, names, repeats))
+        for name, reason in results[-1]["left out"].items():
+            console.print(f"{case}: {name} left out: {reason}")
+    console.print(overview(results, CUDA_CONTENDERS))
+    report = {"results": results, "host": host_times(), "unfinished": unfinished}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "layers_cuda.json").write_text(json.dumps(report, indent=1))
+    console.print("host microseconds, forward and backward:", report["host"])
+    for case in unfinished:
+        console.print(f"no time was left for {case}")
+    console.print(output / "layers_cuda.json")
+
+
+def warm_up() -> None:
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    end = time.monotonic() + WARM_UP
+    while time.monotonic() < end:
+        a @ a
+        torch.cuda.synchronize()
+
+
+def turns(case: Case) -> list[Tensors]:
+    """Tensors that share parameters, in as many copies of x and dy as the cache demands."""
+    first = Tensors.draw(case, "cuda")
+    bytes_each = first.x.nbytes + first.dy.nbytes
+    found = [first]
+    while len(found) * bytes_each < CACHE or len(found) < 2:
+        x = torch.randn_like(first.x).detach().requires_grad_()
+        found.append(replace(first, x=x, dy=torch.randn_like(first.dy)))
+    return found
+
+
+def measure(case: Case, names: list[str], repeats: int) -> dict:
+    torch._dynamo.reset()  # compiled layers of the last case count against dynamo's limit
+    drawn = turns(case)
+    left_out: dict[str, str] = {}
+
+    def attempt(name: str, make: Callable[[], object]) -> object:
+        """make(), or None with the reason kept: one contender must not end the measurement."""
+        try:
+            return make()
+        except Exception as error:  # noqa: BLE001
+            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            if name in ("frozen", "rankwise"):
+                raise
+            return None
+
+    def layers(name: str) -> list[Layer]:
+        made = [CUDA_CONTENDERS[name](case, t) for t in drawn]
+        for layer, t in zip(made, drawn, strict=True):
+            both(layer, t)
+        return made
+
+    def both(layer: Layer, t: Tensors) -> None:
+        torch.autograd.grad(layer.forward(), layer.inputs, t.dy)
+
+    found = {name: attempt(name, partial(layers, name)) for name in names}
+    found = {name: made for name, made in found.items() if made}
+    forward = {n: rotating([x.forward for x in made]) for n, made in found.items()}
+    steps = {
+        n: [partial(both, x, t) for x, t in zip(made, drawn, strict=True)]
+        for n, made in found.items()
+    }
+    result: dict = {"case": vars(case), "left out": left_out}
+    result["forward"] = as_json(paired(forward, repeats, device_milliseconds))
+    eager = {n: rotating(s) for n, s in steps.items()}
+    result["both"] = as_json(paired(eager, repeats, device_milliseconds))
+    graphs = {n: attempt(f"{n}, graph", partial(Graph, s)) for n, s in steps.items()}
+    graphs = {n: graph for n, graph in graphs.items() if graph}
+    result["graph"] = as_json(paired(graphs, repeats, Graph.milliseconds))
+    known = {x.untyped_storage().data_ptr() for t in drawn for x in vars(t).values()}
+    result["saved bytes"] = {n: saved_bytes(made[0].forward, known) for n, made in found.items()}
+    result["peak bytes"] = {n: peak_bytes(s[0]) for n, s in steps.items()}
+    return result
+
+
+def host_times() -> dict[str, float]:
+    """Microseconds of the calling thread for forward and backward of a layer."""
+    case = Case(*TINY, 8, "bfloat16")
+    t = Tensors.draw(case, "cuda")
+    found = {}
+    for name in (n for n in suited(case) if "compiled" not in n):
+        try:
+            layer = CUDA_CONTENDERS[name](case, t)
+        except ImportError as error:
+            console.print(f"host time of {name} left out: {error}")
+            continue
+        found[name] = host_microseconds(
+            lambda layer=layer: torch.autograd.grad(layer.forward(), layer.inputs, t.dy)
+        )
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)
