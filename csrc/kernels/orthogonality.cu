@@ -1,7 +1,7 @@
 // The orthogonality penalty: Gram matrices in tiles of 16 x 16, their norms, and the gradient.
 #include <cmath>
 
-#include "device.h"
+#include "with_element_type.h"
 #include "orthogonality.h"
 
 namespace rankwise::kernels {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cuda_model/device.h>
-#include <kernels/element_type.h>
+#include <kernels/with_element_type.h>
 
 namespace rankwise::kernels {
 
