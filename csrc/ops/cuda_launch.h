@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "../kernels/element_type.h"
@@ -12,6 +13,11 @@ namespace rankwise {
 // The current device's current stream, for launchers.
 inline void* current_stream() {
   return c10::cuda::getCurrentCUDAStream().stream();
+}
+
+// Whether the current stream records a CUDA graph.
+inline bool records_graph() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
 // Throws for the error that a launcher returned.

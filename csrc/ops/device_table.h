@@ -7,6 +7,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda_launch.h"
+
 namespace rankwise {
 
 // A vector becomes part of the copy with add() and lies on the device after upload().
@@ -22,9 +24,11 @@ class DeviceTable {
     return start;
   }
 
-  // On the current stream. The pinned memory is kept by its allocator until the copy is done; the
+  // On the current stream, which must not record a graph: a replay would read host memory that is
+  // long somebody else's. The pinned memory is kept by its allocator until the copy is done; the
   // device's may be used again by what follows on the stream.
   void upload(const at::Device& device) {
+    TORCH_CHECK(!records_graph(), "AdaLoRA's passes cannot be recorded in a CUDA graph");
     const auto size = static_cast<int64_t>(bytes_.size());
     const at::Tensor host = at::empty({size}, at::TensorOptions(at::kByte).pinned_memory(true));
     std::memcpy(host.mutable_data_ptr(), bytes_.data(), bytes_.size());

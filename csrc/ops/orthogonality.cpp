@@ -190,6 +190,18 @@ void check_orthogonality(at::TensorList lora_A, at::TensorList lora_B, at::IntAr
   }
 }
 
+at::Tensor orthogonality_penalty_composite(at::TensorList lora_A, at::TensorList lora_B,
+                                           at::IntArrayRef ranks, bool squared) {
+  return penalty<one_by_one>(lora_A, lora_B, ranks, squared);
+}
+
+std::vector<at::Tensor> orthogonality_backward_composite(const at::Tensor& grad_output,
+                                                         at::TensorList lora_A,
+                                                         at::TensorList lora_B,
+                                                         at::IntArrayRef ranks, bool squared) {
+  return penalty_backward<one_by_one>(grad_output, lora_A, lora_B, ranks, squared);
+}
+
 at::Tensor orthogonality_penalty(at::TensorList lora_A, at::TensorList lora_B,
                                  OrthogonalityForm form,
                                  std::optional<std::vector<int64_t>> ranks) {
@@ -208,8 +220,8 @@ TORCH_LIBRARY_IMPL(rankwise, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(rankwise, CompositeExplicitAutograd, m) {
-  m.impl("orthogonality_penalty", &rankwise::penalty<rankwise::one_by_one>);
-  m.impl("_orthogonality_backward", &rankwise::penalty_backward<rankwise::one_by_one>);
+  m.impl("orthogonality_penalty", &rankwise::orthogonality_penalty_composite);
+  m.impl("_orthogonality_backward", &rankwise::orthogonality_backward_composite);
 }
 
 TORCH_LIBRARY_IMPL(rankwise, Autograd, m) {

@@ -1,5 +1,5 @@
 // The orthogonality penalty on CUDA: all factors in three launches, with the gradient in two or
-// three. Nothing waits for the device.
+// three. Nothing waits for the device. A CUDA graph records the composite form.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -74,6 +74,7 @@ at::Tensor penalty_cuda(at::TensorList lora_A, at::TensorList lora_B, at::IntArr
                         bool squared) {
   check_orthogonality(lora_A, lora_B, ranks);
   const c10::cuda::CUDAGuard guard(lora_A[0].device());
+  if (records_graph()) return orthogonality_penalty_composite(lora_A, lora_B, ranks, squared);
   const Problem problem(lora_A, lora_B, ranks, {}, squared);
   const at::Tensor penalty = at::empty({}, Problem::sums_like(lora_A[0]));
   check_launch(kernels::launch_orthogonality_penalty(problem.arguments(),
@@ -86,6 +87,8 @@ std::vector<at::Tensor> penalty_backward_cuda(const at::Tensor& grad_output, at:
                                               bool squared) {
   check_orthogonality(lora_A, lora_B, ranks);
   const c10::cuda::CUDAGuard guard(lora_A[0].device());
+  if (records_graph())
+    return orthogonality_backward_composite(grad_output, lora_A, lora_B, ranks, squared);
   std::vector<at::Tensor> gradients;
   for (const at::TensorList factors : {lora_A, lora_B})
     for (const at::Tensor& factor : factors)

@@ -182,8 +182,8 @@ TYPED_TEST(OrthogonalityKernels, ManyFactorsAtOnce) {
   this->check(mixed);
 }
 
-TYPED_TEST(OrthogonalityKernels, EveryRank) {
-  for (int64_t rank = 1; rank <= 34; ++rank)
+TYPED_TEST(OrthogonalityKernels, RanksAroundTheTiles) {
+  for (const int64_t rank : {1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33})
     this->check({{rank, rank + rank % 3, 30, rank % 2 == 0}});
   this->check({{100, 130, 20, false}});
 }
