@@ -17,7 +17,7 @@ ops = torch.ops.rankwise
 
 
 def moved(tensors):
-    return [None if tensor is None else tensor.to(DEVICE) for tensor in tensors]
+    return [None if tensor is None else tensor.to(DEVICE, copy=True) for tensor in tensors]
 
 
 def state(dtype):

@@ -28,7 +28,7 @@ PLAN = {
     "finish_rows": (3, 40, 0),
     "gate_gradient": (3, 40, 1024),
     "gram_deviation": (4, 128, 17408),
-    "importance_scores": (1, 40, 0),
+    "importance_scores": (1, 48, 0),
     "importance_step": (1, 48, 2048),
     "mask_triplets": (1, 32, 0),
     "order_triplets": (1, 48, 4096),
