@@ -29,6 +29,7 @@ at::Tensor select_triplets(const at::Tensor& scores, at::IntArrayRef ranks, at::
                            int64_t budget, int64_t min_rank);
 
 // Sets E_i to zero where kept is false, in the leading ranks[m] directions of every adapter m.
+// `kept` may lie on the CPU whatever the device.
 void mask_triplets_(at::TensorList lora_E, at::IntArrayRef ranks, const at::Tensor& kept);
 
 }  // namespace rankwise

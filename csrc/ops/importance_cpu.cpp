@@ -11,6 +11,7 @@
 
 #include "cpu_blocks.h"
 #include "importance.h"
+#include "importance_checks.h"
 #include "importance_loops.h"
 
 namespace rankwise {
@@ -41,19 +42,10 @@ const T* widened(const Stored* data, int64_t size, T* scratch) {
   }
 }
 
-void check_like(const char* what, const at::Tensor& tensor, const at::Tensor& parameter,
-                at::ScalarType dtype) {
-  TORCH_CHECK(tensor.sizes() == parameter.sizes() && tensor.scalar_type() == dtype &&
-                  tensor.is_contiguous() && tensor.device() == parameter.device(),
-              "importance: ", what, " must be contiguous ", parameter.sizes(), " of ", dtype,
-              " on ", parameter.device(), ", got ", tensor.sizes(), " of ", tensor.scalar_type(),
-              " on ", tensor.device());
-}
-
 at::Tensor importance_check_cpu(at::TensorList gradients) {
+  check_importance_gradients(gradients);
   std::vector<std::pair<size_t, Range>> pieces;
   for (size_t i = 0; i < gradients.size(); ++i) {
-    check_like("a gradient", gradients[i], gradients[i], gradients[i].scalar_type());
     const Split split(gradients[i].numel(), piece_elements);
     for (int64_t j = 0; j < split.count(); ++j) pieces.emplace_back(i, split[j]);
   }
@@ -140,25 +132,8 @@ at::Tensor importance_step_cpu_(at::TensorList parameters,
                                 const c10::List<std::optional<at::Tensor>>& gradients,
                                 at::TensorList sensitivity, at::TensorList uncertainty,
                                 at::IntArrayRef ranks, double beta1, double beta2, bool score) {
-  const size_t count = 3 * ranks.size();
-  TORCH_CHECK(
-      parameters.size() == count && gradients.size() == count && sensitivity.size() == count &&
-          uncertainty.size() == count,
-      "importance: there must be 3 parameters, gradients and averages of each kind for each "
-      "of ",
-      ranks.size(), " adapters, got ", parameters.size(), ", ", gradients.size(), ", ",
-      sensitivity.size(), " and ", uncertainty.size());
-  std::vector<at::Tensor> gradient(count);
-  for (size_t i = 0; i < count; ++i) {
-    const at::Tensor& parameter = parameters[i];
-    const at::ScalarType dtype = at::toOpMathType(parameter.scalar_type());
-    check_like("a parameter", parameter, parameter, parameter.scalar_type());
-    check_like("sensitivity", sensitivity[i], parameter, dtype);
-    check_like("uncertainty", uncertainty[i], parameter, dtype);
-    gradient[i] = gradients.get(i).value_or(at::Tensor());
-    if (gradient[i].defined())
-      check_like("a gradient", gradient[i], parameter, parameter.scalar_type());
-  }
+  const std::vector<at::Tensor> gradient =
+      check_importance_step(parameters, gradients, sensitivity, uncertainty, ranks);
   int64_t size = 0;
   const std::vector<Piece> pieces = pieces_of(sensitivity, size);
   std::vector<double> partials(score ? size : 0);

@@ -1,6 +1,8 @@
 // The orthogonality penalty: one autograd node over all factors, its gradient in closed form.
 //
 //   D = F F^T - I for the rows F = A or B^T;   d||D||^2/dF = 4 D F,   d||D||/dF = 2 D F / ||D||
+#include "orthogonality.h"
+
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -44,28 +46,6 @@ at::Tensor deviation(const at::Tensor& rows) {
   return at::mm(rows, rows.t()) - at::eye(rows.size(0), rows.options());
 }
 
-void check(at::TensorList lora_A, at::TensorList lora_B, at::IntArrayRef ranks) {
-  const size_t count = lora_A.size();
-  TORCH_CHECK(
-      count > 0 && lora_B.size() == count && ranks.size() == count,
-      "orthogonality_penalty: lora_A, lora_B and ranks must be lists of one length > 0, got ",
-      count, ", ", lora_B.size(), " and ", ranks.size());
-  for (size_t m = 0; m < count; ++m) {
-    const bool shapes =
-        lora_A[m].dim() == 2 && lora_B[m].dim() == 2 && lora_A[m].size(0) == lora_B[m].size(1);
-    TORCH_CHECK(shapes, "orthogonality_penalty: lora_A[", m, "] must be [capacity, in] and lora_B[",
-                m, "] [out, capacity], got ", lora_A[m].sizes(), " and ", lora_B[m].sizes());
-    TORCH_CHECK(at::isFloatingType(lora_A[m].scalar_type()) &&
-                    lora_A[m].scalar_type() == lora_B[m].scalar_type() &&
-                    lora_A[m].scalar_type() == lora_A[0].scalar_type(),
-                "orthogonality_penalty: all factors must have one floating-point dtype, got ",
-                lora_A[0].scalar_type(), ", ", lora_A[m].scalar_type(), " and ",
-                lora_B[m].scalar_type());
-    TORCH_CHECK(ranks[m] >= 0 && ranks[m] <= lora_A[m].size(0), "orthogonality_penalty: ranks[", m,
-                "] must be in [0, ", lora_A[m].size(0), "], got ", ranks[m]);
-  }
-}
-
 at::Tensor term(const Factor& factor, bool squared) {
   const at::Tensor d = deviation(factor.rows());
   return squared ? d.square().sum() : at::linalg_vector_norm(d);
@@ -99,7 +79,7 @@ void one_by_one(int64_t count, const std::function<void(int64_t)>& body) {
 template <auto loop>
 at::Tensor penalty(at::TensorList lora_A, at::TensorList lora_B, at::IntArrayRef ranks,
                    bool squared) {
-  check(lora_A, lora_B, ranks);
+  check_orthogonality(lora_A, lora_B, ranks);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   std::vector<at::Tensor> terms(2 * ranks.size());
   loop(static_cast<int64_t>(terms.size()),
@@ -112,7 +92,7 @@ template <auto loop>
 std::vector<at::Tensor> penalty_backward(const at::Tensor& grad_output, at::TensorList lora_A,
                                          at::TensorList lora_B, at::IntArrayRef ranks,
                                          bool squared) {
-  check(lora_A, lora_B, ranks);
+  check_orthogonality(lora_A, lora_B, ranks);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   std::vector<at::Tensor> gradients(2 * ranks.size());
   const double share = squared ? 1.0 : 1.0 / static_cast<double>(gradients.size());
@@ -188,6 +168,40 @@ std::vector<at::Tensor> backward_autograd(const at::Tensor& grad_output, at::Ten
 
 }  // namespace
 
+void check_orthogonality(at::TensorList lora_A, at::TensorList lora_B, at::IntArrayRef ranks) {
+  const size_t count = lora_A.size();
+  TORCH_CHECK(
+      count > 0 && lora_B.size() == count && ranks.size() == count,
+      "orthogonality_penalty: lora_A, lora_B and ranks must be lists of one length > 0, got ",
+      count, ", ", lora_B.size(), " and ", ranks.size());
+  for (size_t m = 0; m < count; ++m) {
+    const bool shapes =
+        lora_A[m].dim() == 2 && lora_B[m].dim() == 2 && lora_A[m].size(0) == lora_B[m].size(1);
+    TORCH_CHECK(shapes, "orthogonality_penalty: lora_A[", m, "] must be [capacity, in] and lora_B[",
+                m, "] [out, capacity], got ", lora_A[m].sizes(), " and ", lora_B[m].sizes());
+    TORCH_CHECK(at::isFloatingType(lora_A[m].scalar_type()) &&
+                    lora_A[m].scalar_type() == lora_B[m].scalar_type() &&
+                    lora_A[m].scalar_type() == lora_A[0].scalar_type(),
+                "orthogonality_penalty: all factors must have one floating-point dtype, got ",
+                lora_A[0].scalar_type(), ", ", lora_A[m].scalar_type(), " and ",
+                lora_B[m].scalar_type());
+    TORCH_CHECK(ranks[m] >= 0 && ranks[m] <= lora_A[m].size(0), "orthogonality_penalty: ranks[", m,
+                "] must be in [0, ", lora_A[m].size(0), "], got ", ranks[m]);
+  }
+}
+
+at::Tensor orthogonality_penalty_composite(at::TensorList lora_A, at::TensorList lora_B,
+                                           at::IntArrayRef ranks, bool squared) {
+  return penalty<one_by_one>(lora_A, lora_B, ranks, squared);
+}
+
+std::vector<at::Tensor> orthogonality_backward_composite(const at::Tensor& grad_output,
+                                                         at::TensorList lora_A,
+                                                         at::TensorList lora_B,
+                                                         at::IntArrayRef ranks, bool squared) {
+  return penalty_backward<one_by_one>(grad_output, lora_A, lora_B, ranks, squared);
+}
+
 at::Tensor orthogonality_penalty(at::TensorList lora_A, at::TensorList lora_B,
                                  OrthogonalityForm form,
                                  std::optional<std::vector<int64_t>> ranks) {
@@ -206,8 +220,8 @@ TORCH_LIBRARY_IMPL(rankwise, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(rankwise, CompositeExplicitAutograd, m) {
-  m.impl("orthogonality_penalty", &rankwise::penalty<rankwise::one_by_one>);
-  m.impl("_orthogonality_backward", &rankwise::penalty_backward<rankwise::one_by_one>);
+  m.impl("orthogonality_penalty", &rankwise::orthogonality_penalty_composite);
+  m.impl("_orthogonality_backward", &rankwise::orthogonality_backward_composite);
 }
 
 TORCH_LIBRARY_IMPL(rankwise, Autograd, m) {

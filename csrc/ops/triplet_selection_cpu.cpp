@@ -8,20 +8,16 @@
 #include <vector>
 
 #include "importance.h"
+#include "importance_checks.h"
 
 namespace rankwise {
 namespace {
 
 at::Tensor select_triplets_cpu(const at::Tensor& scores, at::IntArrayRef ranks,
                                at::IntArrayRef costs, int64_t budget, int64_t min_rank) {
-  TORCH_CHECK(scores.scalar_type() == at::kDouble && scores.is_contiguous() && scores.dim() == 1,
-              "select_triplets: scores must be a float64 vector");
-  TORCH_CHECK(costs.size() == ranks.size(), "select_triplets: there must be ", ranks.size(),
-              " costs, got ", costs.size());
+  check_triplet_selection(scores, ranks, costs);
   std::vector<size_t> adapter;
   for (size_t m = 0; m < ranks.size(); ++m) adapter.insert(adapter.end(), ranks[m], m);
-  TORCH_CHECK(scores.numel() == static_cast<int64_t>(adapter.size()),
-              "select_triplets: there must be ", adapter.size(), " scores, got ", scores.numel());
   const double* const score = scores.const_data_ptr<double>();
   std::vector<int64_t> order(adapter.size());
   std::iota(order.begin(), order.end(), 0);
@@ -45,8 +41,7 @@ at::Tensor select_triplets_cpu(const at::Tensor& scores, at::IntArrayRef ranks,
 }
 
 void mask_triplets_cpu_(at::TensorList lora_E, at::IntArrayRef ranks, const at::Tensor& kept) {
-  TORCH_CHECK(lora_E.size() == ranks.size(), "mask_triplets: there must be ", ranks.size(),
-              " tensors, got ", lora_E.size());
+  check_triplet_mask(lora_E, ranks, kept);
   const bool* keep = kept.const_data_ptr<bool>();
   for (size_t m = 0; m < ranks.size(); keep += ranks[m], ++m) {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, lora_E[m].scalar_type(),

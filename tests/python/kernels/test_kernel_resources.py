@@ -20,15 +20,25 @@ ARCHITECTURES = {"sm_80", "sm_90"}  # RANKWISE_CUDA_ARCHITECTURES
 # kernel -> (instances, most registers of a thread, most bytes of static shared memory). Registers:
 # 168 let three blocks of 128 threads run on one multiprocessor, 128 two of 256.
 PLAN = {
+    "check_gradients": (1, 48, 0),
     "column_products": (10, 168, 0),
     "dropout_mask_kernel": (4, 32, 0),
     "expand": (10, 168, 0),
     "finish_columns": (3, 40, 0),
     "finish_rows": (3, 40, 0),
     "gate_gradient": (3, 40, 1024),
+    "gram_deviation": (4, 128, 17408),
+    "importance_scores": (1, 48, 0),
+    "importance_step": (1, 48, 2048),
+    "mask_triplets": (1, 32, 0),
+    "order_triplets": (1, 48, 4096),
+    "orthogonality_gradient": (4, 64, 10752),
+    "orthogonality_terms": (2, 40, 2048),
     "output_products": (8, 128, 0),
     "probe_kernel": (1, 32, 0),
     "row_products": (20, 168, 0),
+    "spend_budget": (1, 40, 4616),
+    "sum_of_terms": (2, 40, 2048),
 }
 
 
