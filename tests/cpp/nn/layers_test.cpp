@@ -176,7 +176,7 @@ TEST(Layers, ClonesAreIndependent) {
   EXPECT_EQ(copy->rank(), 2);
   EXPECT_TRUE(copy->forward(x).equal(layer->forward(x)));
   for (const auto& item : copy->named_parameters()) {
-    const at::Tensor& own = layer->named_parameters()[item.key()];
+    const at::Tensor own = layer->named_parameters()[item.key()];
     EXPECT_NE(item.value().data_ptr(), own.data_ptr()) << item.key();
     EXPECT_EQ(item.value().requires_grad(), own.requires_grad()) << item.key();
   }

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import peft
 import pytest
@@ -52,12 +53,19 @@ def prefix_installation(folder: Path) -> Path:
     return folder
 
 
+class Consumer(NamedTuple):
+    build: Path
+    environment: dict[str, str]
+
+
 @pytest.fixture(scope="module", params=["pip", "prefix"])
 def consumer(request, tmp_path_factory, no_python):
     """The built project; its link line drops libraries that are not needed."""
-    prefix = PACKAGE / "share" / "cmake"
+    prefix, environment = PACKAGE / "share" / "cmake", dict(no_python)
     if request.param == "prefix":
         prefix = prefix_installation(tmp_path_factory.mktemp("prefix"))
+        # Built for the package, the library looks for torch's CUDA parts beside itself.
+        environment["LD_LIBRARY_PATH"] = str(TORCH / "lib")
     build = tmp_path_factory.mktemp("consumer")
     configure = ["cmake", "-S", ROOT / "tests" / "consumer", "-B", build, "-G", "Ninja"]
     configure += [f"-DCMAKE_PREFIX_PATH={prefix}", f"-DLibTorch_ROOT={TORCH}"]
@@ -67,7 +75,7 @@ def consumer(request, tmp_path_factory, no_python):
         assert result.returncode == 0, result.stdout + result.stderr
     cache = (build / "CMakeCache.txt").read_text()
     assert "LibTorch_PYTHON" not in cache and "Python_EXECUTABLE" not in cache
-    return build
+    return Consumer(build, environment)
 
 
 class Net(torch.nn.Module):
@@ -91,9 +99,12 @@ def program_base() -> Net:
     return base
 
 
-def test_python_and_peft_load_what_the_program_trained(consumer, no_python, tmp_path):
+def test_python_and_peft_load_what_the_program_trained(consumer, tmp_path):
     run = subprocess.run(
-        [consumer / "train", tmp_path], env=no_python, capture_output=True, text=True
+        [consumer.build / "train", tmp_path],
+        env=consumer.environment,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
@@ -111,14 +122,19 @@ def test_python_and_peft_load_what_the_program_trained(consumer, no_python, tmp_
     assert (before - wanted).abs().max() > 0.1
 
 
-def test_operators_are_there_without_a_symbol_being_used(consumer, no_python):
-    run = subprocess.run([consumer / "registered"], env=no_python, capture_output=True, text=True)
+def test_operators_are_there_without_a_symbol_being_used(consumer):
+    run = subprocess.run(
+        [consumer.build / "registered"], env=consumer.environment, capture_output=True, text=True
+    )
     assert (run.returncode, run.stdout) == (0, "rankwise::lora_linear is registered\n")
 
 
 def test_programs_need_no_python(consumer):
     for name in ["train", "registered"]:
-        needed = subprocess.run(["ldd", consumer / name], capture_output=True, text=True).stdout
+        environment = os.environ | consumer.environment | {"PATH": os.environ["PATH"]}
+        needed = subprocess.run(
+            ["ldd", consumer.build / name], env=environment, capture_output=True, text=True
+        ).stdout
         assert "librankwise.so => /" in needed
         assert "libpython" not in needed and "not found" not in needed
 
