@@ -28,9 +28,9 @@ constexpr LeastTile least_tile_16_bit{int64_t{1} << 25, 256, 1024};
 constexpr LeastTile least_tile_in_panels{int64_t{1} << 23, 1024, 64};
 constexpr int64_t most_tiles = 64, col_multiple = 64;
 
-const LeastTile& least_tile_for(const at::Tensor& result) {
+const LeastTile& least_tile_for(const at::Tensor& result, int64_t depth) {
   if (result.element_size() == 2) return least_tile_16_bit;
-  return in_panels(result) ? least_tile_in_panels : least_tile;
+  return in_panels(result, depth) ? least_tile_in_panels : least_tile;
 }
 
 int64_t divide_up(int64_t a, int64_t b) {
@@ -67,7 +67,7 @@ class OneThreadedMath {
 std::vector<Tile> output_tiles(const at::Tensor& result, int64_t depth) {
   const int64_t rows = result.size(0), cols = result.size(1);
   if (rows == 0 || cols == 0) return {};
-  const LeastTile& least = least_tile_for(result);
+  const LeastTile& least = least_tile_for(result, depth);
   const int64_t wanted = std::clamp<int64_t>(rows * cols * depth / least.macs, 1, most_tiles);
   const int64_t row_parts = std::clamp<int64_t>(rows / least.rows, 1, wanted);
   const int64_t col_parts = std::clamp<int64_t>(cols / least.cols, 1, divide_up(wanted, row_parts));

@@ -10,12 +10,14 @@ namespace rankwise {
 // Columns of a panel: four AVX-512 registers.
 constexpr int64_t panel_cols = 64;
 
-// Whether panels serve a product with this result: float32, enough rows to pay for packing, and a
-// processor for which oneDNN has the kernel. Depends on type, shape and machine alone.
-bool in_panels(const at::Tensor& out);
+// Whether panels serve a product with this result and inner size: float32, enough rows to pay for
+// packing, an inner size whose sum is as accurate as MKL's, and a processor for which oneDNN has
+// the kernel. Depends on type, shape and machine alone.
+bool in_panels(const at::Tensor& out, int64_t inner);
 
 // out = alpha * a b + start for a [rows, inner] and out with unit column strides, b [inner, cols]
-// of any strides, inner > 0. `start` is out itself, a row [cols], or undefined for zero.
+// of any strides, and an inner size that in_panels accepts. `start` is out itself, a row [cols], or
+// undefined for zero.
 void multiply_panels(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double alpha,
                      const at::Tensor& start);
 

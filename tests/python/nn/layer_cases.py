@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from tolerances import assert_same_bits
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -118,3 +119,12 @@ def nearest(exact: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = np.ldexp(np.rint(np.ldexp(values, -step)), step)
     rounded[np.abs(rounded) > torch.finfo(dtype).max] = np.inf
     return torch.from_numpy(rounded).to(dtype)
+
+
+def assert_nearest(weight: Tensor, exact: Tensor, what: str = "merged weight") -> None:
+    """The float64 sum rounded once, to the bit; in float64 up to the sum's own roundings, whose
+    order differs between machines."""
+    if weight.dtype == torch.float64:
+        torch.testing.assert_close(weight.detach(), exact.detach(), rtol=1e-14, atol=1e-14)
+    else:
+        assert_same_bits(weight, nearest(exact, weight.dtype), what)

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from layer_cases import DTYPES, FLOATS, KINDS, exact_weight, factors, make, nearest
+from layer_cases import DTYPES, FLOATS, KINDS, assert_nearest, exact_weight, factors, make, nearest
 from tolerances import assert_same_bits
 
 import rankwise as rw
@@ -16,7 +16,7 @@ def test_every_bit_is_that_of_the_nearest_number(kind, dtype, adapter_dtype):
     layer = make(kind, dtype, adapter_dtype=adapter_dtype)
     exact = exact_weight(layer, layer.weight)
     layer.merge()
-    assert_same_bits(layer.weight, nearest(exact, dtype), "merged weight")
+    assert_nearest(layer.weight, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -39,7 +39,7 @@ def test_sums_close_to_a_midpoint_are_not_rounded_twice(dtype, above, base):
     exact = exact_weight(layer, layer.weight)
     assert not torch.equal(exact, layer.weight.double())
     layer.merge()
-    assert_same_bits(layer.weight, nearest(exact, dtype), "merged weight")
+    assert_nearest(layer.weight, exact)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

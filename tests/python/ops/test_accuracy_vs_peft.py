@@ -1,4 +1,4 @@
-# Error against float64 of y, dx, dA and dB: at most 1.05 times that of PEFT's eager layer.
+# Error against float64 of y, dx, dA and dB: RMS and largest, at most PEFT's but for a small allowance.
 """The reference is float64 on the same rounded inputs."""
 
 import pytest
@@ -9,7 +9,8 @@ from samples import DTYPES
 
 import rankwise
 
-ALLOWANCE = 1.05  # times PEFT's
+# Times PEFT's. The largest of millions of errors is itself a matter of chance.
+ALLOWANCE = {"rms": 1.05, "max": 1.1}
 SCALING = 2.0
 LARGE = 2**22  # elements of W0 from which on one seed gives enough numbers
 RESULTS = ("y", "dx", "dA", "dB")
@@ -90,7 +91,7 @@ def check(shape: tuple[int, ...], dtype: str, device: str = "cpu") -> None:
             b = theirs_by_kind[kind]
             line = f"{name} {kind}: rankwise {a:.3e}, PEFT {b:.3e}, ratio {a / b:.3f}"
             print(line)
-            if not a <= ALLOWANCE * b:
+            if not a <= ALLOWANCE[kind] * b:
                 worse.append(line)
     assert not worse, f"tokens, in, out, rank = {shape}, {dtype}: " + "; ".join(worse)
 
