@@ -1,4 +1,4 @@
-# Error against float64 of y, dx, dA and dB: RMS and largest, at most PEFT's but for a small allowance.
+# Error against float64 of y, dx, dA and dB, RMS and largest: at most that of PEFT, or a little more.
 """The reference is float64 on the same rounded inputs."""
 
 import pytest
