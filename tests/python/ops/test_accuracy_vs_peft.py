@@ -1,4 +1,4 @@
-# Error against float64 of y, dx, dA and dB, RMS and largest: at most that of PEFT, or a little more.
+# Errors of y, dx, dA, dB against float64, RMS and largest: at most those of PEFT, or a little more.
 """The reference is float64 on the same rounded inputs."""
 
 import pytest
