@@ -6,8 +6,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include <algorithm>
-
-#include "panels_cpu.h"
+#include <atomic>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -25,13 +24,8 @@ struct LeastTile {
 };
 constexpr LeastTile least_tile{int64_t{1} << 25, 256, 384};  // 0.25 ms of float64 work, or more
 constexpr LeastTile least_tile_16_bit{int64_t{1} << 25, 256, 1024};
-constexpr LeastTile least_tile_in_panels{int64_t{1} << 23, 1024, 64};
+constexpr int64_t least_products = int64_t{1} << 18;  // of a thread: about 10 microseconds
 constexpr int64_t most_tiles = 64, col_multiple = 64;
-
-const LeastTile& least_tile_for(const at::Tensor& result, int64_t depth) {
-  if (result.element_size() == 2) return least_tile_16_bit;
-  return in_panels(result, depth) ? least_tile_in_panels : least_tile;
-}
 
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -67,7 +61,7 @@ class OneThreadedMath {
 std::vector<Tile> output_tiles(const at::Tensor& result, int64_t depth) {
   const int64_t rows = result.size(0), cols = result.size(1);
   if (rows == 0 || cols == 0) return {};
-  const LeastTile& least = least_tile_for(result, depth);
+  const LeastTile& least = result.element_size() == 2 ? least_tile_16_bit : least_tile;
   const int64_t wanted = std::clamp<int64_t>(rows * cols * depth / least.macs, 1, most_tiles);
   const int64_t row_parts = std::clamp<int64_t>(rows / least.rows, 1, wanted);
   const int64_t col_parts = std::clamp<int64_t>(cols / least.cols, 1, divide_up(wanted, row_parts));
@@ -86,11 +80,19 @@ int64_t scratch_step(int64_t width) {
 }
 
 void run_blocks(int64_t count, const std::function<void(int64_t)>& body) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  run_products(count, least_products, body);
+}
+
+void run_products(int64_t count, int64_t products, const std::function<void(int64_t)>& body) {
+  const auto worth = static_cast<double>(count) * static_cast<double>(products) / least_products;
+  const auto most = static_cast<double>(std::min<int64_t>(count, at::get_num_threads()));
+  const auto threads = static_cast<int64_t>(std::min(std::max(worth, 1.0), most));
+  std::atomic<int64_t> next = 0;  // blocks differ in length: a thread takes the next one left
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const OneThreadedMath one_thread;
-    for (int64_t i = begin; i < end; ++i) body(i);
+    for (int64_t i = next++; i < count; i = next++) body(i);
   });
 }
 

@@ -49,4 +49,8 @@ int64_t scratch_step(int64_t width);
 // inside uses one thread, whatever the number of blocks.
 void run_blocks(int64_t count, const std::function<void(int64_t)>& body);
 
+// The same for blocks of at most `products` multiplications each: on fewer threads where waking
+// them would take longer than they save.
+void run_products(int64_t count, int64_t products, const std::function<void(int64_t)>& body);
+
 }  // namespace rankwise

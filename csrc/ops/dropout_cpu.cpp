@@ -1,4 +1,5 @@
-// Dropout masks on the CPU: Philox's numbers, used as they are made.
+// Dropout masks on the CPU: Philox's numbers compared, and the masked copies. By hand for AVX-512,
+// whose mask registers take the bits as they are.
 #include "dropout_cpu.h"
 
 #include <ATen/ATen.h>
@@ -15,78 +16,118 @@
 #include "philox_cpu.h"
 #include "vector_clones.h"
 
+#if RANKWISE_X86_DISPATCH
+#include <immintrin.h>
+#endif
+
 namespace rankwise {
 namespace {
 
 static_assert(std::endian::native == std::endian::little, "16-bit halves are read in memory order");
 
-constexpr int64_t chunk_blocks = 8 * philox_lanes;  // 1024 numbers, 2 KiB of stack
 constexpr int64_t numbers_per_block = kernels::elements_per_block;
+constexpr int64_t chunk_words = 16;  // of bits: 1024 numbers, 2 KiB of stack
+constexpr int64_t chunk = chunk_words * kept_word;
+static_assert(chunk % (philox_lanes * numbers_per_block) == 0);
 
-// Calls use(offset, numbers, size) over elements [first, first + count) of the mask.
-template <typename Use>
-void for_numbers(uint64_t seed, int64_t first, int64_t count, const Use& use) {
-  alignas(64) uint32_t words[4 * chunk_blocks];
-  const auto* numbers = reinterpret_cast<const uint16_t*>(words);
-  for (int64_t done = 0; done < count;) {
-    const int64_t block = (first + done) / numbers_per_block;
-    const int64_t skip = (first + done) % numbers_per_block;
-    const int64_t size = std::min(count - done, chunk_blocks * numbers_per_block - skip);
-    const int64_t blocks = (skip + size + numbers_per_block - 1) / numbers_per_block;
-    philox_numbers(seed, static_cast<uint64_t>(block), blocks, words);
-    use(done, numbers + skip, size);
-    done += size;
+[[gnu::always_inline]] inline void compare_in_loops(const uint16_t* numbers, uint16_t last,
+                                                    int64_t words, uint64_t* bits) {
+  for (int64_t w = 0; w < words; ++w) {
+    uint64_t word = 0;
+    for (int64_t j = 0; j < kept_word; ++j)
+      word |= static_cast<uint64_t>(numbers[w * kept_word + j] > last) << j;
+    bits[w] = word;
   }
 }
 
-// `last` is the largest number that drops an element: 16 bits, so that 16-bit elements are compared
-// and chosen in vectors of their own width.
 template <typename From, typename To>
-[[gnu::always_inline]] inline void select_kept(const From* src, To* dst, const uint16_t* numbers,
-                                               uint16_t last, int64_t size) {
-#pragma GCC ivdep  // dst may be src itself, but never overlaps otherwise
-  for (int64_t j = 0; j < size; ++j) {
-    if constexpr (std::is_same_v<To, uint16_t>) {
-      dst[j] = src[j] & static_cast<uint16_t>(-int{numbers[j] > last});  // a choice stays scalar
-    } else {
-      dst[j] = numbers[j] <= last ? To(0) : static_cast<To>(src[j]);
-    }
+[[gnu::always_inline]] inline void copy_in_loops(const From* src, To* dst, const uint64_t* bits,
+                                                 int64_t count) {
+  for (int64_t j = 0; j < count; ++j)
+    dst[j] = bits[j / kept_word] >> (j % kept_word) & 1 ? static_cast<To>(src[j]) : To(0);
+}
+
+#if RANKWISE_X86_DISPATCH
+
+const bool has_avx512bw = __builtin_cpu_supports("avx512bw") != 0;
+
+RANKWISE_TARGET("avx512bw")
+void compare_in_vectors(const uint16_t* numbers, uint16_t last, int64_t words, uint64_t* bits) {
+  const __m512i bound = _mm512_set1_epi16(static_cast<int16_t>(last));
+  for (int64_t w = 0; w < words; ++w, numbers += kept_word) {
+    const uint64_t low = _mm512_cmpgt_epu16_mask(_mm512_loadu_si512(numbers), bound);
+    const uint64_t high = _mm512_cmpgt_epu16_mask(_mm512_loadu_si512(numbers + 32), bound);
+    bits[w] = low | high << 32;
   }
+}
+
+// n bits from bit j on; none crosses a word.
+template <typename Mask>
+Mask bits_at(const uint64_t* bits, int64_t j) {
+  return static_cast<Mask>(bits[j / kept_word] >> (j % kept_word));
+}
+
+RANKWISE_TARGET("avx512bw")
+void copy_in_vectors(const float* src, float* dst, const uint64_t* bits, int64_t count) {
+  int64_t j = 0;
+  for (; j + 16 <= count; j += 16)
+    _mm512_storeu_ps(dst + j, _mm512_maskz_loadu_ps(bits_at<__mmask16>(bits, j), src + j));
+  if (j == count) return;
+  const auto rest = static_cast<__mmask16>((1U << (count - j)) - 1);
+  const auto kept = static_cast<__mmask16>(bits_at<__mmask16>(bits, j) & rest);
+  _mm512_mask_storeu_ps(dst + j, rest, _mm512_maskz_loadu_ps(kept, src + j));
+}
+
+RANKWISE_TARGET("avx512bw")
+void copy_in_vectors(const uint16_t* src, uint16_t* dst, const uint64_t* bits, int64_t count) {
+  int64_t j = 0;
+  for (; j + 32 <= count; j += 32)
+    _mm512_storeu_si512(dst + j, _mm512_maskz_loadu_epi16(bits_at<__mmask32>(bits, j), src + j));
+  if (j == count) return;
+  const auto rest = static_cast<__mmask32>((uint64_t{1} << (count - j)) - 1);
+  const __mmask32 kept = bits_at<__mmask32>(bits, j) & rest;
+  _mm512_mask_storeu_epi16(dst + j, rest, _mm512_maskz_loadu_epi16(kept, src + j));
+}
+
+#else
+
+constexpr bool has_avx512bw = false;
+void compare_in_vectors(const uint16_t*, uint16_t, int64_t, uint64_t*) {}
+template <typename T>
+void copy_in_vectors(const T*, T*, const uint64_t*, int64_t) {}
+
+#endif
+
+// bits[w] bit j: numbers[64 w + j] > last.
+void compare(const uint16_t* numbers, uint16_t last, int64_t words, uint64_t* bits) {
+  if (has_avx512bw) return compare_in_vectors(numbers, last, words, bits);
+  compare_in_loops(numbers, last, words, bits);
+}
+
+void copy(const float* src, float* dst, const uint64_t* bits, int64_t count) {
+  if (has_avx512bw) return copy_in_vectors(src, dst, bits, count);
+  copy_in_loops(src, dst, bits, count);
+}
+
+void copy(const uint16_t* src, uint16_t* dst, const uint64_t* bits, int64_t count) {
+  if (has_avx512bw) return copy_in_vectors(src, dst, bits, count);
+  copy_in_loops(src, dst, bits, count);
 }
 
 // target_clones does not go with templates: the vector forms of the loop above.
-#define RANKWISE_COPY_KEPT(From, To)                                                       \
-  RANKWISE_VECTOR_CLONES void copy_kept(const From* src, To* dst, const uint16_t* numbers, \
-                                        uint16_t last, int64_t size) {                     \
-    select_kept(src, dst, numbers, last, size);                                            \
+#define RANKWISE_COPY(From, To)                                                    \
+  RANKWISE_VECTOR_CLONES void copy(const From* src, To* dst, const uint64_t* bits, \
+                                   int64_t count) {                                \
+    copy_in_loops(src, dst, bits, count);                                          \
   }
-RANKWISE_COPY_KEPT(double, double)
-RANKWISE_COPY_KEPT(float, float)
-RANKWISE_COPY_KEPT(uint16_t, uint16_t)  // bfloat16 and half, whose zero has no bit set
-RANKWISE_COPY_KEPT(c10::BFloat16, float)
-RANKWISE_COPY_KEPT(c10::Half, float)
-#undef RANKWISE_COPY_KEPT
+RANKWISE_COPY(double, double)
+RANKWISE_COPY(at::BFloat16, float)
+RANKWISE_COPY(at::Half, float)
+#undef RANKWISE_COPY
 
-// The type whose bits a copy moves.
+// The bits of one type of 16-bit numbers are as good as the other's: zero has none.
 template <typename From, typename To>
 using Moved = std::conditional_t<std::is_same_v<From, To> && sizeof(From) == 2, uint16_t, From>;
-
-template <typename From, typename To>
-void copy_block(const at::Tensor& src, const at::Tensor& dst, BlockOrigin origin, int64_t seed,
-                uint32_t threshold) {
-  for (int64_t i = 0; i < src.size(0); ++i) {
-    using Bits = Moved<From, To>;
-    using Result = std::conditional_t<std::is_same_v<From, To>, Bits, To>;
-    const auto* from =
-        reinterpret_cast<const Bits*>(src.const_data_ptr<From>()) + i * src.stride(0);
-    auto* to = reinterpret_cast<Result*>(dst.mutable_data_ptr<To>()) + i * dst.stride(0);
-    for_numbers(static_cast<uint64_t>(seed), (origin.row + i) * origin.total_cols + origin.col,
-                src.size(1), [&](int64_t offset, const uint16_t* numbers, int64_t size) {
-                  copy_kept(from + offset, to + offset, numbers,
-                            static_cast<uint16_t>(threshold - 1), size);
-                });
-  }
-}
 
 at::Tensor dropout_mask_cpu(const at::Tensor& seed, int64_t rows, int64_t cols, double dropout_p,
                             at::ScalarType dtype) {
@@ -106,13 +147,47 @@ at::Tensor dropout_mask_cpu(const at::Tensor& seed, int64_t rows, int64_t cols, 
 
 }  // namespace
 
+void draw_kept(int64_t seed, uint32_t threshold, int64_t first, int64_t count, uint64_t* bits) {
+  // Numbers before `first` of its block are passed over.
+  alignas(64) uint32_t words[(chunk + philox_lanes * numbers_per_block) / 2];
+  const auto* const numbers = reinterpret_cast<const uint16_t*>(words);
+  const int64_t skip = first % numbers_per_block;
+  for (int64_t done = 0; done < count; done += chunk) {
+    const int64_t size = std::min(count - done, chunk);
+    philox_numbers(static_cast<uint64_t>(seed),
+                   static_cast<uint64_t>((first + done) / numbers_per_block),
+                   (skip + size + numbers_per_block - 1) / numbers_per_block, words);
+    compare(numbers + skip, static_cast<uint16_t>(threshold - 1), kept_words(size),
+            bits + done / kept_word);
+  }
+}
+
+template <typename From, typename To>
+void copy_kept(const From* src, To* dst, const uint64_t* bits, int64_t count) {
+  using Bits = Moved<From, To>;
+  using Result = std::conditional_t<std::is_same_v<From, To>, Bits, To>;
+  copy(reinterpret_cast<const Bits*>(src), reinterpret_cast<Result*>(dst), bits, count);
+}
+template void copy_kept(const float*, float*, const uint64_t*, int64_t);
+template void copy_kept(const at::BFloat16*, at::BFloat16*, const uint64_t*, int64_t);
+template void copy_kept(const at::BFloat16*, float*, const uint64_t*, int64_t);
+
 void dropout_copy(const at::Tensor& src, const at::Tensor& dst, BlockOrigin origin, int64_t seed,
                   uint32_t threshold) {
+  std::vector<uint64_t> bits(kept_words(src.size(1)));
+  const auto copy_rows = [&]<typename From, typename To>() -> void {
+    for (int64_t i = 0; i < src.size(0); ++i) {
+      draw_kept(seed, threshold, (origin.row + i) * origin.total_cols + origin.col, src.size(1),
+                bits.data());
+      copy_kept(src.const_data_ptr<From>() + i * src.stride(0),
+                dst.mutable_data_ptr<To>() + i * dst.stride(0), bits.data(), src.size(1));
+    }
+  };
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, src.scalar_type(), "dropout_copy", [&] {
     if (dst.scalar_type() == src.scalar_type()) {
-      copy_block<scalar_t, scalar_t>(src, dst, origin, seed, threshold);
+      copy_rows.template operator()<scalar_t, scalar_t>();
     } else if constexpr (sizeof(scalar_t) == 2) {
-      copy_block<scalar_t, float>(src, dst, origin, seed, threshold);
+      copy_rows.template operator()<scalar_t, float>();
     }
   });
 }

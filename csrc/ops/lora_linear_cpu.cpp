@@ -7,53 +7,18 @@
 #include <ATen/OpMathType.h>
 #include <torch/library.h>
 
+#include "adapter_cpu.h"
 #include "checks.h"
 #include "cpu_blocks.h"
 #include "dispatch.h"
 #include "dropout.h"
 #include "dropout_cpu.h"
+#include "lora_linear_panels_cpu.h"
 #include "matrices.h"
-#include "panels_cpu.h"
 #include "products_cpu.h"
 
 namespace rankwise {
 namespace {
-
-// One call's active factors and the dropout of its input.
-struct Adapter {
-  at::Tensor A, B, E;  // [rank, in], [out, rank], [rank, 1] or undefined
-  double scaling;
-  Dropout dropout;
-  int64_t seed;
-
-  Adapter(const at::Tensor& lora_A, const at::Tensor& lora_B,
-          const std::optional<at::Tensor>& lora_E, double scaling_, double dropout_p,
-          const at::Tensor& seed_tensor, int64_t rank)
-      : A(lora_A.narrow(0, 0, rank)),
-        B(lora_B.narrow(1, 0, rank)),
-        E(has(lora_E) ? lora_E->narrow(0, 0, rank) : at::Tensor()),
-        scaling(scaling_),
-        dropout(dropout_p),
-        seed(dropout.active() ? *seed_tensor.const_data_ptr<int64_t>() : 0) {}
-
-  at::ScalarType dtype() const { return A.scalar_type(); }
-  int64_t rank() const { return A.size(0); }
-
-  // The block in the adapter's dtype: a view where it is that already.
-  at::Tensor cast(const at::Tensor& block) const { return block.to(dtype()); }
-
-  // The block of x with dropped elements zero, unscaled.
-  at::Tensor dropped(const at::Tensor& x, const Tile& tile) const {
-    const at::Tensor block = tile.of(x);
-    if (!dropout.active()) return cast(block);
-    const at::Tensor masked = at::empty(block.sizes(), block.options().dtype(dtype()));
-    dropout_copy(block, masked, {tile.row.start, tile.col.start, x.size(1)}, seed,
-                 dropout.threshold());
-    return masked;
-  }
-
-  double keep_scale() const { return dropout.active() ? dropout.keep_scale() : 1.0; }
-};
 
 // Calls fill(block) for a block of `dtype` whose content then stands, rounded once, in out.
 template <typename Fill>
@@ -65,7 +30,7 @@ void rounded_into(at::Tensor out, at::ScalarType dtype, const Fill& fill) {
 }
 
 // hidden = drop(x) A^T, [tokens, rank].
-at::Tensor project(const Adapter& adapter, const at::Tensor& x) {
+at::Tensor project(const ActiveAdapter& adapter, const at::Tensor& x) {
   const at::Tensor hidden =
       at::empty({x.size(0), adapter.rank()}, x.options().dtype(adapter.dtype()));
   const Split rows(x.size(0), scratch_step(x.size(1)));
@@ -78,13 +43,14 @@ at::Tensor project(const Adapter& adapter, const at::Tensor& x) {
 }
 
 // Which of the two terms of y and dx is computed first.
-bool lora_first(const Adapter& adapter, const at::Tensor& result) {
+bool lora_first(const ActiveAdapter& adapter, const at::Tensor& result) {
   return adapter.rank() > 0 && result.element_size() == 2;
 }
 
 // y = scaling * gated B^T + bias + x W0^T.
-at::Tensor expand_and_accumulate(const Adapter& adapter, const at::Tensor& x, const at::Tensor& w,
-                                 const std::optional<at::Tensor>& bias, const at::Tensor& gated) {
+at::Tensor expand_and_accumulate(const ActiveAdapter& adapter, const at::Tensor& x,
+                                 const at::Tensor& w, const std::optional<at::Tensor>& bias,
+                                 const at::Tensor& gated) {
   const at::Tensor y = at::empty({x.size(0), w.size(0)}, x.options());
   const std::vector<Tile> tiles = output_tiles(y, x.size(1));
   run_blocks(static_cast<int64_t>(tiles.size()), [&](int64_t i) {
@@ -113,18 +79,22 @@ ForwardResult lora_linear_forward_cpu(const at::Tensor& input, const at::Tensor&
   check_lora_linear("lora_linear", input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p,
                     rank);
   const at::Tensor seed = Dropout(dropout_p).draw_seed(input);
-  const Adapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  const ActiveAdapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
   const at::Tensor x = matrix(input);
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = weight.size(0);
+  if (in_panels(x, weight, adapter)) {
+    const auto [y, hidden] = forward_in_panels(adapter, x, weight, bias);
+    return {y.view(shape), hidden, seed};
+  }
   const at::Tensor hidden = project(adapter, x);
   const at::Tensor gated = adapter.E.defined() ? hidden * adapter.E.t() : hidden;
   const at::Tensor y = expand_and_accumulate(adapter, x, weight, bias, gated);
-  std::vector<int64_t> shape = input.sizes().vec();
-  shape.back() = weight.size(0);
   return {y.view(shape), hidden, seed};
 }
 
 // scaling * keep_scale * dy (B o E^T), [tokens, rank]: the gradient of the unscaled mask(x) A^T.
-at::Tensor hidden_gradient(const Adapter& adapter, const at::Tensor& dy) {
+at::Tensor hidden_gradient(const ActiveAdapter& adapter, const at::Tensor& dy) {
   const at::Tensor gated_B = adapter.E.defined() ? adapter.B * adapter.E.t() : adapter.B;
   const at::Tensor dh =
       at::empty({dy.size(0), adapter.rank()}, dy.options().dtype(adapter.dtype()));
@@ -150,17 +120,14 @@ at::Tensor reduce_tokens(const at::Tensor& factor, const at::Tensor& m, double a
     if (rows.count() == 0) out.zero_();
     for (int64_t j = 0; j < rows.count(); ++j) {
       const at::Tensor left = rows[j].of(factor, 0).t(), right = load(Tile{rows[j], cols[i]});
-      if (panels_serve(out.scalar_type()))
-        multiply_few_rows(out, left, right, alpha, /*accumulate=*/j > 0);
-      else
-        at::addmm_out(out, out, left, right, /*beta=*/j > 0, alpha);
+      at::addmm_out(out, out, left, right, /*beta=*/j > 0, alpha);
     }
   });
   return result;
 }
 
 // dx = mask(dh A) + dy W0.
-at::Tensor input_gradient(const Adapter& adapter, const at::Tensor& dy, const at::Tensor& w,
+at::Tensor input_gradient(const ActiveAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
                           const at::Tensor& dh) {
   const at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
   const std::vector<Tile> tiles = output_tiles(dx, dy.size(1));
@@ -215,9 +182,10 @@ at::Tensor bias_gradient(const at::Tensor& dy) {
 
 // The active part's gradient inside a factor-shaped tensor whose other directions are zero.
 at::Tensor in_capacity(const at::Tensor& active, const at::Tensor& factor, int64_t dim) {
-  const at::Tensor full = active.size(dim) == factor.size(dim)
-                              ? at::empty(factor.sizes(), factor.options())
-                              : at::zeros(factor.sizes(), factor.options());
+  if (active.size(dim) == factor.size(dim) && active.is_contiguous() &&
+      active.scalar_type() == factor.scalar_type())
+    return active;
+  const at::Tensor full = at::zeros(factor.sizes(), factor.options());
   full.narrow(dim, 0, active.size(dim)).copy_(active);
   return full;
 }
@@ -232,23 +200,32 @@ BackwardResult lora_linear_backward_cpu(const at::Tensor& grad_output, const at:
   check_lora_linear("lora_linear", input, weight, {}, lora_A, lora_B, lora_E, scaling, dropout_p,
                     rank);
   check_backward("lora_linear", grad_output, input, weight, lora_A, hidden, seed, dropout_p, rank);
-  const Adapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  const ActiveAdapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
   const at::Tensor dy = matrix(grad_output);
   const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
   at::Tensor dx, dw, db, dA, dB, dE;
 
+  const at::Tensor x = matrix(input);
+  if (need_w) dw = weight_gradient(dy, x);
+  if (need_b) db = bias_gradient(dy);
+  if (in_panels(x, weight, adapter)) {
+    const FactorGradients d =
+        backward_in_panels(adapter, dy, x, weight, hidden, {need_x, need_A, need_B, need_E});
+    if (need_x) dx = d.x.view(input.sizes());
+    if (need_A) dA = in_capacity(d.A, lora_A, 0);
+    if (need_B) dB = in_capacity(d.B, lora_B, 1);
+    if (need_E) dE = in_capacity(d.E, *lora_E, 0);
+    return {dx, dw, db, dA, dB, dE};
+  }
   if (need_x || need_A) {
     const at::Tensor dh = hidden_gradient(adapter, dy);
     if (need_x) dx = input_gradient(adapter, dy, weight, dh).view(input.sizes());
     if (need_A) {
-      const at::Tensor x = matrix(input);
       dA = in_capacity(
           reduce_tokens(dh, x, 1.0, [&](const Tile& tile) { return adapter.dropped(x, tile); }),
           lora_A, 0);
     }
   }
-  if (need_w) dw = weight_gradient(dy, matrix(input));
-  if (need_b) db = bias_gradient(dy);
   if (need_B || need_E) {
     // g = scaling * hidden^T dy, [rank, out]: dB = (g o E)^T and dE_i = sum_n B[n, i] g[i, n].
     const at::Tensor g = reduce_tokens(hidden, dy, scaling,

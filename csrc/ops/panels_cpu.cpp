@@ -1,151 +1,128 @@
-// Packing, and the loops around oneDNN's micro-kernel.
+// Packing: copies, interleaved rows, and transposition of 16 x 16 words in registers.
 #include "panels_cpu.h"
 
-#include <ATen/ATen.h>
-#include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
 
 #include <algorithm>
-#include <vector>
+#include <cstring>
+#include <utility>
 
-#include "cpu_blocks.h"
-#include "products_cpu.h"
+#include "micro_kernel_cpu.h"
 #include "vector_clones.h"
 
 namespace rankwise {
 namespace {
 
-constexpr int64_t panel_rows = 64;  // of a and out for one call of the kernel
-// The kernel adds up one after the other: runs of 192 have the errors of MKL's sums, runs of 128
-// have RMS errors a sixth smaller for 2 % of the time.
-constexpr int64_t panel_run = 128;
-constexpr int64_t longest_inner = 4096;  // a panel of 1 MiB, a core's cache
-constexpr int64_t few_rows_run = 64;
-constexpr int64_t least_rows = 32;  // fewer do not pay for packing
+constexpr int64_t lanes = 16;
+typedef uint32_t Words __attribute__((vector_size(4 * lanes)));
 
-bool kernel_available() {
-  static const bool available = [] {
-    const float one = 1;
-    float result = 0;
-    try {
-      at::native::cpublas::brgemm(1, 1, 1, 1, 1, 1, /*add_C=*/false, &one, &one, &result);
-    } catch (const c10::Error&) {
-      return false;
-    }
-    return result == 1;
-  }();
-  return available;
+// Exchanges lanes l + distance of the first with lanes l of the second, for l without that bit.
+template <int distance, size_t... l>
+[[gnu::always_inline]] inline void exchange(Words& a, Words& b, std::index_sequence<l...>) {
+  const Words low = __builtin_shufflevector(a, b, ((l & distance) ? l - distance + lanes : l)...);
+  b = __builtin_shufflevector(a, b, ((l & distance) ? l + lanes : l + distance)...);
+  a = low;
 }
 
-// This thread's scratch memory: at least `count` numbers of any content.
-float* scratch(int64_t count) {
-  thread_local std::vector<float> memory;
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
-  return memory.data();
+template <int distance>
+[[gnu::always_inline]] inline void exchange_all(Words* rows) {
+  for (int64_t i = 0; i < lanes; ++i)
+    if ((i & distance) == 0)
+      exchange<distance>(rows[i], rows[i + distance], std::make_index_sequence<lanes>());
 }
 
-// A matrix as addresses.
-struct Elements {
-  explicit Elements(const at::Tensor& matrix)
-      : data(matrix.const_data_ptr<float>()), down(matrix.stride(0)), across(matrix.stride(1)) {}
-  const float* at(int64_t row, int64_t col) const { return data + row * down + col * across; }
+// Rows of a panel lie far apart, which the processor's own prefetching does not foresee.
+[[gnu::always_inline]] inline void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+constexpr int64_t rows_ahead = 16;
 
-  const float* data;
-  int64_t down, across;
-};
+[[gnu::always_inline]] inline uint32_t load_word(const char* from) {
+  uint32_t word;
+  std::memcpy(&word, from, sizeof word);
+  return word;
+}
 
-// panel[k][j] = alpha * b[k, j], contiguous. Where b's rows are not contiguous, sixteen columns at
-// a time: each reads a cache line of its own to the end.
+// to[w][j] = word w of row j, for `words` words of `rows` rows that lie row_bytes apart.
 RANKWISE_VECTOR_CLONES
-void pack(const float* b, int64_t down, int64_t across, int64_t inner, int64_t cols, float alpha,
-          float* panel) {
-  constexpr int64_t group = 16;
-  if (across == 1) {
-    for (int64_t k = 0; k < inner; ++k)
-      for (int64_t j = 0; j < cols; ++j) panel[k * cols + j] = alpha * b[k * down + j];
-    return;
-  }
-  for (int64_t first = 0; first < cols; first += group) {
-    const int64_t count = std::min(group, cols - first);
-    const float* const from = b + first * across;
-    float* const to = panel + first;
-    if (count == group) {
-      for (int64_t k = 0; k < inner; ++k)
-        for (int64_t j = 0; j < group; ++j) to[k * cols + j] = alpha * from[k * down + j * across];
-    } else {
-      for (int64_t k = 0; k < inner; ++k)
-        for (int64_t j = 0; j < count; ++j) to[k * cols + j] = alpha * from[k * down + j * across];
+void transpose_words(const char* from, int64_t row_bytes, int64_t rows, int64_t words, uint32_t* to,
+                     int64_t stride) {
+  for (int64_t j = 0; j < rows; j += lanes) {
+    const char* const group = from + j * row_bytes;
+    int64_t w = 0;
+    if (j + lanes <= rows) {
+      for (; w + lanes <= words; w += lanes) {
+        Words square[lanes];
+        if (w + 4 * lanes < words)
+          for (int64_t i = 0; i < lanes; ++i)
+            prefetch(group + i * row_bytes + 4 * (w + 4 * lanes), 64);
+        for (int64_t i = 0; i < lanes; ++i)
+          std::memcpy(&square[i], group + i * row_bytes + 4 * w, sizeof(Words));
+        exchange_all<8>(square);
+        exchange_all<4>(square);
+        exchange_all<2>(square);
+        exchange_all<1>(square);
+        for (int64_t i = 0; i < lanes; ++i)
+          std::memcpy(to + (w + i) * stride + j, &square[i], sizeof(Words));
+      }
     }
+    const int64_t count = std::min(lanes, rows - j);
+    for (; w < words; ++w)
+      for (int64_t i = 0; i < count; ++i)
+        to[w * stride + j + i] = load_word(group + i * row_bytes + 4 * w);
   }
 }
 
-// Calls body(start, size) for all rows. The kernel is generated anew for each size, so there are
-// few of them: panel_rows and the powers of two below it.
-template <typename Body>
-void row_blocks(int64_t rows, const Body& body) {
-  int64_t start = 0;
-  for (int64_t size = panel_rows; start < rows; size /= 2)
-    for (; start + size <= rows; start += size) body(start, size);
+// to[j] = (a[j], b[j])
+RANKWISE_VECTOR_CLONES
+void interleave(const uint16_t* a, const uint16_t* b, int64_t count, uint32_t* to) {
+  for (int64_t j = 0; j < count; ++j) to[j] = a[j] | uint32_t{b[j]} << 16;
 }
 
 }  // namespace
 
-bool panels_serve(at::ScalarType dtype) {
-  return dtype == at::kFloat && kernel_available();
-}
-
-bool in_panels(const at::Tensor& out, int64_t inner) {
-  return out.size(0) >= least_rows && inner > 0 && inner <= longest_inner &&
-         panels_serve(out.scalar_type());
-}
-
-void multiply_panels(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double alpha,
-                     const at::Tensor& start) {
-  const int64_t inner = a.size(1);
-  const Split parts(inner, panel_run), cols(out.size(1), panel_cols);
-  const bool from_row = start.defined() && !start.is_same(out);
-  const at::Tensor row = from_row ? start.to(at::kFloat).contiguous() : at::Tensor();
-  float* const panel = scratch(inner * panel_cols);
-  const Elements left(a), right(b);
-  float* const result = out.mutable_data_ptr<float>();
-  for (int64_t j = 0; j < cols.count(); ++j) {
-    const auto [first_col, width] = cols[j];
-    pack(right.at(0, first_col), right.down, right.across, inner, width, static_cast<float>(alpha),
-         panel);
-    row_blocks(out.size(0), [&](int64_t first_row, int64_t rows) {
-      float* const block = result + first_row * out.stride(0) + first_col;
-      if (from_row) {
-        const float* const from = row.const_data_ptr<float>() + first_col;
-        for (int64_t k = 0; k < rows; ++k) std::copy_n(from, width, block + k * out.stride(0));
-      }
-      for (int64_t k = 0; k < parts.count(); ++k) {
-        at::native::cpublas::brgemm(rows, width, parts[k].size, left.down, width, out.stride(0),
-                                    start.defined() || k > 0, left.at(first_row, parts[k].start),
-                                    panel + parts[k].start * width, block);
-      }
-    });
+template <>
+void pack(Elements<float> b, int64_t inner, int64_t cols, float* panel, int64_t stride) {
+  if (b.down == 1) {
+    transpose_words(reinterpret_cast<const char*>(b.data), 4 * b.across, cols, inner,
+                    reinterpret_cast<uint32_t*>(panel), stride);
+    return;
+  }
+  for (int64_t k = 0; k < inner; ++k) {
+    if (b.across == 1) {
+      if (k + rows_ahead < inner) prefetch(&b(k + rows_ahead, 0), 4 * cols);
+      std::copy_n(&b(k, 0), cols, panel + k * stride);
+    } else {
+      for (int64_t j = 0; j < cols; ++j) panel[k * stride + j] = b(k, j);
+    }
   }
 }
 
-void multiply_few_rows(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double alpha,
-                       bool accumulate) {
-  const int64_t rows = a.size(0), inner = a.size(1);
-  float* const packed = scratch(rows * inner);
-  const Elements left(a), right(b);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t k = 0; k < inner; ++k)
-      packed[i * inner + k] = static_cast<float>(alpha) * *left.at(i, k);
-  float* const result = out.mutable_data_ptr<float>();
-  const Split cols(out.size(1), panel_cols), parts(inner, few_rows_run);
-  for (int64_t j = 0; j < cols.count(); ++j) {
-    const auto [first_col, width] = cols[j];
-    row_blocks(rows, [&](int64_t first_row, int64_t count) {
-      for (int64_t k = 0; k < parts.count(); ++k) {
-        at::native::cpublas::brgemm(
-            count, width, parts[k].size, inner, right.down, out.stride(0), accumulate || k > 0,
-            packed + first_row * inner + parts[k].start, right.at(parts[k].start, first_col),
-            result + first_row * out.stride(0) + first_col);
+template <>
+void pack(Elements<at::BFloat16> b, int64_t inner, int64_t cols, at::BFloat16* panel,
+          int64_t stride) {
+  auto* const pairs = reinterpret_cast<uint32_t*>(panel);  // [inner / 2][stride]
+  const auto* const bits = reinterpret_cast<const uint16_t*>(b.data);
+  const int64_t even = inner / 2 * 2;
+  int64_t k = 0;
+  if (b.down == 1) {
+    transpose_words(reinterpret_cast<const char*>(b.data), 2 * b.across, cols, even / 2, pairs,
+                    stride);
+    k = even;
+  } else if (b.across == 1) {
+    for (; k < even; k += 2) {
+      if (k + rows_ahead + 1 < inner) {
+        prefetch(&b(k + rows_ahead, 0), 2 * cols);
+        prefetch(&b(k + rows_ahead + 1, 0), 2 * cols);
       }
-    });
+      interleave(bits + k * b.down, bits + (k + 1) * b.down, cols, pairs + k / 2 * stride);
+    }
+  }
+  for (; k < inner; k += 2) {
+    for (int64_t j = 0; j < cols; ++j) {
+      const uint32_t second = k + 1 < inner ? bits[(k + 1) * b.down + j * b.across] : 0;
+      pairs[k / 2 * stride + j] = bits[k * b.down + j * b.across] | second << 16;
+    }
   }
 }
 

@@ -1,32 +1,44 @@
-// float32 products in panels of columns: the right operand is packed a panel at a time, in the
-// order in which oneDNN's micro-kernel (at::native::cpublas::brgemm) reads it, and stays in the
-// core's cache while all rows pass by. On the calling thread.
+// Right operands of the micro-kernel: some columns of a matrix, packed in the order in which the
+// kernel reads them. They stay in a core's cache while all rows of the left operand pass by.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+
 namespace rankwise {
 
-// Columns of a panel: four AVX-512 registers.
-constexpr int64_t panel_cols = 64;
+constexpr int64_t panel_cols = 64;  // four AVX-512 registers
 
-// Whether panels serve a product with this result and inner size: float32, enough rows to pay for
-// packing, an inner size whose sum is as accurate as MKL's, and a processor for which oneDNN has
-// the kernel. Depends on type, shape and machine alone.
-bool in_panels(const at::Tensor& out, int64_t inner);
+// A matrix as addresses, of any strides.
+template <typename T>
+struct Elements {
+  Elements(const T* data_, int64_t down_, int64_t across_)
+      : data(data_), down(down_), across(across_) {}
+  explicit Elements(const at::Tensor& matrix)
+      : Elements(matrix.const_data_ptr<T>(), matrix.stride(0), matrix.stride(1)) {}
 
-// out = alpha * a b + start for a [rows, inner] and out with unit column strides, b [inner, cols]
-// of any strides, and an inner size that in_panels accepts. `start` is out itself, a row [cols], or
-// undefined for zero.
-void multiply_panels(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double alpha,
-                     const at::Tensor& start);
+  Elements from(int64_t row, int64_t col) const {
+    return {data + row * down + col * across, down, across};
+  }
+  Elements transposed() const { return {data, across, down}; }
+  const T& operator()(int64_t row, int64_t col) const { return data[row * down + col * across]; }
 
-// The same for few rows and a long inner size, which packs a instead, of any strides; b and out
-// have unit column strides. out = alpha * a b, or is added to.
-void multiply_few_rows(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double alpha,
-                       bool accumulate);
+  const T* data;
+  int64_t down, across;
+};
 
-// Whether the kernel is there for tensors of this type.
-bool panels_serve(at::ScalarType dtype);
+// Packs b [inner, cols] into panel [inner_padded, stride]: float32 as it is, bfloat16 with rows
+// 2 i and 2 i + 1 interleaved; a last odd row is followed by zeros.
+template <typename T>
+void pack(Elements<T> b, int64_t inner, int64_t cols, T* panel, int64_t stride);
+
+// Brings `rows` rows of `cols` numbers to the core's cache before they are written.
+template <typename T>
+void prefetch_rows(const T* first, int64_t rows, int64_t cols, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i, first += stride)
+    for (int64_t j = 0; j < cols; j += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(first + j, /*for writing=*/1);
+}
 
 }  // namespace rankwise

@@ -5,8 +5,6 @@
 
 #include <algorithm>
 
-#include "panels_cpu.h"
-
 namespace rankwise {
 
 Split runs(const at::Tensor& out, int64_t inner, int64_t run) {
@@ -16,7 +14,6 @@ Split runs(const at::Tensor& out, int64_t inner, int64_t run) {
 
 void multiply_into(at::Tensor out, const at::Tensor& a, const at::Tensor& b, double alpha,
                    const at::Tensor& add) {
-  if (in_panels(out, a.size(1)) && a.stride(1) == 1) return multiply_panels(out, a, b, alpha, add);
   const Split pieces = runs(out, a.size(1), base_run);
   for (int64_t i = 0; i < std::max<int64_t>(pieces.count(), 1); ++i) {
     const Range run = pieces[i];

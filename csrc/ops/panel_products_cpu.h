@@ -1,0 +1,202 @@
+// lora_linear's products on the micro-kernel. T is the type of x, W0 and y, F that of the factors;
+// sums are float32 and stay in the core's cache until a result is complete and rounded once.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "adapter_cpu.h"
+#include "conversions_cpu.h"
+#include "cpu_blocks.h"
+#include "dropout_cpu.h"
+#include "micro_kernel_cpu.h"
+#include "panels_cpu.h"
+
+namespace rankwise {
+
+constexpr int64_t token_run = 64, token_cols = 128;  // of a block of a sum over tokens
+
+inline at::Tensor empty_like(const at::Tensor& m, int64_t rows, int64_t cols) {
+  return at::empty({rows, cols}, m.options());
+}
+
+// The bits of an input's dropout, a row of words for each of its rows; nothing without dropout.
+class Kept {
+ public:
+  Kept() = default;
+  Kept(const ActiveAdapter& adapter, const at::Tensor& x)
+      : adapter_(adapter.dropout.active() ? &adapter : nullptr), cols_(x.size(1)) {
+    if (active()) bits_ = at::empty({x.size(0), kept_words(cols_)}, x.options().dtype(at::kLong));
+  }
+
+  bool active() const { return adapter_ != nullptr; }
+  void draw(Range rows) const {
+    for (int64_t row = rows.start; active() && row < rows.start + rows.size; ++row)
+      draw_kept(adapter_->seed, adapter_->dropout.threshold(), row * cols_, cols_, bits(row));
+  }
+  // Of elements (row, col), (row, col + 1), ..., for col a multiple of kept_word.
+  const uint64_t* at(int64_t row, int64_t col) const { return bits(row) + col / kept_word; }
+
+ private:
+  uint64_t* bits(int64_t row) const {
+    return reinterpret_cast<uint64_t*>(bits_.mutable_data_ptr<int64_t>()) + row * bits_.size(1);
+  }
+
+  const ActiveAdapter* adapter_ = nullptr;
+  int64_t cols_ = 0;
+  at::Tensor bits_;
+};
+
+// Rows of a left operand, with unit column stride.
+template <typename F>
+struct Rows {
+  const F* data;
+  int64_t stride;
+};
+
+// A block of m as `F` with dropped elements zero: m's own memory where that is it.
+template <typename F, typename T>
+Rows<F> load(const at::Tensor& m, Range rows, Range cols, const Kept& kept) {
+  const Elements<T> from = Elements<T>(m).from(rows.start, cols.start);
+  if constexpr (std::is_same_v<F, T>)
+    if (!kept.active()) return {from.data, from.down};
+  F* const to = scratch<F>(Slot::rows, rows.size * cols.size);
+  for (int64_t i = 0; i < rows.size; ++i) {
+    F* const row = to + i * cols.size;
+    if (kept.active()) {
+      copy_kept(&from(i, 0), row, kept.at(rows.start + i, cols.start), cols.size);
+    } else if constexpr (!std::is_same_v<F, T>) {
+      widen_row(&from(i, 0), row, cols.size);
+    }
+  }
+  return {to, cols.size};
+}
+
+// m factor, [tokens, rank]: calls use(row, sums) for each row, and first draws the bits of those
+// rows that `drawn` is for; m's own dropout is `kept`.
+template <typename T, typename F, typename Use>
+void shrink(const at::Tensor& m, Elements<F> factor, int64_t rank, const Kept& kept,
+            const Kept& drawn, const Use& use) {
+  if (rank == 0) return;
+  const int64_t inner = m.size(1);
+  F* const packed = scratch<F>(Slot::factor, inner_padded<F>(inner) * rank);
+  pack<F>(factor, inner, rank, packed, rank);
+  const Split blocks(m.size(0), block_rows);
+  run_products(blocks.count(), block_rows * inner * rank, [&](int64_t i) {
+    drawn.draw(blocks[i]);
+    const Rows<F> rows = load<F, T>(m, blocks[i], {0, inner}, kept);
+    float* const sums = scratch<float>(Slot::sums, block_rows * rank);
+    multiply_block<F>(blocks[i].size, rank, inner, rows.data, rows.stride, packed, rank, sums, rank,
+                      /*accumulate=*/false);
+    for (int64_t k = 0; k < blocks[i].size; ++k) use(blocks[i].start + k, sums + k * rank);
+  });
+}
+
+// A result of base and LoRA: out = base weight + kept(lora factor) + bias.
+template <typename T, typename F>
+struct Sum {
+  at::Tensor out;      // [tokens, features]
+  at::Tensor base;     // [tokens, inner]
+  Elements<T> weight;  // [inner, features]
+  at::Tensor lora;     // [tokens, rank], rows padded to inner_multiple by zeros
+  Elements<F> factor;  // [rank, features]
+  int64_t rank;
+  at::Tensor bias;  // [features], float32, or undefined
+  Kept kept;
+
+  std::vector<Tile> tiles() const;
+  void compute(const Tile& tile) const;
+};
+
+template <typename T, typename F>
+std::vector<Tile> Sum<T, F>::tiles() const {
+  constexpr int64_t rows_a_panel = 1024;
+  const Split rows(out.size(0), rows_a_panel), cols(out.size(1), panel_cols);
+  std::vector<Tile> result;
+  for (int64_t j = 0; j < cols.count(); ++j)
+    for (int64_t i = 0; i < rows.count(); ++i) result.push_back({rows[i], cols[j]});
+  return result;
+}
+
+template <typename T, typename F>
+void Sum<T, F>::compute(const Tile& tile) const {
+  constexpr int64_t chunk = (int64_t{1} << 18) / (panel_cols * sizeof(T));  // of a core's cache
+  const auto [first_col, width] = tile.col;
+  const Split blocks(tile.row.size, block_rows), chunks(base.size(1), chunk);
+  const bool in_one = chunks.count() == 1;
+  T* const panel = scratch<T>(Slot::panel, inner_padded<T>(std::min(chunk, base.size(1))) * width);
+  F* const lora_panel = scratch<F>(Slot::lora_panel, inner_padded<F>(rank) * width);
+  pack<F>(factor.from(0, first_col), rank, width, lora_panel, width);
+  float* const all_sums = scratch<float>(Slot::sums, (in_one ? block_rows : tile.row.size) * width);
+  const bool masked = kept.active() && rank > 0;
+  float* const update = masked ? scratch<float>(Slot::rows, block_rows * width) : nullptr;
+  const float* const row = bias.defined() ? bias.const_data_ptr<float>() + first_col : nullptr;
+  const Elements<T> left(base);
+  for (int64_t c = 0; c < chunks.count(); ++c) {
+    const bool last = c + 1 == chunks.count();
+    pack<T>(weight.from(chunks[c].start, first_col), chunks[c].size, width, panel, width);
+    for (int64_t b = 0; b < blocks.count(); ++b) {
+      const int64_t first = tile.row.start + blocks[b].start, count = blocks[b].size;
+      float* const sums = in_one ? all_sums : all_sums + blocks[b].start * width;
+      T* const to = out.mutable_data_ptr<T>() + first * out.size(1) + first_col;
+      if (last) prefetch_rows(to, count, width, out.size(1));  // else storing waits for each line
+      multiply_block<T>(count, width, chunks[c].size, &left(first, chunks[c].start), left.down,
+                        panel, width, sums, width, /*accumulate=*/c > 0);
+      if (!last) continue;
+      // Last, because a sum that starts from zero rounds less on its way.
+      if (rank > 0) {
+        multiply_block<F>(count, width, inner_padded<F>(rank),
+                          lora.const_data_ptr<F>() + first * lora.size(1), lora.size(1), lora_panel,
+                          width, masked ? update : sums, width, /*accumulate=*/!masked);
+      }
+      for (int64_t i = 0; masked && i < count; ++i)
+        copy_kept(update + i * width, update + i * width, kept.at(first + i, first_col), width);
+      finish_tile(sums, update, row, count, width, to, out.size(1));
+    }
+  }
+}
+
+// The left operand of a sum over tokens: m [tokens, rank] in blocks [rank, token_run] of transposed
+// rows, the last one padded by zeros.
+template <typename F>
+at::Tensor transposed_blocks(const at::Tensor& m, int64_t rank) {
+  const Split blocks(m.size(0), token_run);
+  const at::Tensor result = empty_like(m, blocks.count() * rank, token_run);
+  const Elements<F> from(m);
+  F* const to = result.mutable_data_ptr<F>();
+  run_products(blocks.count(), 16 * token_run * rank, [&](int64_t b) {
+    for (int64_t i = 0; i < rank; ++i) {
+      F* const row = to + (b * rank + i) * token_run;
+      for (int64_t k = 0; k < blocks[b].size; ++k) row[k] = from(blocks[b].start + k, i);
+      std::fill(row + blocks[b].size, row + token_run, F(0));
+    }
+  });
+  return result;
+}
+
+// left^T m[:, cols], [rank, cols.size], for `left` in transposed blocks; the thread's memory.
+template <typename T, typename F>
+float* sum_over_tokens(const at::Tensor& left, int64_t rank, const at::Tensor& m, Range cols,
+                       const Kept& kept) {
+  const int64_t width = cols.size;
+  const Split blocks(m.size(0), token_run);
+  float* const sums = scratch<float>(Slot::sums, rank * width);
+  if (blocks.count() == 0) std::fill_n(sums, rank * width, 0.0F);
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    const int64_t count = blocks[b].size;
+    Rows<F> right = load<F, T>(m, blocks[b], cols, kept);
+    if (sizeof(F) == 2 || count < token_run) {
+      F* const panel = scratch<F>(Slot::panel, token_run * width);
+      pack<F>({right.data, right.stride, 1}, count, width, panel, width);
+      std::fill(panel + inner_padded<F>(count) * width, panel + token_run * width, F(0));
+      right = {panel, width};
+    }
+    multiply_block<F>(rank, width, token_run, left.const_data_ptr<F>() + b * rank * token_run,
+                      token_run, right.data, right.stride, sums, width, /*accumulate=*/b > 0);
+  }
+  return sums;
+}
+
+}  // namespace rankwise
