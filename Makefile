@@ -91,6 +91,7 @@ bench: export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=1073741824:glibc.mal
 bench: $(PACKAGE)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r tests/bench/requirements.txt
 	$(BIN)/python tests/bench/layers.py
+	$(BIN)/python tests/bench/growth.py
 	$(BIN)/python tests/bench/allocator.py
 	$(BIN)/python tests/bench/training_step.py
 

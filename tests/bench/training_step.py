@@ -1,5 +1,5 @@
 # Whole training steps of pretrained models: LoRA and AdaLoRA by rankwise against stock PEFT.
-"""Times steps of MiniLM and of SmolLM2-135M, every linear layer adapted; writes a table and JSON.
+"""Times steps of MiniLM and of SmolLM2-135M, every linear layer adapted; writes tables and JSON.
 
     python tests/bench/training_step.py [--model minilm|smollm2] [--repeats 15] [--threads 2]
 
@@ -100,20 +100,19 @@ def main(
     model: Annotated[list[Model], typer.Option(help="Only this one.")] = ALL,
     repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 15,
     threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2,
-    output: Annotated[Path, typer.Option(help="Folder for the JSON file.")] = OUTPUT,
+    output: Annotated[Path, typer.Option(help="Folder for the JSON files.")] = OUTPUT,
 ) -> None:
     """Times whole training steps against PEFT's."""
     torch.set_num_threads(threads)
     random.seed(0)
-    report = {}
     for name in (m.value for m in model):
         task = TASKS[name]()
         samples = sampled(contenders(name, task), repeats)
         rows, found = timings(samples, "PEFT LoRA"), goals(name, samples)
         console.print(table(f"{task.name}, one training step, r {RANK}", rows, "PEFT LoRA"))
         console.print(goal_table(found))
-        report[task.name] = {"steps": as_json(rows), "goals": found}
-    write_json(output / "training_step.json", report)
+        report = {"steps": as_json(rows), "goals": found}
+        write_json(output / f"training_step_{name}.json", report)
 
 
 if __name__ == "__main__":
