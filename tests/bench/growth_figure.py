@@ -56,7 +56,8 @@ def _draw_sweep(upper: plt.Axes, lower: plt.Axes, rows: list[dict]) -> None:
     lower.axhline(1.0, color=LINES["frozen"]["color"])
     upper.set_xscale("log", base=2)
     upper.set_yscale("log")
-    upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    low, high = upper.get_ylim()
+    upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if high < 20 * low else (1, 3)))
     upper.yaxis.set_major_formatter(lambda ms, _: f"{ms:g}")
     lower.set_xticks(sizes, [str(size) for size in sizes])
     for axis in (upper, lower):

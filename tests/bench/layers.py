@@ -34,6 +34,7 @@ from timing import (
     timings,
     write_json,
 )
+from torch._functorch import config as functorch_config
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -78,6 +79,7 @@ def cases() -> list[Case]:
 
 def measure(case: Case, names: Sequence[str], repeats: int, whole_alone: bool = False) -> dict:
     """Times forward and backward together, and unless `whole_alone` each by itself and memory."""
+    functorch_config.donated_buffer = False  # for a compiled backward on a kept graph
     t = Tensors.draw(case)
     layers = {name: CONTENDERS[name](case, t) for name in names}
 
