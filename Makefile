@@ -89,9 +89,13 @@ sanitize-threads: $(VENV)/.ready
 # glibc keeps freed memory: else page faults, up to a tenth of a step, fall on contenders by chance.
 bench: export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
 bench: $(PACKAGE)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r tests/bench/requirements.txt
 	$(BIN)/python tests/bench/layers.py
+	$(BIN)/python tests/bench/growth.py
 	$(BIN)/python tests/bench/allocator.py
-	$(BIN)/python tests/bench/adalora_step.py
+	$(BIN)/python tests/bench/training_step.py
+	tools/system_packages.sh bench
+	$(BIN)/python tests/bench/host_instructions.py
 
 # On a machine with a GPU, with the python3 that has its torch; no network, no virtual environment.
 gpu:

@@ -24,6 +24,7 @@ LIBRARY_USERS = {
     "_library.py",
     "allocation.py",
     "config.py",
+    "doctor.py",
     "file_config.py",
     "files.py",
     "ops.py",

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes sure that the compiler, make's friends, GoogleTest and libFuzzer are there: installs what is
-# missing as root on Debian and Ubuntu, and otherwise says in one sentence which command does.
-# Usage: tools/system_packages.sh build|test|fuzz
+# Makes sure that the compiler, make's friends, GoogleTest, libFuzzer and Valgrind are there: installs
+# what is missing as root on Debian and Ubuntu, and otherwise says in one sentence which command does.
+# Usage: tools/system_packages.sh build|test|fuzz|bench
 set -eu
 
 missing=""
@@ -20,6 +20,9 @@ if [ "${1:-build}" = fuzz ]; then
     clang++ -x c++ -fsanitize=fuzzer,address - -o /dev/null'
   need clang 'command -v clang++'
   need libclang-rt-dev "$fuzzer"
+fi
+if [ "${1:-build}" = bench ]; then
+  need valgrind 'command -v valgrind && ls /usr/include/valgrind/callgrind.h'
 fi
 
 [ -z "$missing" ] && exit 0

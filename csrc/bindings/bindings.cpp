@@ -4,6 +4,7 @@
 
 PYBIND11_MODULE(_C, m) {
   m.attr("cuda") = bool(RANKWISE_CUDA_BUILT);
+  m.attr("cuda_architectures") = RANKWISE_CUDA_ARCHITECTURES;
   bind_allocation(m);
   bind_files(m);
 }

@@ -1,16 +1,21 @@
-"""``python -m rankwise --cmake-dir``: where CMake finds the C++ package."""
+"""``python -m rankwise``: the command line, and ``--cmake-dir``, which needs no other package."""
 
-import argparse
+import sys
 from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m rankwise", description=__doc__)
-    parser.add_argument(
-        "--cmake-dir", action="store_true", required=True, help="print the folder and exit"
-    )
-    parser.parse_args()
-    print(Path(__file__).parent / "share" / "cmake")
+    if sys.argv[1:] == ["--cmake-dir"]:
+        print(Path(__file__).parent / "share" / "cmake")
+        return
+    try:
+        from .cli import app
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
+            raise
+        sys.exit(f"rankwise: commands need {missing}; install it with: pip install typer rich")
+    app(prog_name="python -m rankwise")
 
 
 if __name__ == "__main__":

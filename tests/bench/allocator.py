@@ -18,7 +18,8 @@ from typing import Annotated
 
 import torch
 import typer
-from peft import AdaLoraConfig, get_peft_model
+from adalora_phases import PHASES, RANK, enter_final, our_config, peft_config
+from peft import get_peft_model
 from timing import console, milliseconds, paired, table
 from transformers import BertConfig, BertModel
 
@@ -28,15 +29,6 @@ SIZES = {
     "MiniLM-L6": BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
     "BERT-base": BertConfig(),
 }
-RANK, TARGET, STEPS = 12, 4, 10**6
-# phase -> (step that is timed, warmup_steps, final_steps)
-PHASES = {
-    "warm-up": (2, 10, 10),
-    "budgeting": (STEPS // 2, 0, 10),
-    "final": (STEPS - 5, 0, 10),
-}
-
-
 OTHER_MEMORY = torch.zeros(60_000_000)
 
 
@@ -56,28 +48,18 @@ def set_gradients(model: torch.nn.Module, seed: int) -> None:
 
 
 def peft_pass(config: BertConfig, phase: str):
-    step, warmup, final = PHASES[phase]
+    step, *_ = PHASES[phase]
     base = BertModel(config, add_pooling_layer=False)
-    peft_config = AdaLoraConfig(
-        init_r=RANK, target_r=TARGET, tinit=warmup, tfinal=final, deltaT=1, total_step=STEPS,
-        target_modules=targets(base),
-    )  # fmt: skip
-    model = get_peft_model(base, peft_config)
+    model = get_peft_model(base, peft_config(phase, target_modules=targets(base)))
     set_gradients(model, 0)
     if phase == "final":
-        model.base_model.update_and_allocate(1)
-        model.base_model.update_and_allocate(STEPS - final)
+        enter_final(model)
     return lambda: model.base_model.update_and_allocate(step)
 
 
 def our_pass(config: BertConfig, phase: str):
-    _, warmup, final = PHASES[phase]
     base = BertModel(config, add_pooling_layer=False)
-    options = rw.AdaLoRAConfig(
-        initial_rank=RANK, target_rank=TARGET, total_steps=STEPS,
-        warmup_steps=STEPS - final - 1 if phase == "warm-up" else 0, final_steps=final,
-        target_modules=targets(base),
-    )  # fmt: skip
+    options = our_config(phase, target_modules=targets(base))
     model = rw.apply_lora(base, options)
     set_gradients(model, 0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)

@@ -82,6 +82,26 @@ def frozen(case: Case, t: Tensors) -> Layer:
     return Layer(lambda: F.linear(t.x, t.W, t.b), [t.x])
 
 
+class _Packed(torch.autograd.Function):
+    """The frozen layer by oneDNN, whose weight was packed ahead for y and for dx."""
+
+    @staticmethod
+    def forward(ctx, x, for_y, for_dx, b):
+        ctx.for_dx = for_dx
+        return torch.ops.mkldnn._linear_pointwise(x, for_y, b, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx = torch.ops.mkldnn._linear_pointwise(dy, ctx.for_dx, None, "none", [], "")
+        return dx, None, None, None
+
+
+def frozen_packed(case: Case, t: Tensors) -> Layer:
+    pack = torch.ops.mkldnn._reorder_linear_weight
+    for_y, for_dx = pack(t.W, case.tokens), pack(t.W.t().contiguous(), case.tokens)
+    return Layer(lambda: _Packed.apply(t.x, for_y, for_dx, t.b), [t.x])
+
+
 def _peft(case: Case, t: Tensors) -> torch.nn.Module:
     from peft_layer import peft_layer  # where PEFT is missing its contenders are left out
 
@@ -128,6 +148,7 @@ def ours(case: Case, t: Tensors) -> Layer:
 CONTENDERS: dict[str, Callable[[Case, Tensors], Layer]] = {
     "frozen": frozen,
     "frozen, twice": frozen,
+    "frozen, packed": frozen_packed,
     "PEFT": peft,
     "PEFT compiled": peft_compiled,
     "merged each call": merged,

@@ -4,15 +4,15 @@
     python tests/bench/layers.py [--quick] [--repeats 30] [--threads 2] [--output build/bench]
 
 A case is timed only after its results were found at least as exact as PEFT's (contenders.check).
+"frozen" is whatever PyTorch calls, "frozen, packed" oneDNN: the faster of both makes the floor.
 Saved bytes are what autograd keeps besides x and parameters; peak bytes the most that forward and
 backward allocate.
 """
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -21,63 +21,88 @@ import torch
 import typer
 from contenders import CONTENDERS, SHAPES, WITHOUT_DROPOUT, Case, Tensors, check
 from layers_figure import draw
+from layers_goals import floor_table, speed_table
 from rich.table import Table
-from timing import Timing, as_json, console, paired, table
+from timing import (
+    OUTPUT,
+    Timing,
+    as_json,
+    console,
+    paired,
+    sampled,
+    table,
+    timings,
+    write_json,
+)
+from torch._functorch import config as functorch_config
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-OUTPUT = Path(__file__).resolve().parents[2] / "build" / "bench"
+import rankwise as rw
+
+QUICK = ("frozen", "frozen, twice", "frozen, packed", "PEFT", "rankwise")
 
 
 def main(
     repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 30,
     threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2,
-    quick: Annotated[bool, typer.Option(help="Three small shapes, no compiled PEFT.")] = False,
+    quick: Annotated[bool, typer.Option(help="Both alone, of frozen, PEFT, rankwise.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for JSON and picture.")] = OUTPUT,
 ) -> None:
     """Times one layer with LoRA against the frozen layer and the peers."""
     torch.set_num_threads(threads)
     random.seed(0)
-    cases = [
+    results = []
+    for case in tqdm(cases(), unit=" cases", disable=None):
+        check(case)
+        unfit = WITHOUT_DROPOUT if case.dropout else ()
+        names = [n for n in (QUICK if quick else CONTENDERS) if n not in unfit]
+        results.append(measure(case, names, repeats, whole_alone=quick))
+        rows = {name: Timing(**row) for name, row in results[-1]["both"].items()}
+        console.print(table(f"{case}, forward and backward", rows, "frozen"))
+    console.print(overview(results))
+    console.print(floor_table(results))
+    console.print(speed_table(results))
+    write_json(output / "layers.json", results)
+    draw(results, output / "layers.png")
+    console.print(output / "layers.png", soft_wrap=True)
+
+
+def cases() -> list[Case]:
+    return [
         Case(*shape, dtype=dtype, dropout=dropout)
         for dtype in ("float32", "bfloat16")
         for dropout in (0.0, 0.05)
-        for shape in (SHAPES[1:4] if quick else SHAPES)
+        for shape in SHAPES
     ]
-    skipped = {"PEFT compiled"} if quick else set()
-    results = []
-    for case in tqdm(cases, unit=" cases", disable=None):
-        check(case)
-        unfit = WITHOUT_DROPOUT if case.dropout else ()
-        names = [n for n in CONTENDERS if n not in skipped and n not in unfit]
-        results.append(measure(case, names, repeats))
-        timings = {name: Timing(**row) for name, row in results[-1]["both"].items()}
-        console.print(table(f"{case}, forward and backward", timings, "frozen"))
-    console.print(overview(results))
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "layers.json").write_text(json.dumps(results, indent=1))
-    draw(results, output / "layers.png")
-    console.print(f"{output / 'layers.json'}\n{output / 'layers.png'}")
 
 
-def measure(case: Case, names: list[str], repeats: int) -> dict:
+def measure(case: Case, names: Sequence[str], repeats: int, whole_alone: bool = False) -> dict:
+    """Times forward and backward together, and unless `whole_alone` each by itself and memory."""
+    functorch_config.donated_buffer = False  # for a compiled backward on a kept graph
     t = Tensors.draw(case)
     layers = {name: CONTENDERS[name](case, t) for name in names}
-    outputs = {name: layer.forward() for name, layer in layers.items()}
 
     def backward(name: str, y: torch.Tensor, **options) -> None:
         torch.autograd.grad(y, layers[name].inputs, t.dy, **options)
 
-    actions = {
+    both = {n: lambda n=n: backward(n, layers[n].forward()) for n in names}
+    samples = sampled(both, repeats)
+    result: dict = {"case": vars(case), "path": rw.ops.path(t.x)}
+    result["both"] = as_json(timings(samples, "frozen"))
+    result["speed-up over PEFT"] = timings(samples, "rankwise", ["PEFT"])["PEFT"].ratio
+    if whole_alone:
+        return result
+    outputs = {name: layer.forward() for name, layer in layers.items()}
+    parts = {
         "forward": {n: layers[n].forward for n in names},
         "backward": {n: partial(backward, n, outputs[n], retain_graph=True) for n in names},
-        "both": {n: lambda n=n: backward(n, layers[n].forward()) for n in names},
     }
-    result: dict = {mode: as_json(paired(own, repeats)) for mode, own in actions.items()}
+    result |= {mode: as_json(paired(own, repeats)) for mode, own in parts.items()}
     known = {x.untyped_storage().data_ptr() for x in vars(t).values()}
     result["saved bytes"] = {n: saved_bytes(layers[n].forward, known) for n in names}
-    result["peak bytes"] = {n: peak_bytes(actions["both"][n]) for n in names}
-    return {"case": vars(case), **result}
+    result["peak bytes"] = {n: peak_bytes(both[n]) for n in names}
+    return result
 
 
 def saved_bytes(forward, known: set[int]) -> int:
@@ -111,13 +136,21 @@ def peak_bytes(action) -> int:
 def overview(results: list[dict], contenders: Iterable[str] = CONTENDERS) -> Table:
     """Ratios to frozen of forward and backward, a row for each case."""
     names = [n for n in contenders if n != "frozen" and any(n in r["both"] for r in results)]
-    result = Table(title="Time over frozen, forward and backward", title_justify="left")
+    result = Table(
+        title="Time over frozen, forward and backward: median, half the quartiles' distance",
+        title_justify="left",
+    )
     for column in ("case", *names):
         result.add_column(column, justify="left" if column == "case" else "right")
     for row in results:
-        cells = [f"{row['both'][n]['ratio']:.2f}" if n in row["both"] else "" for n in names]
+        cells = [_ratio(row["both"][n]) if n in row["both"] else "" for n in names]
         result.add_row(str(Case(**row["case"])), *cells)
     return result
+
+
+def _ratio(row: dict[str, float]) -> str:
+    """Median and half the distance of the quartiles."""
+    return f"{row['ratio']:.2f} ±{(row['ratio_high'] - row['ratio_low']) / 2:.2f}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ matplotlib.use("Agg")  # draws without a display
 from matplotlib import pyplot as plt
 
 COLORS = {
+    "frozen, packed": "#2f9e6e",
     "PEFT": "#c4622d",
     "PEFT compiled": "#e0b08f",
     "composition": "#8a8f98",
@@ -30,11 +31,16 @@ def draw(results: list[dict], path: Path) -> None:
         )
         for axis, panel in zip(axes, panels, strict=True):
             _draw_panel(axis, panel, results)
+        shown = {name for row in results for name in row["both"]}
         handles = [
-            plt.Line2D([], [], marker="o", ls="", color=c, label=n) for n, c in COLORS.items()
+            plt.Line2D([], [], marker="o", ls="", color=color, label=name)
+            for name, color in COLORS.items()
+            if name in shown
         ]
         figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside upper left")
-        figure.supxlabel("time of forward and backward over the frozen layer's")
+        figure.supxlabel(
+            "time of forward and backward over the frozen layer's: median and quartiles"
+        )
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
@@ -43,10 +49,9 @@ def _draw_panel(axis: plt.Axes, panel: tuple[str, float], results: list[dict]) -
     rows = [r for r in results if (r["case"]["dtype"], r["case"]["dropout"]) == panel]
     labels = ["{tokens}, {n_in}→{n_out}, r {rank}".format(**r["case"]) for r in rows]
     for name, color in COLORS.items():
-        points = [(r["both"][name]["ratio"], i) for i, r in enumerate(rows) if name in r["both"]]
-        if points:
-            x, y = zip(*points, strict=True)
-            axis.scatter(x, y, color=color, s=36, zorder=3)
+        for y, own in ((i, r["both"][name]) for i, r in enumerate(rows) if name in r["both"]):
+            axis.hlines(y, own["ratio_low"], own["ratio_high"], color=color, linewidth=2.5)
+            axis.scatter(own["ratio"], y, color=color, s=30, zorder=3)
     axis.axvline(1.0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), labels)
     axis.set_ylim(len(rows) - 0.5, -0.5)  # the first on top

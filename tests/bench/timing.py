@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from statistics import median, quantiles
+from pathlib import Path
+from statistics import quantiles
 
 from rich.console import Console
 from rich.table import Table
 
 Action = Callable[[], object]
-console = Console(highlight=False, width=140)  # wide enough for the tables, also in a file
+Samples = dict[str, list[float]]  # milliseconds of each contender, turn by turn
+OUTPUT = Path(__file__).resolve().parents[2] / "build" / "bench"
+console = Console(highlight=False, width=160)  # wide enough for the tables, also in a file
 
 
 def milliseconds(action: Action) -> float:
@@ -30,9 +34,37 @@ class Timing:
     low: float  # lower and upper quartile
     high: float
     ratio: float
+    ratio_low: float
+    ratio_high: float
 
-    def __str__(self) -> str:
-        return f"{self.median:.3f} ms ({self.low:.3f} .. {self.high:.3f}), ratio {self.ratio:.3f}"
+
+def sampled(
+    contenders: Mapping[str, Action],
+    repeats: int,
+    how: Callable[[Action], float] = milliseconds,
+) -> Samples:
+    """Times all contenders `repeats` times, after one turn that does not count."""
+    samples: Samples = {name: [] for name in contenders}
+    for action in contenders.values():
+        action()
+    for _ in range(repeats):
+        for name in random.sample(list(contenders), len(contenders)):
+            samples[name].append(how(contenders[name]))
+    return samples
+
+
+def timings(
+    samples: Samples, reference: str, names: Iterable[str] | None = None
+) -> dict[str, Timing]:
+    """Of `names`, or of all."""
+    base = samples[reference]
+    result = {}
+    for name in names or samples:
+        ratios = [own / other for own, other in zip(samples[name], base, strict=True)]
+        low, middle, high = quantiles(samples[name], n=4, method="inclusive")
+        ratio_low, ratio, ratio_high = quantiles(ratios, n=4, method="inclusive")
+        result[name] = Timing(middle, low, high, ratio, ratio_low, ratio_high)
+    return result
 
 
 def paired(
@@ -40,36 +72,28 @@ def paired(
     repeats: int,
     how: Callable[[Action], float] = milliseconds,
 ) -> dict[str, Timing]:
-    """Times all contenders `repeats` times; the first is the reference of the ratios."""
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for action in contenders.values():
-        action()
-    for _ in range(repeats):
-        for name in random.sample(list(contenders), len(contenders)):
-            samples[name].append(how(contenders[name]))
-    reference = next(iter(samples.values()))
-    return {name: _timing(own, reference) for name, own in samples.items()}
+    """The timings of all contenders, with the first as the reference."""
+    return timings(sampled(contenders, repeats, how), next(iter(contenders)))
 
 
-def _timing(own: list[float], reference: list[float]) -> Timing:
-    low, _, high = quantiles(own, n=4)
-    return Timing(
-        median(own), low, high, median(t / r for t, r in zip(own, reference, strict=True))
-    )
-
-
-def table(title: str, timings: Mapping[str, Timing], reference: str) -> Table:
+def table(title: str, rows: Mapping[str, Timing], reference: str) -> Table:
     """One row for each contender."""
     result = Table(title=title, title_justify="left")
     result.add_column("contender")
     for column in ("median ms", "quartiles", f"time over {reference}", f"{reference} over time"):
         result.add_column(column, justify="right")
-    for name, timing in timings.items():
-        spread = f"{timing.low:.3f} .. {timing.high:.3f}"
-        ratios = (f"{timing.ratio:.3f}", f"{1 / timing.ratio:.2f}x")
-        result.add_row(name, f"{timing.median:.3f}", spread, *ratios)
+    for name, t in rows.items():
+        ratio = f"{t.ratio:.3f} ({t.ratio_low:.3f} .. {t.ratio_high:.3f})"
+        spread = f"{t.low:.3f} .. {t.high:.3f}"
+        result.add_row(name, f"{t.median:.3f}", spread, ratio, f"{1 / t.ratio:.2f}x")
     return result
 
 
-def as_json(timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
-    return {name: asdict(timing) for name, timing in timings.items()}
+def as_json(rows: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
+    return {name: asdict(timing) for name, timing in rows.items()}
+
+
+def write_json(path: Path, report: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1))
+    console.print(path, soft_wrap=True)

