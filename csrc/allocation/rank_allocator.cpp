@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "../ops/importance.h"
 #include "averages.h"
 
 namespace rankwise {
@@ -96,6 +97,11 @@ RankAllocator::RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions
   const int64_t directions = std::accumulate(initial_ranks_.begin(), initial_ranks_.end(), 0LL);
   if (directions == 0) fail("the adapters have rank 0: there is nothing to allocate");
   kept_ = at::ones({directions}, at::kBool);
+  choices_ = at::empty({0, static_cast<int64_t>(adapters_.size()) + 2}, at::kLong);
+  summaries_ = at::empty({0, 4}, at::kDouble);
+  budgets_ = at::empty({0}, at::kLong);
+  set_progress(tensor_of({.budget = -1}));
+  place();
   allocate_averages();
 }
 
@@ -107,7 +113,8 @@ void RankAllocator::allocate_averages() {
 
 std::vector<std::pair<std::string, int64_t>> RankAllocator::ranks() const {
   std::vector<std::pair<std::string, int64_t>> result;
-  const bool* keep = kept_.const_data_ptr<bool>();
+  const at::Tensor kept = kept_.cpu();
+  const bool* keep = kept.const_data_ptr<bool>();
   for (size_t m = 0; m < adapters_.size(); keep += initial_ranks_[m], ++m)
     result.emplace_back(adapters_[m].name, std::count(keep, keep + initial_ranks_[m], true));
   return result;
@@ -115,7 +122,7 @@ std::vector<std::pair<std::string, int64_t>> RankAllocator::ranks() const {
 
 std::vector<std::pair<std::string, at::Tensor>> RankAllocator::pattern() const {
   std::vector<std::pair<std::string, at::Tensor>> result;
-  const std::vector<at::Tensor> kept = kept_.split_with_sizes(initial_ranks_);
+  const std::vector<at::Tensor> kept = kept_.cpu().split_with_sizes(initial_ranks_);
   for (size_t m = 0; m < adapters_.size(); ++m)
     result.emplace_back(adapters_[m].name, kept[m].clone());
   return result;

@@ -9,11 +9,12 @@
 #include <ATen/OpMathType.h>
 #include <rankwise/rank_allocator.h>
 
-#include <algorithm>
 #include <array>
 #include <iomanip>
 #include <sstream>
 #include <stdexcept>
+
+#include "../ops/importance.h"
 
 namespace rankwise {
 namespace {
@@ -41,41 +42,14 @@ State options_state(const AdaLoRAOptions& o, const BudgetSchedule& schedule) {
           {"options.shrink", number(int64_t{o.shrink()})}};
 }
 
-State history_state(const std::vector<Allocation>& history, int64_t adapters) {
-  const auto n = static_cast<int64_t>(history.size());
-  const at::Tensor steps = at::empty({n}, at::kLong), budgets = at::empty({n}, at::kLong);
-  const at::Tensor ranks = at::empty({n, adapters}, at::kLong);
-  const at::Tensor scores = at::empty({n, 4}, at::kDouble);
-  for (int64_t i = 0; i < n; ++i) {
-    const Allocation& entry = history[i];
-    steps.mutable_data_ptr<int64_t>()[i] = entry.step;
-    budgets.mutable_data_ptr<int64_t>()[i] = entry.budget;
-    std::copy(entry.ranks.begin(), entry.ranks.end(),
-              ranks.mutable_data_ptr<int64_t>() + i * adapters);
-    const std::array summary = {entry.mean_score, entry.largest_score, entry.lowest_kept,
-                                entry.highest_pruned};
-    std::copy(summary.begin(), summary.end(), scores.mutable_data_ptr<double>() + 4 * i);
-  }
-  return {{"history.steps", steps},
-          {"history.budgets", budgets},
-          {"history.ranks", ranks},
-          {"history.scores", scores}};
-}
-
-std::vector<Allocation> history_from(const State& state) {
-  const at::Tensor steps = state.at("history.steps").contiguous();
-  const at::Tensor budgets = state.at("history.budgets").contiguous();
-  const at::Tensor ranks = state.at("history.ranks").contiguous();
-  const at::Tensor scores = state.at("history.scores").contiguous();
-  std::vector<Allocation> history;
-  for (int64_t i = 0; i < steps.numel(); ++i) {
-    const int64_t* row = ranks.const_data_ptr<int64_t>() + i * ranks.size(1);
-    const double* score = scores.const_data_ptr<double>() + 4 * i;
-    history.push_back({steps.const_data_ptr<int64_t>()[i], budgets.const_data_ptr<int64_t>()[i],
-                       std::vector<int64_t>(row, row + ranks.size(1)), score[0], score[1], score[2],
-                       score[3]});
-  }
-  return history;
+State history_state(const at::Tensor& choices, const at::Tensor& summaries) {
+  const auto columns = [&](int64_t first, int64_t count) {
+    return choices.narrow(1, first, count).clone(at::MemoryFormat::Contiguous);
+  };
+  return {{"history.steps", columns(0, 1).squeeze(1)},
+          {"history.budgets", columns(1, 1).squeeze(1)},
+          {"history.ranks", columns(2, choices.size(1) - 2)},
+          {"history.scores", summaries.clone()}};
 }
 
 std::string text_of(const at::Tensor& tensor) {
@@ -141,10 +115,12 @@ class StateCheck {
 }  // namespace
 
 std::map<std::string, at::Tensor> RankAllocator::state() const {
+  const kernels::Progress now = progress_of(progress_);
   State state = options_state(options_, schedule_);
-  state.merge(history_state(history_, static_cast<int64_t>(adapters_.size())));
-  state["steps"] = number(steps_);
-  state["skipped_steps"] = number(skipped_steps_);
+  state.merge(history_state(choices_.narrow(0, 0, now.recorded).cpu(),
+                            summaries_.narrow(0, 0, now.recorded).cpu()));
+  state["steps"] = number(now.steps);
+  state["skipped_steps"] = number(now.skipped_steps);
   state["frozen"] = number(int64_t{frozen_});
   state["shrunk"] = number(int64_t{shrunk_});
   for (const auto& [name, kept] : pattern()) state[name + ".kept"] = kept;
@@ -183,11 +159,19 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
   check.finish();
 
   const auto integer = [&](const char* name) { return state.at(name).item<int64_t>(); };
-  steps_ = integer("steps");
-  skipped_steps_ = integer("skipped_steps");
   frozen_ = frozen;
   shrunk_ = integer("shrunk") != 0;
-  history_ = history_from(state);
+  choices_ =
+      at::cat({state.at("history.steps").cpu().unsqueeze(1),
+               state.at("history.budgets").cpu().unsqueeze(1), state.at("history.ranks").cpu()},
+              1);
+  summaries_ = state.at("history.scores").cpu().clone(at::MemoryFormat::Contiguous);
+  budgets_ = frozen_ ? number(schedule_.final_budget()).reshape({1}) : at::empty({0}, at::kLong);
+  set_progress(tensor_of({.steps = integer("steps"),
+                          .skipped_steps = integer("skipped_steps"),
+                          .budget = -1,
+                          .recorded = n}));
+  calls_ = integer("steps") + integer("skipped_steps");
   sensitivity_.clear();
   uncertainty_.clear();
   if (!frozen_) allocate_averages();
@@ -203,6 +187,7 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
     }
   }
   kept_ = at::cat(kept);
+  place();
 }
 
 }  // namespace rankwise

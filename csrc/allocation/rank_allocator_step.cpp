@@ -4,46 +4,58 @@
 #include <ATen/core/grad_mode.h>
 #include <rankwise/rank_allocator.h>
 
-#include <algorithm>
 #include <array>
-#include <cmath>
-#include <limits>
-#include <utility>
 
 #include "../ops/importance.h"
 #include "direction_order.h"
 
 namespace rankwise {
+namespace {
+
+std::vector<at::Tensor> present(const c10::List<std::optional<at::Tensor>>& gradients) {
+  std::vector<at::Tensor> result;
+  for (const std::optional<at::Tensor> gradient : gradients)
+    if (gradient) result.push_back(*gradient);
+  return result;
+}
+
+}  // namespace
 
 void RankAllocator::step(const OptimizerView& optimizer) {
   const at::NoGradGuard no_grad;
-  if (optimizer.found_inf.defined() && optimizer.found_inf.item<double>() != 0) {
-    ++skipped_steps_;
-    return;
+  place();
+  const Gradients gradients = frozen_ ? none() : gather();
+  std::optional<at::Tensor> found, found_inf;
+  if (!frozen_) found = importance_check(present(gradients));
+  if (optimizer.found_inf.defined()) found_inf = optimizer.found_inf.to(progress_.device());
+  const int64_t now = most_steps() + 1;
+  make_room(now);
+  const at::Tensor progress =
+      schedule_step(progress_, found, found_inf, budgets_, options_.freeze_step());
+  if (!frozen_) {
+    const bool may_choose = now > options_.warmup_steps();
+    const at::Tensor scores = take(gradients, may_choose, progress);
+    if (may_choose) choose(scores, progress);
+  } else if (!shrunk_) {
+    mask(progress);
   }
-  const int64_t now = steps_ + 1;
-  if (frozen_) {
-    if (!shrunk_) mask();
-  } else {
-    const Gradients gradients = gather();
-    if (!finite(gradients)) {
-      ++skipped_steps_;
-      return;
-    }
-    // As the paper's code and PEFT: the last choice uses the scores of the step before.
-    const bool last = now >= options_.freeze_step();
-    const bool allocates = last || schedule_.allocates(now);
-    const at::Tensor scores = take(last ? none() : gradients, allocates);
-    if (allocates) choose(now, schedule_.budget(now), scores);
-    if (last) freeze_pattern(optimizer);
-  }
-  steps_ = now;
+  ++calls_;
+  set_progress(progress);
+  warn_of_zeros();
+  const auto last = options_.freeze_step();
+  if (!frozen_ && most_steps() >= last && steps() >= last) freeze_pattern(optimizer);
 }
 
 void RankAllocator::freeze(const OptimizerView& optimizer) {
   const at::NoGradGuard no_grad;
   if (frozen_) return;
-  choose(steps_, schedule_.final_budget(), scores());
+  place();
+  make_room(most_steps());
+  kernels::Progress now = progress_of(progress_);
+  now.budget = schedule_.final_budget();
+  const at::Tensor progress = tensor_of(now).to(progress_.device());
+  choose(scores(), progress);
+  set_progress(progress);
   freeze_pattern(optimizer);
 }
 
@@ -70,18 +82,6 @@ RankAllocator::Gradients RankAllocator::gather() {
   return gradients;
 }
 
-bool RankAllocator::finite(const Gradients& gradients) {
-  std::vector<at::Tensor> present;
-  for (const std::optional<at::Tensor> gradient : gradients)
-    if (gradient) present.push_back(*gradient);
-  const at::Tensor found = importance_check(present).cpu();
-  const bool* const facts = found.const_data_ptr<bool>();  // not finite, not zero
-  if (!facts[0] && !facts[1] && !std::exchange(warned_of_zeros_, true)) {
-    TORCH_WARN("RankAllocator: all gradients are zero: were they cleared before the step ended?");
-  }
-  return !facts[0];
-}
-
 RankAllocator::Gradients RankAllocator::none() const {
   Gradients gradients;
   gradients.resize(sensitivity_.size());
@@ -89,13 +89,14 @@ RankAllocator::Gradients RankAllocator::none() const {
 }
 
 // Takes gradients into the averages; the scores, when asked for.
-at::Tensor RankAllocator::take(const Gradients& gradients, bool score) {
+at::Tensor RankAllocator::take(const Gradients& gradients, bool score,
+                               const std::optional<at::Tensor>& progress) {
   fit_averages();
   std::vector<at::Tensor> parameters;
   for (const Adapter& adapter : adapters_)
     for (const at::Tensor& factor : adapter.factors()) parameters.push_back(factor);
   return importance_step_(parameters, gradients, sensitivity_, uncertainty_, initial_ranks_,
-                          options_.beta1(), options_.beta2(), score);
+                          options_.beta1(), options_.beta2(), score, progress);
 }
 
 void RankAllocator::warn_of_missing(const std::vector<std::string>& names) {
@@ -104,7 +105,8 @@ void RankAllocator::warn_of_missing(const std::vector<std::string>& names) {
     if (warned_.insert(name).second) fresh += (fresh.empty() ? "'" : ", '") + name + "'";
   }
   if (!fresh.empty()) {
-    TORCH_WARN("RankAllocator: no gradient in step ", steps_ + 1, " for (a factor of) ", fresh,
+    TORCH_WARN("RankAllocator: no gradient in step ", most_steps() + 1, " for (a factor of) ",
+               fresh,
                ", whose scores stay as they are; a module that never takes part loses its "
                "directions to others");
   }
@@ -112,27 +114,29 @@ void RankAllocator::warn_of_missing(const std::vector<std::string>& names) {
 
 at::Tensor RankAllocator::scores() {
   const at::NoGradGuard no_grad;
-  return frozen_ ? at::Tensor() : take(none(), true);
+  return frozen_ ? at::Tensor() : take(none(), true, {});
 }
 
-void RankAllocator::choose(int64_t step, int64_t budget, const at::Tensor& scores) {
-  const at::Tensor now = scores.cpu();
-  kept_ = select_triplets(now, initial_ranks_, costs_, budget, options_.min_rank());
-  mask();
-  record(step, budget, now);
+// What `progress` chooses, if anything: the pattern, the masks, the history.
+void RankAllocator::choose(const at::Tensor& scores, const at::Tensor& progress) {
+  select_triplets_(kept_, scores, initial_ranks_, costs_, options_.min_rank(), progress);
+  mask(progress);
+  record_choice_(choices_, summaries_, progress, scores, kept_, initial_ranks_,
+                 options_.freeze_step());
 }
 
 void RankAllocator::freeze_pattern(const OptimizerView& optimizer) {
   frozen_ = true;
+  budgets_ = at::full({1}, schedule_.final_budget(), budgets_.options());
   sensitivity_.clear();
   uncertainty_.clear();
   if (options_.shrink()) shrink(optimizer);
 }
 
-void RankAllocator::mask() {
+void RankAllocator::mask(const at::Tensor& progress) {
   std::vector<at::Tensor> lora_E;
   for (const Adapter& adapter : adapters_) lora_E.push_back(adapter.lora_E);
-  mask_triplets_(lora_E, initial_ranks_, kept_);
+  mask_triplets_(lora_E, initial_ranks_, kept_, progress);
 }
 
 void RankAllocator::shrink(const OptimizerView& optimizer) {
@@ -143,7 +147,7 @@ void RankAllocator::shrink(const OptimizerView& optimizer) {
                "being shrunk");
     return;
   }
-  const std::vector<at::Tensor> kept = kept_.split_with_sizes(initial_ranks_);
+  const std::vector<at::Tensor> kept = kept_.cpu().split_with_sizes(initial_ranks_);
   for (size_t m = 0; m < adapters_.size(); ++m) {
     Adapter& adapter = adapters_[m];
     const at::Tensor directions = kept[m].nonzero().squeeze(1);
@@ -151,28 +155,6 @@ void RankAllocator::shrink(const OptimizerView& optimizer) {
     adapter.change_rank(directions.numel());
   }
   shrunk_ = true;
-}
-
-void RankAllocator::record(int64_t step, int64_t budget, const at::Tensor& scores) {
-  Allocation entry{.step = step, .budget = budget, .ranks = {}};
-  for (const auto& [name, rank] : ranks()) entry.ranks.push_back(rank);
-  if (!history_.empty() && history_.back().budget == budget &&
-      history_.back().ranks == entry.ranks && step != options_.freeze_step()) {
-    return;
-  }
-  const auto nan = std::numeric_limits<double>::quiet_NaN();
-  entry.lowest_kept = entry.highest_pruned = nan;
-  const double* const score = scores.const_data_ptr<double>();
-  const bool* const keep = kept_.const_data_ptr<bool>();
-  for (int64_t i = 0; i < scores.numel(); ++i) {
-    entry.mean_score += score[i] / static_cast<double>(scores.numel());
-    entry.largest_score = std::max(entry.largest_score, score[i]);
-    if (keep[i])  // fmin and fmax pass NaN over
-      entry.lowest_kept = std::fmin(entry.lowest_kept, score[i]);
-    else
-      entry.highest_pruned = std::fmax(entry.highest_pruned, score[i]);
-  }
-  history_.push_back(std::move(entry));
 }
 
 // Puts the averages where the parameters are, which a module's to() may have moved or widened.

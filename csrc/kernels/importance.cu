@@ -104,8 +104,9 @@ __device__ inline double update(const FactorEntry& f, const Walk& walk, bool ste
 __global__ void __launch_bounds__(threads) importance_step(ImportanceStep p) {
   __shared__ double sums[threads];
   const FactorEntry& f = entry_of(p.factors, p.count, blockIdx.x);
-  const bool step = f.gradient && !(p.found && p.found[0]);
-  if (!step && !p.partials) return;
+  const bool step = f.gradient && !(p.progress && !p.progress->updates);
+  const bool score = p.partials && !(p.progress && p.progress->budget < 0);
+  if (!step && !score) return;
   const Cut cut(f);
   const int64_t block = blockIdx.x - f.first_block;
   const int64_t row = block / cut.col_parts * cut.rows, col = block % cut.col_parts * cut.cols;
@@ -121,9 +122,9 @@ __global__ void __launch_bounds__(threads) importance_step(ImportanceStep p) {
   with_element_type(f.type, [&](auto type) {
     using Stored = decltype(type);
     const Decay<Wide<Stored>> decay(p.beta1, p.beta2);
-    sums[lane] = update<Stored>(f, walk, step, p.partials, decay);
+    sums[lane] = update<Stored>(f, walk, step, score, decay);
   });
-  if (!p.partials) return;
+  if (!score) return;
   __syncthreads();
   double* const partials = p.partials + f.first_partial;
   if (!f.directions_are_rows) {
@@ -153,7 +154,9 @@ __device__ inline double direction_sum(const FactorEntry& f, const double* parti
 
 // A block has an adapter.
 __global__ void importance_scores(const FactorEntry* factors, const int64_t* offsets,
-                                  const double* partials, double* scores) {
+                                  const Progress* progress, const double* partials,
+                                  double* scores) {
+  if (progress && progress->budget < 0) return;
   const FactorEntry *A = factors + 3 * static_cast<int64_t>(blockIdx.x), *B = A + 1, *E = A + 2;
   const int64_t first = offsets[blockIdx.x], rank = offsets[blockIdx.x + 1] - first;
   for (int64_t i = threadIdx.x; i < rank; i += blockDim.x) {
@@ -201,10 +204,11 @@ int launch_importance_step(const ImportanceStep& problem, void* stream) {
 }
 
 int launch_importance_scores(const FactorEntry* factors, const int64_t* offsets, int64_t adapters,
-                             const double* partials, double* scores, void* stream) {
+                             const Progress* progress, const double* partials, double* scores,
+                             void* stream) {
   if (adapters == 0) return cudaSuccess;
   return launch(importance_scores, static_cast<unsigned>(adapters), 64, 0, stream, factors, offsets,
-                partials, scores);
+                progress, partials, scores);
 }
 
 }  // namespace rankwise::kernels

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "element_type.h"
+#include "progress.h"
 
 namespace rankwise::kernels {
 
@@ -50,14 +51,16 @@ struct ImportanceStep {
   const FactorEntry* factors;
   int64_t count, blocks;
   double beta1, beta2;
-  const bool* found;  // null, or an importance check's: averages stay as they are when found[0]
-  double* partials;   // null, or where the parts of the scores go
+  const Progress* progress;  // null, or whether averages are updated and scores are needed
+  double* partials;          // null, or where the parts of the scores go
 };
 int launch_importance_step(const ImportanceStep& problem, void* stream);
 
 // Scores from the parts, for factors A, B, E of each adapter in turn. Those of adapter m lie from
-// offsets[m] to offsets[m + 1], one for each of its leading directions.
+// offsets[m] to offsets[m + 1], one for each of its leading directions. Not written where
+// `progress` is not null and chooses nothing.
 int launch_importance_scores(const FactorEntry* factors, const int64_t* offsets, int64_t adapters,
-                             const double* partials, double* scores, void* stream);
+                             const Progress* progress, const double* partials, double* scores,
+                             void* stream);
 
 }  // namespace rankwise::kernels

@@ -38,6 +38,7 @@ __device__ inline int64_t adapter_of(const TripletSelection& p, int64_t i) {
 // in its adapter. scratch: the directions in order, and the cost of each, or -1 where it is kept.
 __global__ void order_triplets(TripletSelection p) {
   __shared__ uint64_t keys[tile];
+  if (p.progress->budget < 0) return;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
   const bool any = i < p.triplets;
   const uint64_t key = any ? key_of(p.scores[i]) : 0;
@@ -70,7 +71,8 @@ __global__ void spend_budget(TripletSelection p) {
   __shared__ int64_t costs[tile];
   __shared__ bool taken[tile];
   __shared__ int64_t budget;
-  if (threadIdx.x == 0) budget = p.budget;
+  if (p.progress->budget < 0) return;
+  if (threadIdx.x == 0) budget = p.progress->budget - p.reserved;
   __syncthreads();
   for (int64_t start = 0; start < p.triplets && budget >= p.least_cost; start += tile) {
     const int count = static_cast<int>(p.triplets - start < tile ? p.triplets - start : tile);
@@ -94,7 +96,9 @@ __global__ void spend_budget(TripletSelection p) {
 }
 
 // A block has an adapter. Zero is all bits zero in every type.
-__global__ void mask_triplets(const MaskEntry* entries, const bool* kept) {
+__global__ void mask_triplets(const MaskEntry* entries, const bool* kept,
+                              const Progress* progress) {
+  if (progress->budget < 0) return;
   const MaskEntry& entry = entries[blockIdx.x];
   for (int64_t i = threadIdx.x; i < entry.rank; i += blockDim.x) {
     if (kept[entry.first + i]) continue;
@@ -114,9 +118,11 @@ int launch_select_triplets(const TripletSelection& problem, void* stream) {
   return error ? error : launch(spend_budget, 1, threads, 0, stream, problem);
 }
 
-int launch_mask_triplets(const MaskEntry* entries, int64_t count, const bool* kept, void* stream) {
+int launch_mask_triplets(const MaskEntry* entries, int64_t count, const bool* kept,
+                         const Progress* progress, void* stream) {
   if (count == 0) return cudaSuccess;
-  return launch(mask_triplets, static_cast<unsigned>(count), 64, 0, stream, entries, kept);
+  return launch(mask_triplets, static_cast<unsigned>(count), 64, 0, stream, entries, kept,
+                progress);
 }
 
 }  // namespace rankwise::kernels

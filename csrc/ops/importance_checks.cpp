@@ -5,6 +5,8 @@
 
 #include <numeric>
 
+#include "../kernels/progress.h"
+
 namespace rankwise {
 namespace {
 
@@ -19,6 +21,14 @@ void check_like(const char* what, const at::Tensor& tensor, const at::Tensor& pa
 
 int64_t directions(at::IntArrayRef ranks) {
   return std::accumulate(ranks.begin(), ranks.end(), int64_t{0});
+}
+
+void check_directions(const char* op, const char* what, const at::Tensor& tensor,
+                      at::ScalarType dtype, at::IntArrayRef ranks) {
+  TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.dim() == 1 &&
+                  tensor.numel() == directions(ranks),
+              op, ": ", what, " must be a contiguous vector of ", directions(ranks), " ", dtype,
+              ", got ", tensor.sizes(), " of ", tensor.scalar_type());
 }
 
 }  // namespace
@@ -54,27 +64,57 @@ std::vector<at::Tensor> check_importance_step(at::TensorList parameters,
   return present;
 }
 
-void check_triplet_selection(const at::Tensor& scores, at::IntArrayRef ranks,
-                             at::IntArrayRef costs) {
-  TORCH_CHECK(scores.scalar_type() == at::kDouble && scores.is_contiguous() && scores.dim() == 1,
-              "select_triplets: scores must be a float64 vector");
-  TORCH_CHECK(costs.size() == ranks.size(), "select_triplets: there must be ", ranks.size(),
-              " costs, got ", costs.size());
-  TORCH_CHECK(scores.numel() == directions(ranks), "select_triplets: there must be ",
-              directions(ranks), " scores, got ", scores.numel());
+void check_progress(const char* op, const at::Tensor& progress) {
+  constexpr int64_t size = sizeof(kernels::Progress) / sizeof(int64_t);
+  TORCH_CHECK(
+      progress.scalar_type() == at::kLong && progress.is_contiguous() && progress.numel() == size,
+      op, ": progress must be ", size, " contiguous int64, got ", progress.numel(), " of ",
+      progress.scalar_type());
 }
 
-void check_triplet_mask(at::TensorList lora_E, at::IntArrayRef ranks, const at::Tensor& kept) {
+void check_schedule_step(const at::Tensor& progress, const at::Tensor& budgets) {
+  check_progress("schedule_step", progress);
+  TORCH_CHECK(budgets.scalar_type() == at::kLong && budgets.is_contiguous() && budgets.numel() > 0,
+              "schedule_step: budgets must be contiguous int64, at least one, got ",
+              budgets.numel(), " of ", budgets.scalar_type());
+}
+
+void check_triplet_selection(const at::Tensor& kept, const at::Tensor& scores,
+                             at::IntArrayRef ranks, at::IntArrayRef costs,
+                             const at::Tensor& progress) {
+  check_progress("select_triplets", progress);
+  check_directions("select_triplets", "scores", scores, at::kDouble, ranks);
+  check_directions("select_triplets", "kept", kept, at::kBool, ranks);
+  TORCH_CHECK(costs.size() == ranks.size(), "select_triplets: there must be ", ranks.size(),
+              " costs, got ", costs.size());
+}
+
+void check_triplet_mask(at::TensorList lora_E, at::IntArrayRef ranks, const at::Tensor& kept,
+                        const at::Tensor& progress) {
+  check_progress("mask_triplets", progress);
+  check_directions("mask_triplets", "kept", kept, at::kBool, ranks);
   TORCH_CHECK(lora_E.size() == ranks.size(), "mask_triplets: there must be ", ranks.size(),
               " tensors, got ", lora_E.size());
-  TORCH_CHECK(
-      kept.scalar_type() == at::kBool && kept.is_contiguous() && kept.numel() == directions(ranks),
-      "mask_triplets: kept must be ", directions(ranks), " contiguous bool, got ", kept.numel(),
-      " of ", kept.scalar_type());
   for (size_t m = 0; m < ranks.size(); ++m)
     TORCH_CHECK(lora_E[m].dim() == 2 && lora_E[m].size(0) >= ranks[m],
                 "mask_triplets: lora_E of rank ", ranks[m], " must be [capacity, 1], got ",
                 lora_E[m].sizes());
+}
+
+void check_choice(const at::Tensor& choices, const at::Tensor& summaries,
+                  const at::Tensor& progress, const at::Tensor& scores, const at::Tensor& kept,
+                  at::IntArrayRef ranks) {
+  check_progress("record_choice", progress);
+  check_directions("record_choice", "scores", scores, at::kDouble, ranks);
+  check_directions("record_choice", "kept", kept, at::kBool, ranks);
+  const auto width = static_cast<int64_t>(ranks.size()) + 2;
+  TORCH_CHECK(choices.scalar_type() == at::kLong && choices.is_contiguous() &&
+                  summaries.scalar_type() == at::kDouble && summaries.is_contiguous() &&
+                  choices.dim() == 2 && choices.size(1) == width &&
+                  summaries.sizes() == at::IntArrayRef({choices.size(0), 4}),
+              "record_choice: choices must be contiguous int64 [rows, ", width,
+              "] and summaries float64 [rows, 4], got ", choices.sizes(), " of ",
+              choices.scalar_type(), " and ", summaries.sizes(), " of ", summaries.scalar_type());
 }
 
 }  // namespace rankwise

@@ -131,9 +131,18 @@ at::Tensor combine(const std::vector<Piece>& pieces, const std::vector<double>& 
 at::Tensor importance_step_cpu_(at::TensorList parameters,
                                 const c10::List<std::optional<at::Tensor>>& gradients,
                                 at::TensorList sensitivity, at::TensorList uncertainty,
-                                at::IntArrayRef ranks, double beta1, double beta2, bool score) {
+                                at::IntArrayRef ranks, double beta1, double beta2, bool score,
+                                const std::optional<at::Tensor>& progress) {
   const std::vector<at::Tensor> gradient =
       check_importance_step(parameters, gradients, sensitivity, uncertainty, ranks);
+  bool update = true;
+  if (progress) {
+    const kernels::Progress now = progress_of(*progress);
+    update = now.updates;
+    score = score && now.budget >= 0;
+  }
+  const int64_t directions = std::accumulate(ranks.begin(), ranks.end(), int64_t{0});
+  if (!update && !score) return at::empty({directions}, at::kDouble);
   int64_t size = 0;
   const std::vector<Piece> pieces = pieces_of(sensitivity, size);
   std::vector<double> partials(score ? size : 0);
@@ -146,7 +155,7 @@ at::Tensor importance_step_cpu_(at::TensorList parameters,
           using T = at::opmath_type<scalar_t>;
           T* const s = sensitivity[factor].mutable_data_ptr<T>() + start;
           T* const u = uncertainty[factor].mutable_data_ptr<T>() + start;
-          if (gradient[factor].defined()) {
+          if (update && gradient[factor].defined()) {
             update_piece(parameter.const_data_ptr<scalar_t>() + start,
                          gradient[factor].const_data_ptr<scalar_t>() + start, rows.size * width,
                          kernels::Decay<T>(beta1, beta2), s, u);
@@ -154,7 +163,8 @@ at::Tensor importance_step_cpu_(at::TensorList parameters,
           if (score) score_piece(!is_B(factor), s, u, rows.size, width, partials.data() + partial);
         });
   });
-  return score ? combine(pieces, partials, sensitivity, ranks) : at::empty({0}, at::kDouble);
+  return score ? combine(pieces, partials, sensitivity, ranks)
+               : at::empty({directions}, at::kDouble);
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 #include "device_table.h"
 #include "importance.h"
 #include "importance_checks.h"
+#include "importance_composite.h"
+#include "path_cuda.h"
 
 namespace rankwise {
 namespace {
@@ -18,13 +20,14 @@ constexpr const char* op = "importance";
 at::Tensor importance_check_cuda(at::TensorList gradients) {
   check_importance_gradients(gradients);
   const at::Device device = gradients[0].device();
+  const c10::cuda::CUDAGuard guard(device);
+  if (!has_kernels(device)) return importance_check_composite(gradients);
   std::vector<kernels::GradientEntry> entries;
   for (const at::Tensor& gradient : gradients) {
     check_device(op, "gradients", gradient, device);
     entries.push_back(
         {gradient.const_data_ptr(), gradient.numel(), element_type(op, gradient.scalar_type())});
   }
-  const c10::cuda::CUDAGuard guard(device);
   const auto count = static_cast<int64_t>(entries.size());
   const int64_t blocks = kernels::lay_out(entries.data(), count);
   const at::Tensor found = at::zeros({2}, gradients[0].options().dtype(at::kBool));
@@ -75,20 +78,31 @@ std::vector<int64_t> offsets_of(at::TensorList parameters, at::IntArrayRef ranks
 at::Tensor importance_step_cuda_(at::TensorList parameters,
                                  const c10::List<std::optional<at::Tensor>>& gradients,
                                  at::TensorList sensitivity, at::TensorList uncertainty,
-                                 at::IntArrayRef ranks, double beta1, double beta2, bool score) {
+                                 at::IntArrayRef ranks, double beta1, double beta2, bool score,
+                                 const std::optional<at::Tensor>& progress) {
   const std::vector<at::Tensor> present =
       check_importance_step(parameters, gradients, sensitivity, uncertainty, ranks);
+  const at::Device device = parameters[0].device();
+  const c10::cuda::CUDAGuard guard(device);
+  if (!has_kernels(device)) {
+    return importance_step_composite_(parameters, gradients, sensitivity, uncertainty, ranks, beta1,
+                                      beta2, score, progress);
+  }
   std::vector<kernels::FactorEntry> entries =
       factor_entries(parameters, present, sensitivity, uncertainty);
   const std::vector<int64_t> offsets = offsets_of(parameters, ranks);
   const auto count = static_cast<int64_t>(entries.size());
   const kernels::FactorBlocks blocks = kernels::lay_out(entries.data(), count);
-  const at::Device device = parameters[0].device();
-  const c10::cuda::CUDAGuard guard(device);
   const at::TensorOptions options = at::TensorOptions(at::kDouble).device(device);
-  const at::Tensor scores = at::empty({score ? offsets.back() : 0}, options);
+  const at::Tensor scores = at::empty({offsets.back()}, options);
   if (blocks.blocks == 0 && scores.numel() == 0) return scores;
 
+  const kernels::Progress* now = nullptr;
+  if (progress) {
+    check_progress(op, *progress);
+    check_device(op, "tensors", *progress, device);
+    now = static_cast<const kernels::Progress*>(progress->const_data_ptr());
+  }
   DeviceTable table;
   const size_t first_factor = table.add(entries), first_offset = table.add(offsets);
   table.upload(device);
@@ -96,10 +110,10 @@ at::Tensor importance_step_cuda_(at::TensorList parameters,
   const at::Tensor partials = at::empty({score ? blocks.partials : 0}, options);
   double* const parts = score ? partials.mutable_data_ptr<double>() : nullptr;
   check_launch(kernels::launch_importance_step(
-      {factors, count, blocks.blocks, beta1, beta2, /*found=*/nullptr, parts}, current_stream()));
-  if (scores.numel() == 0) return scores;
+      {factors, count, blocks.blocks, beta1, beta2, now, parts}, current_stream()));
+  if (!score || scores.numel() == 0) return scores;
   check_launch(kernels::launch_importance_scores(
-      factors, table.at<int64_t>(first_offset), static_cast<int64_t>(ranks.size()), parts,
+      factors, table.at<int64_t>(first_offset), static_cast<int64_t>(ranks.size()), now, parts,
       scores.mutable_data_ptr<double>(), current_stream()));
   return scores;
 }

@@ -9,6 +9,7 @@
 #include "cuda_launch.h"
 #include "device_table.h"
 #include "orthogonality.h"
+#include "path_cuda.h"
 
 namespace rankwise {
 namespace {
@@ -74,7 +75,8 @@ at::Tensor penalty_cuda(at::TensorList lora_A, at::TensorList lora_B, at::IntArr
                         bool squared) {
   check_orthogonality(lora_A, lora_B, ranks);
   const c10::cuda::CUDAGuard guard(lora_A[0].device());
-  if (records_graph()) return orthogonality_penalty_composite(lora_A, lora_B, ranks, squared);
+  if (records_graph() || !has_kernels(lora_A[0].device()))
+    return orthogonality_penalty_composite(lora_A, lora_B, ranks, squared);
   const Problem problem(lora_A, lora_B, ranks, {}, squared);
   const at::Tensor penalty = at::empty({}, Problem::sums_like(lora_A[0]));
   check_launch(kernels::launch_orthogonality_penalty(problem.arguments(),
@@ -87,7 +89,7 @@ std::vector<at::Tensor> penalty_backward_cuda(const at::Tensor& grad_output, at:
                                               bool squared) {
   check_orthogonality(lora_A, lora_B, ranks);
   const c10::cuda::CUDAGuard guard(lora_A[0].device());
-  if (records_graph())
+  if (records_graph() || !has_kernels(lora_A[0].device()))
     return orthogonality_backward_composite(grad_output, lora_A, lora_B, ranks, squared);
   std::vector<at::Tensor> gradients;
   for (const at::TensorList factors : {lora_A, lora_B})

@@ -39,13 +39,23 @@ TORCH_LIBRARY(rankwise, m) {
   m.def("_importance_check(Tensor[] gradients) -> Tensor", pure);
   m.def(
       "_importance_step_(Tensor[] parameters, Tensor?[] gradients, Tensor(a!)[] sensitivity, "
-      "Tensor(b!)[] uncertainty, int[] ranks, float beta1, float beta2, bool score) -> Tensor",
+      "Tensor(b!)[] uncertainty, int[] ranks, float beta1, float beta2, bool score, "
+      "Tensor? progress=None) -> Tensor",
       pure);
   m.def(
-      "_select_triplets(Tensor scores, int[] ranks, int[] costs, int budget, int min_rank) "
-      "-> Tensor",
+      "_schedule_step(Tensor progress, Tensor? found, Tensor? found_inf, Tensor budgets, "
+      "int freeze_step) -> Tensor",
       pure);
-  m.def("_mask_triplets_(Tensor(a!)[] lora_E, int[] ranks, Tensor kept) -> ()", pure);
+  m.def(
+      "_select_triplets_(Tensor(a!) kept, Tensor scores, int[] ranks, int[] costs, int min_rank, "
+      "Tensor progress) -> ()",
+      pure);
+  m.def("_mask_triplets_(Tensor(a!)[] lora_E, int[] ranks, Tensor kept, Tensor progress) -> ()",
+        pure);
+  m.def(
+      "_record_choice_(Tensor(a!) choices, Tensor(b!) summaries, Tensor(c!) progress, "
+      "Tensor scores, Tensor kept, int[] ranks, int freeze_step) -> ()",
+      pure);
   m.def(
       "orthogonality_penalty(Tensor[] lora_A, Tensor[] lora_B, int[] ranks, bool squared) "
       "-> Tensor",

@@ -13,9 +13,11 @@
 namespace rankwise {
 namespace {
 
-at::Tensor select_triplets_cpu(const at::Tensor& scores, at::IntArrayRef ranks,
-                               at::IntArrayRef costs, int64_t budget, int64_t min_rank) {
-  check_triplet_selection(scores, ranks, costs);
+void select_triplets_cpu_(const at::Tensor& kept, const at::Tensor& scores, at::IntArrayRef ranks,
+                          at::IntArrayRef costs, int64_t min_rank, const at::Tensor& progress) {
+  check_triplet_selection(kept, scores, ranks, costs, progress);
+  int64_t budget = progress_of(progress).budget;
+  if (budget < 0) return;
   std::vector<size_t> adapter;
   for (size_t m = 0; m < ranks.size(); ++m) adapter.insert(adapter.end(), ranks[m], m);
   const double* const score = scores.const_data_ptr<double>();
@@ -25,8 +27,8 @@ at::Tensor select_triplets_cpu(const at::Tensor& scores, at::IntArrayRef ranks,
     return score[a] != score[b] ? score[a] > score[b] : a < b;
   });
 
-  const at::Tensor kept = at::zeros({scores.numel()}, at::kBool);
   bool* const keep = kept.mutable_data_ptr<bool>();
+  std::fill_n(keep, kept.numel(), false);
   std::vector<int64_t> count(ranks.size(), 0);
   const auto take = [&](int64_t i) {
     keep[i] = true;
@@ -37,11 +39,12 @@ at::Tensor select_triplets_cpu(const at::Tensor& scores, at::IntArrayRef ranks,
     if (count[adapter[i]] < min_rank) take(i);
   for (const int64_t i : order)
     if (!keep[i] && costs[adapter[i]] <= budget) take(i);
-  return kept;
 }
 
-void mask_triplets_cpu_(at::TensorList lora_E, at::IntArrayRef ranks, const at::Tensor& kept) {
-  check_triplet_mask(lora_E, ranks, kept);
+void mask_triplets_cpu_(at::TensorList lora_E, at::IntArrayRef ranks, const at::Tensor& kept,
+                        const at::Tensor& progress) {
+  check_triplet_mask(lora_E, ranks, kept, progress);
+  if (progress_of(progress).budget < 0) return;
   const bool* keep = kept.const_data_ptr<bool>();
   for (size_t m = 0; m < ranks.size(); keep += ranks[m], ++m) {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, lora_E[m].scalar_type(),
@@ -59,6 +62,6 @@ void mask_triplets_cpu_(at::TensorList lora_E, at::IntArrayRef ranks, const at::
 }  // namespace rankwise
 
 TORCH_LIBRARY_IMPL(rankwise, CPU, m) {
-  m.impl("_select_triplets", &rankwise::select_triplets_cpu);
+  m.impl("_select_triplets_", &rankwise::select_triplets_cpu_);
   m.impl("_mask_triplets_", &rankwise::mask_triplets_cpu_);
 }

@@ -10,68 +10,71 @@
 #include "device_table.h"
 #include "importance.h"
 #include "importance_checks.h"
+#include "importance_composite.h"
+#include "path_cuda.h"
 
 namespace rankwise {
 namespace {
 
-at::Tensor select_triplets_cuda(const at::Tensor& scores, at::IntArrayRef ranks,
-                                at::IntArrayRef costs, int64_t budget, int64_t min_rank) {
-  check_triplet_selection(scores, ranks, costs);
-  const c10::cuda::CUDAGuard guard(scores.device());
-  const int64_t triplets = scores.numel();
-  if (triplets > kernels::most_triplets) {
-    return select_triplets(scores.cpu(), ranks, costs, budget, min_rank).to(scores.device());
+const kernels::Progress* pointer_to(const at::Tensor& progress) {
+  return static_cast<const kernels::Progress*>(progress.const_data_ptr());
+}
+
+void select_triplets_cuda_(const at::Tensor& kept, const at::Tensor& scores, at::IntArrayRef ranks,
+                           at::IntArrayRef costs, int64_t min_rank, const at::Tensor& progress) {
+  const at::Device device = scores.device();
+  const c10::cuda::CUDAGuard guard(device);
+  if (!has_kernels(device)) {
+    return select_triplets_composite_(kept, scores, ranks, costs, min_rank, progress);
   }
-  const at::Tensor kept = at::empty({triplets}, scores.options().dtype(at::kBool));
-  if (triplets == 0) return kept;
+  check_triplet_selection(kept, scores, ranks, costs, progress);
+  for (const at::Tensor& tensor : {kept, progress})
+    check_device("select_triplets", "tensors", tensor, device);
+  const int64_t triplets = scores.numel();
+  if (triplets == 0) return;
 
   std::vector<int64_t> offsets = {0};
+  int64_t reserved = 0;
   for (size_t m = 0; m < ranks.size(); ++m) {
     offsets.push_back(offsets.back() + ranks[m]);
-    budget -= std::clamp<int64_t>(min_rank, 0, ranks[m]) * costs[m];
+    reserved += std::clamp<int64_t>(min_rank, 0, ranks[m]) * costs[m];
   }
   DeviceTable table;
   const size_t first_offset = table.add(offsets), first_cost = table.add(costs.vec());
-  table.upload(scores.device());
+  table.upload(device);
   const at::Tensor scratch = at::empty({2 * triplets}, scores.options().dtype(at::kLong));
   check_launch(kernels::launch_select_triplets(
       {static_cast<int64_t>(ranks.size()), triplets, scores.const_data_ptr<double>(),
        table.at<int64_t>(first_offset), table.at<int64_t>(first_cost),
-       *std::min_element(costs.begin(), costs.end()), budget, min_rank,
+       *std::min_element(costs.begin(), costs.end()), reserved, min_rank, pointer_to(progress),
        scratch.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr<bool>()},
       current_stream()));
-  return kept;
 }
 
-// `kept` may lie on the CPU, where allocators have it.
-void mask_triplets_cuda_(at::TensorList lora_E, at::IntArrayRef ranks, const at::Tensor& kept) {
+void mask_triplets_cuda_(at::TensorList lora_E, at::IntArrayRef ranks, const at::Tensor& kept,
+                         const at::Tensor& progress) {
   constexpr const char* op = "mask_triplets";
-  check_triplet_mask(lora_E, ranks, kept);
+  check_triplet_mask(lora_E, ranks, kept, progress);
+  const at::Device device = kept.device();
+  const c10::cuda::CUDAGuard guard(device);
+  if (!has_kernels(device)) return mask_triplets_composite_(lora_E, ranks, kept, progress);
+  check_device(op, "tensors", progress, device);
   std::vector<kernels::MaskEntry> entries;
   int64_t first = 0;
   for (size_t m = 0; m < ranks.size(); ++m) {
     const at::Tensor& E = lora_E[m];
-    check_device(op, "lora_E", E, lora_E[0].device());
+    check_device(op, "tensors", E, device);
     element_type(op, E.scalar_type());
     entries.push_back({E.mutable_data_ptr(), E.stride(0), ranks[m], first, E.element_size()});
     first += ranks[m];
   }
   if (first == 0) return;
-  const at::Device device = lora_E[0].device();
-  const c10::cuda::CUDAGuard guard(device);
   DeviceTable table;
   const size_t start = table.add(entries);
-  size_t first_kept = 0;
-  if (kept.is_cpu()) {
-    const auto* const data = reinterpret_cast<const uint8_t*>(kept.const_data_ptr<bool>());
-    first_kept = table.add(std::vector<uint8_t>(data, data + kept.numel()));
-  } else {
-    check_device(op, "tensors", kept, device);
-  }
   table.upload(device);
   check_launch(kernels::launch_mask_triplets(
       table.at<kernels::MaskEntry>(start), static_cast<int64_t>(entries.size()),
-      kept.is_cpu() ? table.at<bool>(first_kept) : kept.const_data_ptr<bool>(), current_stream()));
+      kept.const_data_ptr<bool>(), pointer_to(progress), current_stream()));
   for (const at::Tensor& E : lora_E)
     E.unsafeGetTensorImpl()->bump_version();  // a graph that saved it will say so
 }
@@ -80,6 +83,6 @@ void mask_triplets_cuda_(at::TensorList lora_E, at::IntArrayRef ranks, const at:
 }  // namespace rankwise
 
 TORCH_LIBRARY_IMPL(rankwise, CUDA, m) {
-  m.impl("_select_triplets", &rankwise::select_triplets_cuda);
+  m.impl("_select_triplets_", &rankwise::select_triplets_cuda_);
   m.impl("_mask_triplets_", &rankwise::mask_triplets_cuda_);
 }

@@ -52,8 +52,11 @@ std::vector<at::Tensor> results(at::ScalarType dtype, int threads) {
     result.push_back(rankwise::importance_step_(all.parameters, all.gradients, all.sensitivity,
                                                 all.uncertainty, all.ranks, beta1, beta2, score));
   }
-  result.push_back(rankwise::select_triplets(result.back(), all.ranks, {1, 1, 1}, 10, 1));
-  rankwise::mask_triplets_(all.factors(2), all.ranks, result.back());
+  const at::Tensor progress = rankwise::tensor_of({.budget = 10});
+  const at::Tensor kept = torch::empty({result.back().numel()}, at::kBool);
+  rankwise::select_triplets_(kept, result.back(), all.ranks, {1, 1, 1}, 1, progress);
+  rankwise::mask_triplets_(all.factors(2), all.ranks, kept, progress);
+  result.push_back(kept);
   result.push_back(rankwise::importance_check(all.parameters));
   for (at::Tensor& parameter : all.parameters) parameter.requires_grad_();
   for (const auto form :

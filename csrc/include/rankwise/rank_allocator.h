@@ -53,8 +53,13 @@ struct OptimizerView {
 ///
 /// Until the pattern is frozen, a step whose gradients are infinite or NaN changes nothing but
 /// skipped_steps(). Ties are decided by the order of adapters and directions; results do not depend
-/// on the number of threads. Not thread-safe: one caller at a time. On CUDA the work goes to the
-/// current stream, which must be that of the optimizer's step.
+/// on the number of threads. Not thread-safe: one caller at a time.
+///
+/// On CUDA the work goes to the current stream, which must be that of the optimizer's step, and a
+/// step waits for nothing: whether gradients were finite, where the schedule stands, the choice and
+/// the history stay on the device, and members that tell of them wait for it. One step of a
+/// training waits, that of freeze_step, because ranks become numbers on the host there; where steps
+/// were skipped immediately before it, each that might have been it. Adapters lie on one device.
 class RankAllocator {
  public:
   /// Throws std::invalid_argument for wrong options, no adapters, repeated names, wrong shapes, or
@@ -67,7 +72,7 @@ class RankAllocator {
   RankAllocator& operator=(const RankAllocator&) = delete;
 
   /// Throws c10::Error when no adapter has a gradient; warns once of each adapter without one,
-  /// which keeps its scores.
+  /// which keeps its scores, and once when all gradients are zero (on CUDA some steps later).
   void step(const OptimizerView& optimizer = {});
 
   /// Chooses the final directions now, as at freeze_step: for a training that ends early.
@@ -83,18 +88,18 @@ class RankAllocator {
 
   const AdaLoRAOptions& options() const { return options_; }
   const BudgetSchedule& schedule() const { return schedule_; }
-  int64_t steps() const { return steps_; }                  ///< taken into the scores
-  int64_t skipped_steps() const { return skipped_steps_; }  ///< with gradients not finite
+  int64_t steps() const;          ///< taken into the scores
+  int64_t skipped_steps() const;  ///< with gradients not finite
   bool frozen() const { return frozen_; }
 
   /// Kept directions by adapter name, in the adapters' order.
   std::vector<std::pair<std::string, int64_t>> ranks() const;
-  /// Which of its initial directions each adapter keeps, bool [initial rank].
+  /// Which of its initial directions each adapter keeps, bool [initial rank], on the CPU.
   std::vector<std::pair<std::string, at::Tensor>> pattern() const;
   /// The scores of all adapters' directions now, float64; undefined once frozen.
   at::Tensor scores();
   /// The allocations that changed the budget or a rank.
-  const std::vector<Allocation>& history() const { return history_; }
+  std::vector<Allocation> history() const;
 
   /// Everything a bit-exact resume needs besides parameters and optimizer.
   std::map<std::string, at::Tensor> state() const;
@@ -108,13 +113,17 @@ class RankAllocator {
   void warn_of_missing(const std::vector<std::string>& names);
   Gradients gather();
   Gradients none() const;
-  bool finite(const Gradients& gradients);
-  at::Tensor take(const Gradients& gradients, bool score);
-  void choose(int64_t step, int64_t budget, const at::Tensor& scores);
+  at::Tensor take(const Gradients& gradients, bool score,
+                  const std::optional<at::Tensor>& progress);
+  void choose(const at::Tensor& scores, const at::Tensor& progress);
   void freeze_pattern(const OptimizerView& optimizer);
-  void mask();
+  void mask(const at::Tensor& progress);
   void shrink(const OptimizerView& optimizer);
-  void record(int64_t step, int64_t budget, const at::Tensor& scores);
+  int64_t most_steps() const;
+  void make_room(int64_t step);
+  void set_progress(const at::Tensor& progress);
+  void place();
+  void warn_of_zeros();
   void allocate_averages();
   void fit_averages();
 
@@ -123,11 +132,14 @@ class RankAllocator {
   AdaLoRAOptions options_;
   BudgetSchedule schedule_;
   std::vector<at::Tensor> sensitivity_, uncertainty_;  // of A, B, E of each adapter; until frozen
-  at::Tensor kept_;                                    // bool, all initial directions
-  int64_t steps_ = 0, skipped_steps_ = 0;
+  // Where the adapters are: the kept of all initial directions, bool; where the schedule stands
+  // (kernels/progress.h); the budgets of steps 0, 1, ..., negative where nothing is chosen; and the
+  // history's rows (record_choice_ in ops/importance.h).
+  at::Tensor kept_, progress_, budgets_, choices_, summaries_;
+  at::Tensor heard_;   // on the CPU: progress_, or what has arrived of it
+  int64_t calls_ = 0;  // steps, the skipped ones too
   bool frozen_ = false, shrunk_ = false, warned_of_zeros_ = false;
   std::set<std::string> warned_;
-  std::vector<Allocation> history_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 

@@ -46,4 +46,5 @@ rankwise_kernel_test(kernels/importance_kernels_test importance.cu)
 rankwise_kernel_test(kernels/lora_linear_test column_products.cu dropout_mask.cu expand.cu finish.cu
   lora_linear.cu output_products.cu row_products.cu)
 rankwise_kernel_test(kernels/orthogonality_test orthogonality.cu)
+rankwise_kernel_test(kernels/progress_test progress.cu)
 rankwise_kernel_test(kernels/triplet_selection_test triplet_selection.cu)

@@ -36,6 +36,11 @@ std::vector<unsigned char> bytes_of(const DeviceArray<T>& array) {
   return {first, first + array.size() * sizeof(T)};
 }
 
+std::vector<unsigned char> bytes_of(const std::vector<double>& values) {
+  const auto* first = reinterpret_cast<const unsigned char*>(values.data());
+  return {first, first + values.size() * sizeof(double)};
+}
+
 constexpr double beta1 = 0.85, beta2 = 0.8;
 
 // A [capacity, in], B [out, capacity] or E [1, capacity], with what the averages shall become.
@@ -111,7 +116,7 @@ class Adapters {
   }
 
   // One step; the scores.
-  std::vector<double> step(bool score, const bool* found = nullptr) {
+  std::vector<double> step(bool score, const Progress* progress = nullptr) {
     std::vector<FactorEntry> entries;
     for (const auto& factor : factors_) entries.push_back(factor.entry());
     const auto count = static_cast<int64_t>(entries.size());
@@ -123,12 +128,12 @@ class Adapters {
     const DeviceArray<double> partials(blocks.partials), scores(offsets.back());
     double* const parts = score ? partials.data() : nullptr;
     EXPECT_EQ(launch_importance_step(
-                  {table.data(), count, blocks.blocks, beta1, beta2, found, parts}, nullptr),
+                  {table.data(), count, blocks.blocks, beta1, beta2, progress, parts}, nullptr),
               0);
     if (!score) return {};
     EXPECT_EQ(
         launch_importance_scores(table.data(), firsts.data(), static_cast<int64_t>(shapes_.size()),
-                                 parts, scores.data(), nullptr),
+                                 progress, parts, scores.data(), nullptr),
         0);
     return {scores.data(), scores.data() + scores.size()};
   }
@@ -211,16 +216,26 @@ TYPED_TEST(ImportanceKernels, RandomShapes) {
   }
 }
 
-TYPED_TEST(ImportanceKernels, AFoundGradientLeavesTheAverages) {
+TYPED_TEST(ImportanceKernels, ProgressSaysWhatAStepDoes) {
   Adapters<TypeParam> adapters(mixed, 4);
   const auto before = adapters.state();
-  const DeviceArray<bool> found(std::vector<bool>{true, true});
-  adapters.step(false, found.data());
+  const DeviceArray<Progress> progress(std::vector<Progress>{{.budget = -1, .updates = 0}});
+  adapters.step(false, progress.data());  // skipped
   EXPECT_TRUE(adapters.state() == before);
-  adapters.step(true, found.data());
+  const auto poison = adapters.step(true, progress.data());
   EXPECT_TRUE(adapters.state() == before);
-  found[0] = false;
-  adapters.step(false, found.data());
+  progress[0].updates = 1;  // averages alone: the scores are not written
+  EXPECT_EQ(bytes_of(adapters.step(true, progress.data())), bytes_of(poison));
+  adapters.expect_averages();
+}
+
+TYPED_TEST(ImportanceKernels, TheLastChoiceScoresWithoutAnUpdate) {
+  Adapters<TypeParam> adapters(mixed, 5);
+  const DeviceArray<Progress> progress(std::vector<Progress>{{.budget = 0, .updates = 1}});
+  const std::vector<double> scores = adapters.step(true, progress.data());
+  adapters.expect_averages();
+  progress[0].updates = 0;
+  EXPECT_EQ(adapters.step(true, progress.data()), scores);
   adapters.expect_averages();
 }
 
@@ -277,7 +292,7 @@ TEST(ImportanceKernelsEmpty, NothingIsLaunched) {
                                     nullptr, nullptr),
             0);
   EXPECT_EQ(launch_importance_step({nullptr, 0, 0, beta1, beta2, nullptr, nullptr}, nullptr), 0);
-  EXPECT_EQ(launch_importance_scores(nullptr, nullptr, 0, nullptr, nullptr, nullptr), 0);
+  EXPECT_EQ(launch_importance_scores(nullptr, nullptr, 0, nullptr, nullptr, nullptr, nullptr), 0);
 }
 
 }  // namespace

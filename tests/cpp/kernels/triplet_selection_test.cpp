@@ -57,12 +57,14 @@ std::vector<bool> selected(const Problem& p) {
   const DeviceArray<double> scores(p.scores);
   const DeviceArray<int64_t> offsets(offsets_of(p)), costs(p.costs), scratch(2 * triplets);
   const DeviceArray<bool> kept(triplets);
-  int64_t left = p.budget;
-  for (size_t m = 0; m < p.ranks.size(); ++m) left -= std::min(p.ranks[m], p.min_rank) * p.costs[m];
+  const DeviceArray<Progress> progress(std::vector<Progress>{{.budget = p.budget}});
+  int64_t reserved = 0;
+  for (size_t m = 0; m < p.ranks.size(); ++m)
+    reserved += std::min(p.ranks[m], p.min_rank) * p.costs[m];
   EXPECT_EQ(launch_select_triplets(
                 {static_cast<int64_t>(p.ranks.size()), triplets, scores.data(), offsets.data(),
-                 costs.data(), *std::min_element(p.costs.begin(), p.costs.end()), left, p.min_rank,
-                 scratch.data(), kept.data()},
+                 costs.data(), *std::min_element(p.costs.begin(), p.costs.end()), reserved,
+                 p.min_rank, progress.data(), scratch.data(), kept.data()},
                 nullptr),
             0);
   return std::vector<bool>(kept.data(), kept.data() + triplets);
@@ -123,9 +125,28 @@ TEST(TripletSelection, InfiniteScoresComeFirstAndNaNLast) {
   EXPECT_EQ(selected(p), (std::vector<bool>{false, false, true, true, true}));
 }
 
+TEST(TripletSelection, AStepThatChoosesNothingLeavesThePatternAndTheGates) {
+  cuda_model::set_schedule({});
+  const DeviceArray<Progress> progress(std::vector<Progress>{{.budget = -1}});
+  const std::vector<bool> before = {true, false, true};
+  const DeviceArray<double> scores(std::vector<double>{1, 2, 3});
+  const DeviceArray<int64_t> offsets(std::vector<int64_t>{0, 3}), costs(std::vector<int64_t>{1});
+  const DeviceArray<int64_t> scratch(6);
+  const DeviceArray<bool> kept(before);
+  ASSERT_EQ(launch_select_triplets({1, 3, scores.data(), offsets.data(), costs.data(), 1, 1, 1,
+                                    progress.data(), scratch.data(), kept.data()},
+                                   nullptr),
+            0);
+  EXPECT_EQ(std::vector<bool>(kept.data(), kept.data() + 3), before);
+  const DeviceArray<float> E(std::vector<float>{1, 2, 3});
+  const DeviceArray<MaskEntry> entries(std::vector<MaskEntry>{{E.data(), 1, 3, 0, 4}});
+  ASSERT_EQ(launch_mask_triplets(entries.data(), 1, kept.data(), progress.data(), nullptr), 0);
+  EXPECT_EQ(std::vector<float>(E.data(), E.data() + 3), (std::vector<float>{1, 2, 3}));
+}
+
 TEST(TripletSelection, Nothing) {
   EXPECT_EQ(launch_select_triplets({}, nullptr), 0);
-  EXPECT_EQ(launch_mask_triplets(nullptr, 0, nullptr, nullptr), 0);
+  EXPECT_EQ(launch_mask_triplets(nullptr, 0, nullptr, nullptr, nullptr), 0);
 }
 
 template <typename T>
@@ -148,7 +169,8 @@ TYPED_TEST(TripletMasks, SetWhatIsNotKeptToZero) {
   const DeviceArray<bool> kept(first);
   for (int64_t i = 0; i < first; ++i) kept[i] = random() % 2;
   const DeviceArray<MaskEntry> table(entries);
-  ASSERT_EQ(launch_mask_triplets(table.data(), 4, kept.data(), nullptr), 0);
+  const DeviceArray<Progress> progress(std::vector<Progress>{{.budget = 0}});
+  ASSERT_EQ(launch_mask_triplets(table.data(), 4, kept.data(), progress.data(), nullptr), 0);
   for (size_t m = 0; m < ranks.size(); ++m) {
     for (size_t i = 0; i < tensors[m].size(); ++i) {
       const auto direction = static_cast<int64_t>(i) / strides[m];

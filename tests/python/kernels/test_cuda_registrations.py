@@ -11,7 +11,9 @@ WITH_KERNELS = [
     "_importance_step_",
     "_mask_triplets_",
     "_orthogonality_backward",
-    "_select_triplets",
+    "_record_choice_",
+    "_schedule_step",
+    "_select_triplets_",
     "orthogonality_penalty",
 ]
 

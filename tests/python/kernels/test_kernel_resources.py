@@ -36,7 +36,9 @@ PLAN = {
     "orthogonality_terms": (2, 40, 2048),
     "output_products": (8, 128, 0),
     "probe_kernel": (1, 32, 0),
+    "record_choice": (1, 64, 8832),
     "row_products": (20, 168, 0),
+    "schedule_step": (1, 32, 0),
     "spend_budget": (1, 40, 4616),
     "sum_of_terms": (2, 40, 2048),
 }
