@@ -85,12 +85,12 @@ ForwardResult lora_linear_forward_cpu(const at::Tensor& input, const at::Tensor&
   shape.back() = weight.size(0);
   if (in_panels(x, weight, adapter)) {
     const auto [y, hidden] = forward_in_panels(adapter, x, weight, bias);
-    return {y.view(shape), hidden, seed};
+    return {in_shape(y, shape), hidden, seed};
   }
   const at::Tensor hidden = project(adapter, x);
   const at::Tensor gated = adapter.E.defined() ? hidden * adapter.E.t() : hidden;
   const at::Tensor y = expand_and_accumulate(adapter, x, weight, bias, gated);
-  return {y.view(shape), hidden, seed};
+  return {in_shape(y, shape), hidden, seed};
 }
 
 // scaling * keep_scale * dy (B o E^T), [tokens, rank]: the gradient of the unscaled mask(x) A^T.
@@ -211,7 +211,7 @@ BackwardResult lora_linear_backward_cpu(const at::Tensor& grad_output, const at:
   if (in_panels(x, weight, adapter)) {
     const FactorGradients d =
         backward_in_panels(adapter, dy, x, weight, hidden, {need_x, need_A, need_B, need_E});
-    if (need_x) dx = d.x.view(input.sizes());
+    if (need_x) dx = in_shape(d.x, input.sizes());
     if (need_A) dA = in_capacity(d.A, lora_A, 0);
     if (need_B) dB = in_capacity(d.B, lora_B, 1);
     if (need_E) dE = in_capacity(d.E, *lora_E, 0);
@@ -219,7 +219,7 @@ BackwardResult lora_linear_backward_cpu(const at::Tensor& grad_output, const at:
   }
   if (need_x || need_A) {
     const at::Tensor dh = hidden_gradient(adapter, dy);
-    if (need_x) dx = input_gradient(adapter, dy, weight, dh).view(input.sizes());
+    if (need_x) dx = in_shape(input_gradient(adapter, dy, weight, dh), input.sizes());
     if (need_A) {
       dA = in_capacity(
           reduce_tokens(dh, x, 1.0, [&](const Tile& tile) { return adapter.dropped(x, tile); }),

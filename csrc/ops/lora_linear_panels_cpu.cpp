@@ -95,9 +95,11 @@ class OutputSide {
     const auto scale = static_cast<float>(adapter_.scaling);
     const Elements<F> B(adapter_.B);
     F* const to = dB_.defined() ? dB_.mutable_data_ptr<F>() + first * rank : nullptr;
-    for (int64_t n = 0; to != nullptr && n < count; ++n)
-      put_row(to + n * rank, rank, rank,
-              [&](int64_t i) { return scale * gate_[i] * sums[i * count + n]; });
+    for (int64_t i = 0; to != nullptr && i < rank; ++i) {
+      const float gate = scale * gate_[i];
+      for (int64_t n = 0; n < count; ++n)
+        to[n * rank + i] = static_cast<F>(gate * sums[i * count + n]);
+    }
     for (int64_t i = 0; !dE_parts_.empty() && i < rank; ++i) {
       double part = 0;
       for (int64_t n = 0; n < count; ++n)

@@ -9,9 +9,13 @@ namespace rankwise {
 
 at::Tensor matrix(const at::Tensor& tensor) {
   const int64_t cols = tensor.size(-1);
-  const at::Tensor view = tensor.reshape({token_count(tensor), cols});
+  const at::Tensor view = tensor.dim() == 2 ? tensor : tensor.reshape({token_count(tensor), cols});
   const bool plain = cols <= 1 || view.stride(1) == 1;
   return plain && (view.size(0) <= 1 || view.stride(0) >= cols) ? view : view.contiguous();
+}
+
+at::Tensor in_shape(const at::Tensor& matrix, at::IntArrayRef shape) {
+  return matrix.sizes() == shape ? matrix : matrix.view(shape);
 }
 
 }  // namespace rankwise

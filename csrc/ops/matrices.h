@@ -9,4 +9,7 @@ namespace rankwise {
 // the strides allow no such view.
 at::Tensor matrix(const at::Tensor& tensor);
 
+// A contiguous matrix in another shape of as many elements: itself where it has that shape.
+at::Tensor in_shape(const at::Tensor& matrix, at::IntArrayRef shape);
+
 }  // namespace rankwise

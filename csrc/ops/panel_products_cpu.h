@@ -3,8 +3,10 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
 #include <algorithm>
+#include <bit>
 #include <type_traits>
 
 #include "adapter_cpu.h"
@@ -18,8 +20,9 @@ namespace rankwise {
 
 constexpr int64_t token_run = 64, token_cols = 128;  // of a block of a sum over tokens
 
+// A matrix of m's type; without the dispatcher, whose work is a tenth of a small layer's.
 inline at::Tensor empty_like(const at::Tensor& m, int64_t rows, int64_t cols) {
-  return at::empty({rows, cols}, m.options());
+  return at::detail::empty_cpu({rows, cols}, m.scalar_type());
 }
 
 // The bits of an input's dropout, a row of words for each of its rows; nothing without dropout.
@@ -113,7 +116,8 @@ struct Sum {
 template <typename T, typename F>
 std::vector<Tile> Sum<T, F>::tiles() const {
   constexpr int64_t rows_a_panel = 1024;
-  const Split rows(out.size(0), rows_a_panel), cols(out.size(1), panel_cols);
+  const int64_t width = out.size(0) > block_rows / 2 ? panel_cols : 2 * panel_cols;
+  const Split rows(out.size(0), rows_a_panel), cols(out.size(1), width);
   std::vector<Tile> result;
   for (int64_t j = 0; j < cols.count(); ++j)
     for (int64_t i = 0; i < rows.count(); ++i) result.push_back({rows[i], cols[j]});
@@ -186,14 +190,16 @@ float* sum_over_tokens(const at::Tensor& left, int64_t rank, const at::Tensor& m
   if (blocks.count() == 0) std::fill_n(sums, rank * width, 0.0F);
   for (int64_t b = 0; b < blocks.count(); ++b) {
     const int64_t count = blocks[b].size;
+    const auto inner = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(count)));
+    const int64_t padded = inner_padded<F>(inner);  // of few values: each has its own kernel
     Rows<F> right = load<F, T>(m, blocks[b], cols, kept);
-    if (sizeof(F) == 2 || count < token_run) {
-      F* const panel = scratch<F>(Slot::panel, token_run * width);
+    if (sizeof(F) == 2 || count < padded) {
+      F* const panel = scratch<F>(Slot::panel, padded * width);
       pack<F>({right.data, right.stride, 1}, count, width, panel, width);
-      std::fill(panel + inner_padded<F>(count) * width, panel + token_run * width, F(0));
+      std::fill(panel + inner_padded<F>(count) * width, panel + padded * width, F(0));
       right = {panel, width};
     }
-    multiply_block<F>(rank, width, token_run, left.const_data_ptr<F>() + b * rank * token_run,
+    multiply_block<F>(rank, width, padded, left.const_data_ptr<F>() + b * rank * token_run,
                       token_run, right.data, right.stride, sums, width, /*accumulate=*/b > 0);
   }
   return sums;

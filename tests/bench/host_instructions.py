@@ -32,7 +32,11 @@ extern "C" void stop() { CALLGRIND_STOP_INSTRUMENTATION; }
 extern "C" void zero() { CALLGRIND_ZERO_STATS; }
 extern "C" void dump() { CALLGRIND_DUMP_STATS; }
 """
-KERNELS = ("mkl_blas_*gemm_kernel*", "dnnl::impl::cpu::x64::brgemm_kernel_execute*")
+KERNELS = (
+    "mkl_blas_*gemm_kernel*",
+    "dnnl::impl::cpu::x64::brgemm_kernel_execute*",
+    "void rankwise::pack<*",
+)
 CALLGRIND = [
     "valgrind",
     "--tool=callgrind",
