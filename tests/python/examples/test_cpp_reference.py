@@ -88,7 +88,6 @@ INNER = {
     "AdaptedLinear",
     "AdapterArguments",
     "AdapterSettings",
-    "AllocationSettings",
     "Allocation",
     "BudgetUnit",
     "LoRAInit",
