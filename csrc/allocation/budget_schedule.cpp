@@ -24,24 +24,25 @@ void require_decay(const char* name, double value) {
 }  // namespace
 
 void AdaLoRAOptions::check() const {
+  const AllocationSettings& s = settings_;
   require(initial_rank_ >= 1, "initial_rank must be at least 1, got ", initial_rank_);
-  require(target_rank_ >= 0 && target_rank_ <= initial_rank_,
+  require(s.target_rank >= 0 && s.target_rank <= initial_rank_,
           "target_rank must be from 0 to initial_rank ", initial_rank_,
-          " (ranks are pruned, never grown), got ", target_rank_);
-  require(total_steps_ >= 1, "total_steps must be the optimizer steps of the whole training, got ",
-          total_steps_);
-  require(warmup_steps_ >= 0, "warmup_steps must be at least 0, got ", warmup_steps_);
-  require(final_steps_ >= 0, "final_steps must be at least 0, got ", final_steps_);
+          " (ranks are pruned, never grown), got ", s.target_rank);
+  require(s.total_steps >= 1, "total_steps must be the optimizer steps of the whole training, got ",
+          s.total_steps);
+  require(s.warmup_steps >= 0, "warmup_steps must be at least 0, got ", s.warmup_steps);
+  require(s.final_steps >= 0, "final_steps must be at least 0, got ", s.final_steps);
   // Compared without their sum, which might overflow.
-  require(warmup_steps_ < total_steps_ && final_steps_ < total_steps_ - warmup_steps_,
-          "warmup_steps + final_steps must be less than total_steps ", total_steps_,
-          ", for pruning happens between them, got ", warmup_steps_, " + ", final_steps_);
-  require(allocation_interval_ >= 1, "allocation_interval must be at least 1, got ",
-          allocation_interval_);
-  require_decay("beta1", beta1_);
-  require_decay("beta2", beta2_);
-  require(min_rank_ >= 0 && min_rank_ <= target_rank_, "min_rank must be from 0 to target_rank ",
-          target_rank_, ", got ", min_rank_);
+  require(s.warmup_steps < s.total_steps && s.final_steps < s.total_steps - s.warmup_steps,
+          "warmup_steps + final_steps must be less than total_steps ", s.total_steps,
+          ", for pruning happens between them, got ", s.warmup_steps, " + ", s.final_steps);
+  require(s.allocation_interval >= 1, "allocation_interval must be at least 1, got ",
+          s.allocation_interval);
+  require_decay("beta1", s.beta1);
+  require_decay("beta2", s.beta2);
+  require(s.min_rank >= 0 && s.min_rank <= s.target_rank, "min_rank must be from 0 to target_rank ",
+          s.target_rank, ", got ", s.min_rank);
 }
 
 BudgetSchedule::BudgetSchedule(int64_t initial_budget, int64_t final_budget,

@@ -1,38 +1,66 @@
 // Schedules and allocators for Python.
 #include <pybind11/functional.h>
+#include <pybind11/operators.h>
 #include <pybind11/stl.h>
 #include <rankwise/rank_allocator.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <tuple>
 
 #include "bindings.h"
 
 namespace py = pybind11;
 using rankwise::AdaLoRAOptions;
 using rankwise::Allocation;
+using rankwise::AllocationSettings;
 using rankwise::BudgetSchedule;
+using rankwise::BudgetUnit;
 using rankwise::RankAllocator;
 
 namespace {
 
+using Values = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, double, double, double,
+                          BudgetUnit, int64_t, bool>;
+
+Values values_of(const AllocationSettings& s) {
+  return {s.target_rank,         s.total_steps, s.warmup_steps, s.final_steps,
+          s.allocation_interval, s.beta1,       s.beta2,        s.orthogonality_weight,
+          s.budget_unit,         s.min_rank,    s.shrink};
+}
+
+AllocationSettings settings_of(const Values& values) {
+  return std::apply([](auto... value) { return AllocationSettings{value...}; }, values);
+}
+
+/// A value: compared, hashed, copied and pickled with the layers that keep it.
+void bind_settings(py::module_& m) {
+  py::enum_<BudgetUnit>(m, "BudgetUnit")
+      .value("triplets", BudgetUnit::triplets)
+      .value("parameters", BudgetUnit::parameters);
+  py::class_<AllocationSettings>(m, "AllocationSettings")
+      .def(py::init<>())
+      .def_readwrite("target_rank", &AllocationSettings::target_rank)
+      .def_readwrite("total_steps", &AllocationSettings::total_steps)
+      .def_readwrite("warmup_steps", &AllocationSettings::warmup_steps)
+      .def_readwrite("final_steps", &AllocationSettings::final_steps)
+      .def_readwrite("allocation_interval", &AllocationSettings::allocation_interval)
+      .def_readwrite("beta1", &AllocationSettings::beta1)
+      .def_readwrite("beta2", &AllocationSettings::beta2)
+      .def_readwrite("orthogonality_weight", &AllocationSettings::orthogonality_weight)
+      .def_readwrite("budget_unit", &AllocationSettings::budget_unit)
+      .def_readwrite("min_rank", &AllocationSettings::min_rank)
+      .def_readwrite("shrink", &AllocationSettings::shrink)
+      .def(py::self == py::self)
+      .def("__hash__",
+           [](const AllocationSettings& self) { return py::hash(py::cast(values_of(self))); })
+      .def(py::pickle(&values_of, &settings_of));
+}
+
 void bind_schedule(py::module_& m) {
   py::class_<AdaLoRAOptions>(m, "AdaLoRAOptions")
-      .def(py::init([](int64_t initial_rank, int64_t target_rank, int64_t total_steps,
-                       int64_t warmup_steps, int64_t final_steps, int64_t allocation_interval,
-                       double beta1, double beta2, bool count_parameters, int64_t min_rank,
-                       bool shrink) {
-             AdaLoRAOptions options;
-             options.initial_rank(initial_rank).target_rank(target_rank).total_steps(total_steps);
-             options.warmup_steps(warmup_steps).final_steps(final_steps);
-             options.allocation_interval(allocation_interval).beta1(beta1).beta2(beta2);
-             options.budget_unit(count_parameters ? rankwise::BudgetUnit::parameters
-                                                  : rankwise::BudgetUnit::triplets);
-             options.min_rank(min_rank).shrink(shrink).check();
-             return options;
-           }),
-           py::kw_only(), py::arg("initial_rank"), py::arg("target_rank"), py::arg("total_steps"),
-           py::arg("warmup_steps"), py::arg("final_steps"), py::arg("allocation_interval"),
-           py::arg("beta1"), py::arg("beta2"), py::arg("count_parameters"), py::arg("min_rank"),
-           py::arg("shrink"));
+      .def(py::init<int64_t, const AllocationSettings&>(), py::arg("initial_rank"),
+           py::arg("settings"))
+      .def("check", &AdaLoRAOptions::check);
   py::class_<BudgetSchedule>(m, "BudgetSchedule")
       .def(py::init<int64_t, int64_t, const AdaLoRAOptions&>())
       .def_property_readonly("initial_budget", &BudgetSchedule::initial_budget)
@@ -96,6 +124,7 @@ void bind_allocator(py::module_& m) {
 }  // namespace
 
 void bind_allocation(py::module_& m) {
+  bind_settings(m);
   bind_schedule(m);
   bind_allocator(m);
 }

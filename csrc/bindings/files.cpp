@@ -12,21 +12,10 @@ using rankwise::AdapterConfig;
 using rankwise::AdapterFile;
 using rankwise::AdapterKey;
 using rankwise::AdapterUpdate;
-using rankwise::AllocationSettings;
 
 namespace {
 
 void bind_config(py::module_& m) {
-  py::class_<AllocationSettings>(m, "AllocationSettings")
-      .def(py::init<>())
-      .def_readwrite("target_rank", &AllocationSettings::target_rank)
-      .def_readwrite("warmup_steps", &AllocationSettings::warmup_steps)
-      .def_readwrite("final_steps", &AllocationSettings::final_steps)
-      .def_readwrite("allocation_interval", &AllocationSettings::allocation_interval)
-      .def_readwrite("beta1", &AllocationSettings::beta1)
-      .def_readwrite("beta2", &AllocationSettings::beta2)
-      .def_readwrite("orthogonality_weight", &AllocationSettings::orthogonality_weight)
-      .def_readwrite("total_steps", &AllocationSettings::total_steps);
   py::class_<AdapterConfig>(m, "AdapterConfig")
       .def(py::init<>())
       .def_readwrite("peft_type", &AdapterConfig::peft_type)
@@ -46,6 +35,7 @@ void bind_config(py::module_& m) {
       .def("rank_of", &AdapterConfig::rank_of)
       .def("alpha_of", &AdapterConfig::alpha_of)
       .def("scaling", &AdapterConfig::scaling);
+  m.def("target_names", &rankwise::target_names, py::arg("layers"), py::arg("modules"));
 }
 
 void bind_key(py::module_& m) {

@@ -100,33 +100,15 @@ class ConfigCheck {
     if (config_.rslora) fail("use_rslora", "false in AdaLoRA", "true");
     if (!config_.rank_pattern.empty()) fail("rank_pattern", "of booleans in AdaLoRA", "ranks");
     if (!config_.alpha_pattern.empty()) fail("alpha_pattern", "empty in AdaLoRA", "some");
-    allocation(config_.allocation);
+    if (config_.allocation) {
+      const std::string fault = allocation_fault(*config_.allocation);
+      if (!fault.empty()) throw FileError(file_ + ": " + fault);
+    }
     few("rank_pattern", config_.kept_directions.size());
     for (const auto& [module, kept] : config_.kept_directions) {
       if (static_cast<int64_t>(kept.size()) == config_.rank) continue;
       fail("rank_pattern " + in_quotes(module + ".lora_E"),
            "a list of init_r = " + text_of(config_.rank) + " booleans", text_of(kept.size()));
-    }
-  }
-
-  void allocation(const AllocationSettings& settings) {
-    integer("target_r", settings.target_rank, 0, max_rank);
-    integer("tinit", settings.warmup_steps, 0, max_steps);
-    integer("tfinal", settings.final_steps, 0, max_steps);
-    integer("deltaT", settings.allocation_interval, 1, max_steps);
-    integer("total_step", settings.total_steps, 1, max_steps);
-    const int64_t fixed = settings.warmup_steps + settings.final_steps;
-    if (settings.total_steps <= fixed) {
-      fail("total_step", "more than tinit + tfinal = " + text_of(fixed),
-           text_of(settings.total_steps));
-    }
-    for (const auto& [field, beta] :
-         {std::pair("beta1", settings.beta1), std::pair("beta2", settings.beta2)}) {
-      if (!(beta > 0 && beta < 1)) fail(field, "in (0, 1)", text_of(beta));
-    }
-    finite("orth_reg_weight", settings.orthogonality_weight);
-    if (settings.orthogonality_weight < 0) {
-      fail("orth_reg_weight", "at least 0", text_of(settings.orthogonality_weight));
     }
   }
 
@@ -176,6 +158,29 @@ class ConfigCheck {
 };
 
 }  // namespace
+
+std::string allocation_fault(const AllocationSettings& settings) {
+  for (const auto& [field, value] :
+       {std::pair("target_r", settings.target_rank), std::pair("tinit", settings.warmup_steps),
+        std::pair("tfinal", settings.final_steps),
+        std::pair("deltaT", settings.allocation_interval),
+        std::pair("total_step", settings.total_steps)}) {
+    if (value < -max_steps || value > max_steps)
+      return field + (" must be within 2^53, got " + text_of(value));
+  }
+  const int64_t fixed = settings.warmup_steps + settings.final_steps;
+  if (settings.total_steps < 1 || settings.total_steps <= fixed) {
+    return "total_step must be at least 1 and more than tinit + tfinal = " + text_of(fixed) +
+           ", got " + text_of(settings.total_steps);
+  }
+  for (const auto& [field, value] :
+       {std::pair("beta1", settings.beta1), std::pair("beta2", settings.beta2)}) {
+    if (!std::isfinite(value)) return field + (" must be finite, got " + text_of(value));
+  }
+  const double weight = settings.orthogonality_weight;
+  if (weight >= 0 && std::isfinite(weight)) return "";
+  return "orth_reg_weight must be finite and at least 0, got " + text_of(weight);
+}
 
 void check_adapter_config(const AdapterConfig& config, const std::string& file) {
   ConfigCheck(config, file).run();

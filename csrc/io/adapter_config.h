@@ -30,4 +30,7 @@ std::string format_adapter_config(const AdapterConfig& config, const std::string
 /// Checks the ranges documented in AdapterConfig. Throws FileError beginning with `file`.
 void check_adapter_config(const AdapterConfig& config, const std::string& file);
 
+/// What PEFT refuses in a schedule, naming its field, or nothing: folders with it are not loaded.
+std::string allocation_fault(const AllocationSettings& settings);
+
 }  // namespace rankwise::io

@@ -14,6 +14,7 @@
 #include "adapter_config.h"
 #include "adapter_layout.h"
 #include "adapter_tensors.h"
+#include "allocation_metadata.h"
 #include "atomic_directory.h"
 #include "message_text.h"
 #include "safetensors.h"
@@ -105,6 +106,7 @@ AdapterFile read_adapter(const fs::path& directory) {
   }
   if (checksums) checksums->verify(header.metadata, model_path);
   io::remove_checksums(header.metadata);
+  io::take_allocation(header.metadata, adapter.config.allocation, model_path);
   adapter.metadata = std::move(header.metadata);
   return adapter;
 }
@@ -128,6 +130,7 @@ void write_adapter(const fs::path& directory, const AdapterFile& adapter) {
 
   io::Metadata metadata = adapter.metadata;
   metadata["format"] = "pt";  // PEFT's loaders ask for it
+  io::store_allocation(config.allocation, metadata);
   io::AdapterChecksums checksums(metadata, config_text, config_path);
   for (const io::TensorInfo& info : infos) checksums.add(info, bytes_of(tensors.at(info.name)));
   checksums.store(metadata);

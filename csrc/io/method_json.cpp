@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <string_view>
 
+#include "adapter_config.h"
 #include "bounded_json.h"
 #include "message_text.h"
 
@@ -45,6 +46,57 @@ Json whole_or_real(double value) {
   return whole ? Json(static_cast<int64_t>(value)) : Json(value);
 }
 
+/// Stands in a file for a schedule that is not known.
+AllocationSettings no_allocation(int64_t rank) {
+  return {.target_rank = rank, .total_steps = 1};
+}
+
+/// Members of the object as far as they are numbers.
+class Numbers {
+ public:
+  explicit Numbers(const JsonFields& fields) : fields_(fields) {}
+
+  /// Also a whole number with a point, as programs that divide write it.
+  void read(const char* field, int64_t& value) {
+    double real = static_cast<double>(value);
+    read(field, real);
+    if (real == std::floor(real) && std::abs(real) <= static_cast<double>(max_steps)) {
+      value = static_cast<int64_t>(real);
+    } else {
+      all_ = false;
+    }
+  }
+  void read(const char* field, double& value) {
+    const auto* json = fields_.find(field);
+    if (json && json->is_number()) {
+      value = json->get<double>();
+    } else if (json) {
+      all_ = false;
+    }
+  }
+  bool all() const { return all_; }
+
+ private:
+  const JsonFields& fields_;
+  bool all_ = true;
+};
+
+std::optional<AllocationSettings> read_allocation(const JsonFields& fields, int64_t rank) {
+  AllocationSettings allocation;
+  Numbers numbers(fields);
+  numbers.read("target_r", allocation.target_rank);
+  numbers.read("tinit", allocation.warmup_steps);
+  numbers.read("tfinal", allocation.final_steps);
+  numbers.read("deltaT", allocation.allocation_interval);
+  numbers.read("beta1", allocation.beta1);
+  numbers.read("beta2", allocation.beta2);
+  numbers.read("orth_reg_weight", allocation.orthogonality_weight);
+  numbers.read("total_step", allocation.total_steps);
+  const bool usable = numbers.all() && allocation_fault(allocation).empty();
+  if (!usable || allocation == no_allocation(rank)) return std::nullopt;
+  return allocation;
+}
+
 void read_lora(const JsonFields& fields, AdapterConfig& config) {
   config.rank = fields.integer("r", config.rank);
   config.alpha = fields.number("lora_alpha", config.alpha);
@@ -62,17 +114,7 @@ void read_adalora(const JsonFields& fields, AdapterConfig& config) {
   config.rank = fields.integer("init_r", 12);
   const double alpha = fields.number("lora_alpha", config.alpha);
   config.alpha = alpha_from_file(alpha, static_cast<double>(config.rank));
-  AllocationSettings& allocation = config.allocation;
-  allocation.target_rank = fields.integer("target_r", allocation.target_rank);
-  allocation.warmup_steps = fields.integer("tinit", allocation.warmup_steps);
-  allocation.final_steps = fields.integer("tfinal", allocation.final_steps);
-  allocation.allocation_interval = fields.integer("deltaT", allocation.allocation_interval);
-  allocation.beta1 = fields.number("beta1", allocation.beta1);
-  allocation.beta2 = fields.number("beta2", allocation.beta2);
-  allocation.orthogonality_weight =
-      fields.number("orth_reg_weight", allocation.orthogonality_weight);
-  if (!fields.find("total_step")) fields.fail("total_step", "an integer", "none");
-  allocation.total_steps = fields.integer("total_step", 0);
+  config.allocation = read_allocation(fields, config.rank);
   fields.members("rank_pattern", [&](auto& key, auto& name, auto& value) {
     if (!key.ends_with(pattern_suffix) || key.size() == pattern_suffix.size()) {
       fields.fail("every key of rank_pattern", "<module>.lora_E", in_quotes(key));
@@ -101,7 +143,7 @@ JsonMembers adalora_members(const AdapterConfig& config) {
   for (const auto& [module, kept] : config.kept_directions) {
     pattern.emplace_back(module + std::string(pattern_suffix), kept);
   }
-  const AllocationSettings& allocation = config.allocation;
+  const AllocationSettings allocation = config.allocation.value_or(no_allocation(config.rank));
   return {
       {"beta1", allocation.beta1},
       {"beta2", allocation.beta2},

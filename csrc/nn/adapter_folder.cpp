@@ -91,6 +91,18 @@ at::ScalarType factor_dtype(at::ScalarType stored, at::ScalarType base) {
   return base;
 }
 
+std::vector<std::string> target_names_in(torch::nn::Module& model, const Placed& adapters) {
+  std::vector<std::string> targets, modules;
+  for (const PlacedAdapter& placed : adapters) targets.push_back(placed.path);
+  std::string inside;  // an adapted layer's children are no modules of the model's own
+  for (const auto& item : model.named_modules(/*name_prefix=*/"", /*include_self=*/false)) {
+    if (!inside.empty() && item.key().starts_with(inside)) continue;
+    modules.push_back(item.key());
+    if (dynamic_cast<nn::Adapted*>(item.value().get())) inside = item.key() + ".";
+  }
+  return target_names(targets, modules);
+}
+
 // New adapters, as the file describes them, for the layers that it names.
 Placed adapters_of_file(const Layers& layers, const AdapterFile& file) {
   Placed adapters;
@@ -106,6 +118,7 @@ Placed adapters_of_file(const Layers& layers, const AdapterFile& file) {
     settings.alpha = file.config.alpha_of(path);
     settings.dropout = layer->embedding() ? 0 : file.config.dropout;
     settings.rslora = file.config.rslora;
+    settings.allocation = file.config.allocation;
     settings.adapter_dtype =
         factor_dtype(stored->second.scalar_type(), layer->weight.scalar_type());
     adapters.push_back({path, layer->new_adapter(settings), layer->embedding()});
@@ -174,6 +187,7 @@ void save_adapter(torch::nn::Module& model, const std::filesystem::path& directo
   if (adapters.empty())
     throw std::invalid_argument("save_adapter: every layer has rank 0; there is nothing to save");
   AdapterFile file{.config = folder_config(adapters), .tensors = {}, .metadata = {}};
+  file.config.target_modules = target_names_in(model, adapters);
   for (const PlacedAdapter& placed : adapters) {
     for (const Slot& slot : slots_of(placed))
       file.tensors.emplace(slot.key, slot.directions(0, placed.adapter.rank));
@@ -216,6 +230,31 @@ void load_adapter(torch::nn::Module& model, const std::filesystem::path& directo
     layer->set_rank_of(placed->adapter.lora_A, file.config.rank_of(path));
   }
   activate_adapter(model, name);
+  for (const auto& [path, layer] : layers) {
+    const bool unknown = layer->has_adapter(name) && !layer->settings().allocation;
+    if (unknown) layer->set_allocation(file.config.allocation);
+  }
+}
+
+AdaLoRAOptions adalora_options(torch::nn::Module& model, const std::optional<std::string>& name) {
+  const std::string owner = "adalora_options";
+  const Placed adapters = adapters_to_write(owner, model, name);
+  int64_t initial_rank = 0;
+  for (const auto& [path, adapter, embedding] : adapters) {
+    if (!adapter.settings.triplets)
+      throw std::invalid_argument(owner + ": " + path + " must have an AdaLoRA adapter, got LoRA");
+    initial_rank = std::max(initial_rank, adapter.settings.rank);
+  }
+  const auto allocation = shared_allocation(adapters);
+  if (!allocation) {
+    throw std::invalid_argument(
+        owner +
+        ": the adapter's layers have no schedule in common: no RankAllocator was made for "
+        "the model, and no folder loaded that has one; give AdaLoRAOptions");
+  }
+  const AdaLoRAOptions options(initial_rank, *allocation);
+  options.check();
+  return options;
 }
 
 void export_lora(torch::nn::Module& model, const std::filesystem::path& directory,

@@ -95,10 +95,17 @@ void add_adalora(AdapterConfig& config, const Placed& layers) {
     kept.assign(config.rank, false);
     std::fill_n(kept.begin(), adapter.rank, true);
   }
-  config.allocation.target_rank = config.rank;  // layers do not know how they were allocated
+  config.allocation = shared_allocation(layers);
 }
 
 }  // namespace
+
+std::optional<AllocationSettings> shared_allocation(const Placed& layers) {
+  const auto known =
+      values_of(layers, [](const nn::HeldAdapter& adapter) { return adapter.settings.allocation; });
+  const bool same = std::equal(known.begin() + 1, known.end(), known.begin());
+  return same ? known.front() : std::nullopt;
+}
 
 AdapterConfig folder_config(const Placed& layers) {
   AdapterConfig config;

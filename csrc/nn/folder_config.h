@@ -4,6 +4,7 @@
 #include <rankwise/adapter_config.h>
 #include <rankwise/stored_adapter.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,9 @@ struct PlacedAdapter {
   nn::HeldAdapter adapter;
   bool embedding = false;
 };
+
+/// The schedule that all these adapters have, or none.
+std::optional<AllocationSettings> shared_allocation(const std::vector<PlacedAdapter>& adapters);
 
 /// What PEFT's files say of these adapters, of which there is at least one. Throws
 /// std::invalid_argument, beginning with save_adapter, when they cannot say it.

@@ -112,6 +112,9 @@ void delete_adapter(torch::nn::Module& model, const std::string& name) {
 }
 
 RankAllocator::RankAllocator(torch::nn::Module& model, const AdaLoRAOptions& options)
-    : RankAllocator(triplets_of(model), options) {}
+    : RankAllocator(triplets_of(model), options) {
+  for (const auto& [path, layer] : adapted_layers(model))
+    if (layer->lora_E.defined()) layer->set_allocation(options.settings());
+}
 
 }  // namespace rankwise

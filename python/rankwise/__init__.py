@@ -5,6 +5,7 @@ from ._library import __version__
 from .adapted import MergeReport
 from .allocation import RankAllocator
 from .config import AdaLoRAConfig, LoRAConfig
+from .file_config import adalora_config
 from .files import FileError, LoadReport, export_lora, load_adapter, save_adapter
 from .model import (
     activate_adapter,
@@ -27,6 +28,7 @@ __all__ = [
     "RankAllocator",
     "__version__",
     "activate_adapter",
+    "adalora_config",
     "adapter_names",
     "add_adapter",
     "apply_lora",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class RankAllocator:
 
     Args:
         model: with active AdaLoRA adapters (``apply_lora(model, AdaLoRAConfig(...))``).
-        config: the schedule; its targets are not used here.
+        config: the schedule, which the adapters note for save_adapter(); its targets are not used
+            here. ``adalora_config(model)`` is that of an adapter already in the model.
 
     Raises:
         ValueError: the model has no AdaLoRA adapters, or an option is wrong.
@@ -54,6 +56,8 @@ class RankAllocator:
         self._core = library.RankAllocator(
             [_adapter(name, layer) for name, layer in layers.items()], config.allocation_options()
         )
+        for layer in layers.values():
+            layer.options = replace(layer.options, allocation=config.allocation_settings())
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Runs the allocator after each step of the optimizer, before gradients are cleared.

@@ -13,6 +13,19 @@ from ._library import library
 BUDGET_UNITS = ("triplets", "parameters")
 INITS = (None, "kaiming", "gaussian", "swapped")
 
+# What AdaLoRAConfig has of a schedule under the same name; the budget's unit is a word there.
+_SCHEDULE = (
+    "target_rank",
+    "total_steps",
+    "warmup_steps",
+    "final_steps",
+    "allocation_interval",
+    "beta1",
+    "beta2",
+    "min_rank",
+    "shrink",
+)
+
 
 def _require(condition: bool, owner: str, name: str, wanted: str, got: object) -> None:
     if not condition:
@@ -44,6 +57,8 @@ class AdapterOptions:
         adapter_dtype: of the factors: the base's (None), or float32 over a 16-bit base.
         triplets: with the factor lora_E, as AdaLoRA: A and B start normal with standard deviation
             0.02, E zero, as in the paper's code; ``init`` is not used.
+        allocation: AdaLoRA's schedule where a configuration or a folder gave it; it goes into saved
+            folders.
     """
 
     rank: int = 8
@@ -54,6 +69,7 @@ class AdapterOptions:
     capacity: int | None = None
     adapter_dtype: torch.dtype | None = None
     triplets: bool = False
+    allocation: library.AllocationSettings | None = None
 
     def __post_init__(self) -> None:
         def require(condition: bool, name: str, wanted: str, got: object) -> None:
@@ -198,23 +214,28 @@ class AdaLoRAConfig(TargetConfig):
             dropout=self.dropout,
             adapter_dtype=self.adapter_dtype,
             triplets=True,
+            allocation=self.allocation_settings(),
         )
 
+    @classmethod
+    def from_settings(cls, settings: library.AllocationSettings, **others) -> AdaLoRAConfig:
+        """The configuration with an adapter's schedule; `others` are all but the schedule."""
+        schedule = {name: getattr(settings, name) for name in _SCHEDULE}
+        return cls(budget_unit=settings.budget_unit.name, **schedule, **others)
+
+    def allocation_settings(self) -> library.AllocationSettings:
+        """The schedule as adapters keep it."""
+        settings = library.AllocationSettings()
+        for name in _SCHEDULE:
+            setattr(settings, name, getattr(self, name))
+        settings.budget_unit = getattr(library.BudgetUnit, self.budget_unit)
+        return settings
+
     def allocation_options(self):
-        """The schedule for the C++ allocator, which checks it."""
+        """The schedule for the C++ allocator, checked."""
         unit = self.budget_unit
         known = unit in BUDGET_UNITS
         _require(known, "AdaLoRAConfig", "budget_unit", f"one of {BUDGET_UNITS}", unit)
-        return library.AdaLoRAOptions(
-            initial_rank=self.initial_rank,
-            target_rank=self.target_rank,
-            total_steps=self.total_steps,
-            warmup_steps=self.warmup_steps,
-            final_steps=self.final_steps,
-            allocation_interval=self.allocation_interval,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            count_parameters=unit == "parameters",
-            min_rank=self.min_rank,
-            shrink=self.shrink,
-        )
+        options = library.AdaLoRAOptions(self.initial_rank, self.allocation_settings())
+        options.check()
+        return options

@@ -11,7 +11,8 @@ from torch import nn
 
 from ._library import library
 from .adapted import Adapted, HeldAdapter, StoredAdapter
-from .config import AdapterOptions
+from .config import AdaLoRAConfig, AdapterOptions
+from .model import ModelAdapters, adapted_layers
 from .nn import is_adaptable
 from .targets import find_whole, has_suffix, module_paths
 
@@ -24,6 +25,19 @@ EMBEDDING_PARTS = (_Part.embedding_A, _Part.embedding_B)
 TRIPLET_PARTS = (_Part.triplet_A, _Part.triplet_B, _Part.triplet_E)
 
 
+def adapter_of(
+    owner: str, model: nn.Module, name: str | None
+) -> tuple[dict[str, Adapted], dict[str, HeldAdapter], dict[str, nn.Module]]:
+    """An adapter's layers, what they hold of it, and its modules trained whole; by module name."""
+    state = ModelAdapters.of(model)
+    name = state.active if name is None else name
+    if name not in state.names:
+        raise ValueError(f"{owner}: adapters are {state.names}, got {name!r}")
+    layers = {p: m for p, m in adapted_layers(model).items() if name in m.adapter_names}
+    adapters = {path: layer.held_adapter(name) for path, layer in layers.items()}
+    return layers, adapters, state.whole[name]
+
+
 def shared_config(model: nn.Module, layers: Mapping[str, Adapted], adapters: Adapters):
     """What does not depend on the method: where the adapters are, and over which model."""
     config = library.AdapterConfig()
@@ -31,7 +45,8 @@ def shared_config(model: nn.Module, layers: Mapping[str, Adapted], adapters: Ada
     config.fan_in_fan_out = any(
         layers[p].transposed and not isinstance(layers[p], nn.Embedding) for p in adapters
     )
-    config.target_modules = _short_names(model, adapters)
+    names = [name for own in module_paths(model).values() for name in own]
+    config.target_modules = library.target_names(list(adapters), names)
     config.base_model_name_or_path = getattr(model, "name_or_path", "") or ""
     return config
 
@@ -90,7 +105,53 @@ def _add_adalora(config, adapters: Adapters) -> None:
             path: [i < adapter.rank for i in range(config.rank)]
             for path, adapter in adapters.items()
         }
-    config.allocation.target_rank = config.rank  # the adapters do not know how they were allocated
+    config.allocation = _shared_allocation(adapters)
+
+
+def _shared_allocation(adapters: Adapters):
+    """The schedule that all adapters have, or None."""
+    known = {adapter.options.allocation for adapter in adapters.values()}
+    return known.pop() if len(known) == 1 else None
+
+
+def adalora_config(model: nn.Module, name: str | None = None) -> AdaLoRAConfig:
+    """The configuration of an AdaLoRA adapter in a model, as far as it is known there.
+
+    For a ``RankAllocator(model, adalora_config(model))`` that goes on where a saved folder stopped,
+    or to make the same adapter in another model. The schedule is that of the model's RankAllocator,
+    else of apply_lora() or add_adapter(), else of the folder that was loaded.
+
+    Args:
+        model: with adapters.
+        name: of the adapter; None for the active one.
+
+    Raises:
+        ValueError: there is no such adapter, it is not AdaLoRA's, its schedule is not known, or a
+            folder's is wrong: option, wanted, got.
+    """
+    layers, adapters, whole = adapter_of("adalora_config", model, name)
+    lora = [path for path, adapter in adapters.items() if not adapter.options.triplets]
+    if lora:
+        raise ValueError(f"adalora_config: {lora[0]} must have an AdaLoRA adapter, got LoRA")
+    settings = _shared_allocation(adapters)
+    if settings is None:
+        raise ValueError(
+            "adalora_config: the adapter's layers have no schedule in common: neither a "
+            "configuration nor a folder gave one; make the RankAllocator with an AdaLoRAConfig"
+        )
+    options = {path: adapter.options for path, adapter in adapters.items()}
+    shared = shared_config(model, layers, adapters)
+    return AdaLoRAConfig.from_settings(
+        settings,
+        initial_rank=max(o.rank for o in options.values()),
+        alpha=_most_common(o.alpha for o in options.values()),
+        dropout=shared.dropout,
+        adapter_dtype=_most_common(o.adapter_dtype for o in options.values()),
+        target_modules=shared.target_modules,
+        rank_pattern=dict(_patterns({path: o.rank for path, o in options.items()})),
+        alpha_pattern=dict(_patterns({path: o.alpha for path, o in options.items()})),
+        modules_to_save=list(whole) or (),
+    )
 
 
 def _one(owner: str, what: str, values: Iterable):
@@ -112,15 +173,6 @@ def _alpha(adapter: HeldAdapter | StoredAdapter) -> float:
 
 def _most_common(values: Iterable):
     return Counter(values).most_common(1)[0][0]
-
-
-def _short_names(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Last name parts where they mean targets alone, whole names for the others."""
-    targets = set(targets)
-    names = [name for own in module_paths(model).values() for name in own]
-    short = {path.rpartition(".")[2] for path in targets}
-    clear = {s for s in short if all(n in targets for n in names if has_suffix(n, s))}
-    return sorted({s if (s := path.rpartition(".")[2]) in clear else path for path in targets})
 
 
 def plan_of(model: nn.Module, file) -> tuple[dict[str, AdapterOptions], list[str]]:
@@ -148,13 +200,13 @@ def plan_of(model: nn.Module, file) -> tuple[dict[str, AdapterOptions], list[str
             rslora=file.config.rslora,
             adapter_dtype=_factor_dtype(tensor.dtype, base.weight.dtype),
             triplets=triplets,
+            allocation=file.config.allocation if triplets else None,
         )
     matching = [w for w in file.config.modules_to_save if any(has_suffix(n, w) for n in modules)]
     return options, list(find_whole(model, matching))
 
 
 def _factor_dtype(stored: torch.dtype, base: torch.dtype) -> torch.dtype | None:
-    """The dtype that the op takes over `base` and that holds `stored` unrounded; None for none."""
-    masters = [torch.float32] if base in (torch.bfloat16, torch.float16) else []
-    fitting = [d for d in [base, *masters] if torch.promote_types(stored, d) == d]
-    return fitting[0] if fitting else None
+    """float32 where a 16-bit base would round what is stored; None for the base's own."""
+    narrow = base in (torch.bfloat16, torch.float16)
+    return torch.float32 if narrow and torch.promote_types(stored, base) == torch.float32 else None

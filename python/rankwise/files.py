@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .file_config import (
     LINEAR_PARTS,
     TRIPLET_PARTS,
     Adapters,
+    adapter_of,
     add_method,
     plan_of,
     shared_config,
@@ -40,7 +41,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
 
     Of LoRA or of AdaLoRA, as the layers are. Atomic: a process killed at any moment leaves the
     folder's old adapter or the new one. LoRA layers of rank 0 are left out, for PEFT knows none and
-    they compute their base. AdaLoRA's training settings (target rank, steps) are placeholders.
+    they compute their base. AdaLoRA's schedule is stored where it is known (see adalora_config);
+    else the folder has a placeholder, for PEFT wants one: total_step 1 and target_r = init_r.
 
     Args:
         model: with adapters.
@@ -52,7 +54,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
             one initial rank and one alpha for all layers, and no rslora. export_lora can.
         FileError: the folder cannot be written.
     """
-    layers, adapters, whole = _adapter_of("save_adapter", model, name)
+    layers, adapters, whole = adapter_of("save_adapter", model, name)
     adapters = {p: a for p, a in adapters.items() if a.rank > 0 or a.options.triplets}
     if not adapters:
         raise ValueError("save_adapter: every layer has rank 0; there is nothing to save")
@@ -79,7 +81,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike, name: str | None
             in the adapter's dtype.
         FileError: the folder cannot be written.
     """
-    layers, adapters, whole = _adapter_of("export_lora", model, name)
+    layers, adapters, whole = adapter_of("export_lora", model, name)
     adapters = {p: a for p, a in adapters.items() if a.rank > 0}
     if not adapters:
         raise ValueError("export_lora: every layer has rank 0; there is nothing to write")
@@ -95,19 +97,6 @@ def export_lora(model: nn.Module, directory: str | os.PathLike, name: str | None
     folded.config.target_modules = config.target_modules  # short names, where the model allows it
     tensors = folded.tensors | _slots(layers, {}, whole)
     library.write_adapter(directory, library.AdapterFile(folded.config, tensors))
-
-
-def _adapter_of(
-    owner: str, model: nn.Module, name: str | None
-) -> tuple[dict[str, Adapted], dict[str, HeldAdapter], dict[str, nn.Module]]:
-    """An adapter's layers, what they hold of it, and its modules trained whole; by module name."""
-    state = ModelAdapters.of(model)
-    name = state.active if name is None else name
-    if name not in state.names:
-        raise ValueError(f"{owner}: adapters are {state.names}, got {name!r}")
-    layers = {p: m for p, m in adapted_layers(model).items() if name in m.adapter_names}
-    adapters = {path: layer.held_adapter(name) for path, layer in layers.items()}
-    return layers, adapters, state.whole[name]
 
 
 @dataclass(frozen=True)
@@ -130,9 +119,10 @@ def load_adapter(
 
     A model without an adapter of this name gets one with the file's ranks and options (of AdaLoRA
     with the initial rank as its capacity); otherwise the tensors go into the adapter that is there,
-    which must be of the same method and have the same ranks and scalings. The
-    file's dtype is kept where the base allows it, widened with a warning where not, never rounded.
-    Nothing is changed unless everything fits.
+    which must be of the same method and have the same ranks and scalings, and which takes the
+    file's schedule when it knows none (see adalora_config). The file's dtype is kept where the base
+    allows it, widened with a warning where not, never rounded. Nothing is changed unless everything
+    fits.
 
     Args:
         model: plain or with adapters.
@@ -169,6 +159,9 @@ def load_adapter(
             model.requires_grad_(False)
         install_adapter(model, state, name, prepared)
     activate_adapter(model, name)
+    for layer in layers.values():
+        if layer.lora_E is not None and layer.options.allocation is None:
+            layer.options = replace(layer.options, allocation=file.config.allocation)
     return report
 
 

@@ -55,6 +55,11 @@ class Adapted {
   /// The same for the adapter that has this lora_A, active or not; nothing when it was deleted.
   void set_rank_of(const at::Tensor& lora_A, int64_t rank);
 
+  /// Notes the active adapter's schedule, settings().allocation.
+  void set_allocation(const std::optional<AllocationSettings>& allocation) {
+    settings_.allocation = allocation;
+  }
+
   /// The active adapter's name; none: the layer computes its base alone.
   const std::optional<std::string>& adapter() const { return adapter_; }
   /// All adapters, the active one first, the others by name.

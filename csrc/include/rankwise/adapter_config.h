@@ -1,9 +1,12 @@
 // AdapterConfig: what adapter_config.json says about a LoRA or AdaLoRA adapter. No torch here.
 #pragma once
 
+#include <rankwise/allocation_settings.h>
+
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -15,21 +18,6 @@ namespace rankwise {
 /// wins.
 template <class Value>
 using PatternList = std::vector<std::pair<std::string, Value>>;
-
-/// How AdaLoRA chose the ranks in training, carried in the file: what the adapter computes does not
-/// depend on it. Steps are at most 2^53.
-struct AllocationSettings {
-  int64_t target_rank = 8;            ///< `target_r`: mean rank at the end, 0 .. 2^20
-  int64_t warmup_steps = 0;           ///< `tinit`
-  int64_t final_steps = 0;            ///< `tfinal`
-  int64_t allocation_interval = 1;    ///< `deltaT`, >= 1
-  double beta1 = 0.85;                ///< in (0, 1)
-  double beta2 = 0.85;                ///< in (0, 1)
-  double orthogonality_weight = 0.5;  ///< `orth_reg_weight`, >= 0
-  int64_t total_steps = 1;            ///< `total_step`, > warmup_steps + final_steps
-
-  bool operator==(const AllocationSettings&) const = default;
-};
 
 /// The settings of an adapter, with the fields of PEFT's LoraConfig and AdaLoraConfig that change
 /// what it computes or where. PEFT's file names are given where they differ. Defaults are PEFT's.
@@ -59,7 +47,11 @@ struct AdapterConfig {
   /// AdaLoRA's `rank_pattern`: module -> which of its `rank` initial directions were kept. The file
   /// holds tensors of the kept ones alone. A module that is not named keeps all.
   std::map<std::string, std::vector<bool>, std::less<>> kept_directions;
-  AllocationSettings allocation;  ///< AdaLoRA only
+  /// AdaLoRA's schedule where it is known. PEFT wants one in every file, so that without it a file
+  /// has a placeholder: target_r = init_r, total_step = 1 and PEFT's defaults, which are read as
+  /// none. So are schedules that PEFT refuses, for what an adapter computes needs none; others are
+  /// taken as they are, and AdaLoRAOptions::check says what is wrong with them.
+  std::optional<AllocationSettings> allocation;
 
   std::string base_model_name_or_path;  ///< empty: null in the file
   std::string revision;                 ///< of the base model; empty: null
@@ -83,5 +75,11 @@ struct AdapterConfig {
 
   bool operator==(const AdapterConfig&) const = default;
 };
+
+/// How a file names the adapted `layers` of a model with these `modules`, sorted: the last part of
+/// a path where it ends the paths of adapted layers alone, else the whole path. PEFT matches a name
+/// with every path that ends in it.
+std::vector<std::string> target_names(const std::vector<std::string>& layers,
+                                      const std::vector<std::string>& modules);
 
 }  // namespace rankwise

@@ -18,7 +18,8 @@ struct AdapterFile {
   AdapterConfig config;
   /// By name as in the file (see AdapterKey). Float64, float32, float16 or bfloat16.
   std::map<std::string, at::Tensor> tensors;
-  /// The safetensors `__metadata__`, e.g. {"format": "pt"}, without checksums.
+  /// The safetensors `__metadata__`, e.g. {"format": "pt"}, without checksums and without what
+  /// they hold of config.allocation.
   std::map<std::string, std::string> metadata;
 };
 

@@ -1,37 +1,57 @@
 // AdaLoRA's options and the budget they give after each optimizer step. No tensors here.
 #pragma once
 
+#include <rankwise/allocation_settings.h>
 #include <torch/arg.h>
 
 #include <cstdint>
 
 namespace rankwise {
 
-/// What a budget counts: triplets, as in the paper, or parameters, of which a triplet of an
-/// [out, in] layer has in + out.
-enum class BudgetUnit { triplets, parameters };
-
-/// AdaLoRA (arXiv 2303.10512). Steps are optimizer steps, counted from 1.
+/// AdaLoRA (arXiv 2303.10512), by chained setters; meaning and defaults in AllocationSettings.
+/// Steps are counted from 1.
 class AdaLoRAOptions {
  public:
-  TORCH_ARG(int64_t, initial_rank) = 12;        ///< of every adapter at the start, >= 1
-  TORCH_ARG(int64_t, target_rank) = 8;          ///< mean rank at the end, 0 .. initial_rank
-  TORCH_ARG(int64_t, total_steps) = 0;          ///< of the whole training, >= 1
-  TORCH_ARG(int64_t, warmup_steps) = 0;         ///< steps at the start that prune nothing
-  TORCH_ARG(int64_t, final_steps) = 0;          ///< steps at the end with the pattern frozen
-  TORCH_ARG(int64_t, allocation_interval) = 1;  ///< steps between two allocations, >= 1
-  TORCH_ARG(double, beta1) = 0.85;              ///< decay of the sensitivity's average, [0, 1)
-  TORCH_ARG(double, beta2) = 0.85;              ///< decay of the uncertainty's average, [0, 1)
-  TORCH_ARG(BudgetUnit, budget_unit) = BudgetUnit::triplets;
-  TORCH_ARG(int64_t, min_rank) = 0;  ///< directions every adapter keeps, <= target_rank
-  TORCH_ARG(bool, shrink) = true;    ///< move kept directions to the front when the pattern freezes
+  AdaLoRAOptions() = default;
+  AdaLoRAOptions(int64_t initial_rank, const AllocationSettings& settings)
+      : initial_rank_(initial_rank), settings_(settings) {}
+
+#define RANKWISE_ALLOCATION_ARG(T, name)                   \
+  AdaLoRAOptions& name(T value) {                          \
+    settings_.name = value;                                \
+    return *this;                                          \
+  }                                                        \
+  const decltype(AllocationSettings::name)& name() const { \
+    return settings_.name;                                 \
+  }
+  RANKWISE_ALLOCATION_ARG(int64_t, target_rank)
+  RANKWISE_ALLOCATION_ARG(int64_t, total_steps)
+  RANKWISE_ALLOCATION_ARG(int64_t, warmup_steps)
+  RANKWISE_ALLOCATION_ARG(int64_t, final_steps)
+  RANKWISE_ALLOCATION_ARG(int64_t, allocation_interval)
+  RANKWISE_ALLOCATION_ARG(double, beta1)
+  RANKWISE_ALLOCATION_ARG(double, beta2)
+  RANKWISE_ALLOCATION_ARG(BudgetUnit, budget_unit)
+  RANKWISE_ALLOCATION_ARG(int64_t, min_rank)
+  RANKWISE_ALLOCATION_ARG(bool, shrink)
+#undef RANKWISE_ALLOCATION_ARG
+  TORCH_ARG(int64_t, initial_rank) = 12;  ///< of every adapter at the start, >= 1
 
  public:
+  const AllocationSettings& settings() const {
+    return settings_;
+  }
+
   /// The step after which the pattern is frozen: total_steps - final_steps.
-  int64_t freeze_step() const { return total_steps_ - final_steps_; }
+  int64_t freeze_step() const {
+    return settings_.total_steps - settings_.final_steps;
+  }
 
   /// Throws std::invalid_argument naming the option, what was wanted and what came.
   void check() const;
+
+ private:
+  AllocationSettings settings_;
 };
 
 /// How much is kept after each step: the initial budget up to warmup_steps, then

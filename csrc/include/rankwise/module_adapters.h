@@ -4,6 +4,7 @@
 #include <rankwise/adapted.h>
 #include <rankwise/adapter.h>
 #include <rankwise/adapter_file.h>
+#include <rankwise/budget_schedule.h>
 #include <torch/nn/module.h>
 
 #include <filesystem>
@@ -50,10 +51,11 @@ void delete_adapter(torch::nn::Module& model, const std::string& name);
 /// changed.
 ///
 /// Active directions alone are written. LoRA layers of rank 0 are left out, for PEFT knows none and
-/// they compute their base. AdaLoRA's training settings (target rank, steps) are placeholders.
-/// Throws std::invalid_argument when the tree has no adapters, or PEFT's format cannot hold them:
-/// it has one method and one rslora; one for AdaLoRA one initial rank and alpha and no rslora.
-/// Throws io::FileError when the folder cannot be written; the old adapter is then left.
+/// they compute their base. AdaLoRA's schedule is written where all layers know the same one, from
+/// their RankAllocator or a folder; else the file has a placeholder (see AdapterConfig). Throws
+/// std::invalid_argument when the tree has no adapters, or PEFT's format cannot hold them: it has
+/// one method and one rslora; one for AdaLoRA one initial rank and alpha and no rslora. Throws
+/// io::FileError when the folder cannot be written; the old adapter is then left.
 void save_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
                   const std::optional<std::string>& name = {});
 
@@ -61,13 +63,20 @@ void save_adapter(torch::nn::Module& model, const std::filesystem::path& directo
 ///
 /// Where no layer has that adapter, those in the file get one with the file's settings and ranks.
 /// Else the layers that have it must fit: with the file's scalings and capacity for its ranks;
-/// their ranks become the file's. Factors are written in place; the file's dtypes are widened to
-/// the layers', never rounded. Strict: every tensor must have its place and the reverse; only an
-/// adapter of rank 0 may be missing. Throws io::FileError that lists all that does not fit,
-/// std::invalid_argument for a wrong name, and c10::Error when a layer is merged; the model is then
-/// unchanged.
+/// their ranks become the file's, and its schedule theirs where they know none. Factors are written
+/// in place; the file's dtypes are widened to the layers', never rounded. Strict: every tensor must
+/// have its place and the reverse; only an adapter of rank 0 may be missing. Throws io::FileError
+/// that lists all that does not fit, std::invalid_argument for a wrong name, and c10::Error when a
+/// layer is merged; the model is then unchanged.
 void load_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
                   const std::string& name = "default");
+
+/// The schedule of the active AdaLoRA adapters, or of those called `name`, and the largest initial
+/// rank, for a RankAllocator that goes on. Throws std::invalid_argument when the tree has no such
+/// adapters, their layers know none in common, or it is wrong (a folder's may be: see
+/// AdaLoRAOptions::check).
+AdaLoRAOptions adalora_options(torch::nn::Module& model,
+                               const std::optional<std::string>& name = {});
 
 /// Writes any adapters as a plain LoRA folder that PEFT, vLLM and llama.cpp read alike: see
 /// fold_adapter (adapter_fold.h). The model is not changed. Throws std::invalid_argument when there

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <c10/core/ScalarType.h>
+#include <rankwise/allocation_settings.h>
 #include <torch/arg.h>
 
 #include <cstdint>
@@ -27,6 +28,8 @@ struct AdapterSettings {
   std::optional<int64_t> capacity;  ///< directions allocated, >= rank; default: rank
   std::optional<at::ScalarType> adapter_dtype;  ///< default: the base's; or float over 16 bits
   bool triplets = false;                        ///< with lora_E, as AdaLoRA
+  /// AdaLoRA's schedule where a RankAllocator or a folder gave it; it goes into saved folders.
+  std::optional<AllocationSettings> allocation;
 
   /// alpha / rank, or alpha / sqrt(rank) with rslora; 0 for rank 0.
   double scaling() const;

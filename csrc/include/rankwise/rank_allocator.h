@@ -66,7 +66,8 @@ class RankAllocator {
   /// a target below what min_rank needs.
   RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions& options);
   /// Over the AdaLoRA layers (rankwise/nn.h) of a tree of modules, by their dotted paths; their
-  /// ranks follow. Throws as above, also when there is none.
+  /// ranks follow, and they note the schedule, for save_adapter and adalora_options. Throws as
+  /// above, also when there is none.
   RankAllocator(torch::nn::Module& model, const AdaLoRAOptions& options);
   RankAllocator(const RankAllocator&) = delete;
   RankAllocator& operator=(const RankAllocator&) = delete;

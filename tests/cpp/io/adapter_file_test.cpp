@@ -104,6 +104,27 @@ TEST(AdapterFile, RoundTripOfAdaLoRAWithADeadModule) {
   }
 }
 
+TEST(AdapterFile, WhatPeftDoesNotHaveOfAScheduleIsInTheMetadata) {
+  const TemporaryFolder folder;
+  AdapterFile file = adalora(at::kFloat);
+  file.config.allocation =
+      rankwise::AllocationSettings{.total_steps = 10,
+                                   .budget_unit = rankwise::BudgetUnit::parameters,
+                                   .min_rank = 2,
+                                   .shrink = false};
+  write_adapter(folder.path(), file);
+  EXPECT_THAT(folder.read(model_name),
+              HasSubstr(R"({\"budget_unit\":\"parameters\",\"min_rank\":2,\"shrink\":false})"));
+  expect_equal(read_adapter(folder.path()), file);
+
+  file.config.allocation->min_rank = 0;
+  write_adapter(folder.path(), file);
+  expect_equal(read_adapter(folder.path()), file);
+  file.config.allocation = rankwise::AllocationSettings{.total_steps = 10};
+  write_adapter(folder.path(), file);
+  EXPECT_THAT(folder.read(model_name), testing::Not(HasSubstr("rankwise.allocation")));
+}
+
 TEST(AdapterFile, AdaLoRAConfigThatDoesNotFitTheTensors) {
   AdapterFile file = adalora(at::kFloat);
   file.config.kept_directions.at("dead") = {true, false, false};

@@ -121,7 +121,7 @@ TEST(FoldAdapter, AdaLoRAWithADeadModule) {
   file.config.alpha = 32;
   file.config.kept_directions = {
       {"q", {true, false, false, true}}, {"dead", {0, 0, 0, 0}}, {"v", {true, false, true, true}}};
-  file.config.allocation.total_steps = 9;
+  file.config.allocation = rankwise::AllocationSettings{.total_steps = 9};
   file.tensors = {{start + "q.lora_A", values({2, 3})},    {start + "q.lora_B", values({4, 2})},
                   {start + "q.lora_E", values({2, 1})},    {start + "v.lora_A", values({3, 3})},
                   {start + "v.lora_B", values({4, 3})},    {start + "v.lora_E", values({3, 1})},

@@ -40,6 +40,8 @@ inline rankwise::AdapterFile adalora() {
   file.config.alpha = 7;
   file.config.target_modules = {"q", "dead"};
   file.config.kept_directions = {{"q", {true, false, true}}, {"dead", {false, false, false}}};
+  file.config.allocation =
+      rankwise::AllocationSettings{.target_rank = 1, .total_steps = 9, .min_rank = 1};
   file.metadata = {{"format", "pt"}};
   file.tensors = {
       {prefix + "q.lora_A", values({2, 4})},    {prefix + "q.lora_B", values({5, 2})},

@@ -6,7 +6,10 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from allocation_models import LETTERS, bench, loss_of, network, normal, trained
+
+import rankwise as rw
 
 WORDS = "no gradient in step"
 
@@ -67,6 +70,29 @@ def test_two_modules_are_two_names_once_each():
     assert len(messages) == 2
     assert "'0'" in messages[0] and "'2'" not in messages[0]
     assert "'2'" in messages[1] and "'0'" not in messages[1]
+
+
+def test_berts_unused_pooler_is_named_once_and_pruned_first():
+    """'dense' means the pooler too, which takes no part: PEFT stops with a TypeError."""
+    sizes = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=20, **sizes))
+    config = rw.AdaLoRAConfig(
+        initial_rank=4, target_rank=2, total_steps=6, target_modules=["dense"]
+    )
+    allocator = rw.RankAllocator(rw.apply_lora(model, config), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    allocator.attach(optimizer)
+
+    def train():
+        for _ in range(6):
+            model(torch.arange(10)[None]).last_hidden_state[..., 0].square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    messages = recorded(train)
+    assert len(messages) == 1 and "'pooler.dense'" in messages[0] and f"{WORDS} 1" in messages[0]
+    ranks = allocator.ranks
+    assert len(ranks) == 7 and ranks["pooler.dense"] == 0 and sum(ranks.values()) == 14
 
 
 @pytest.mark.parametrize("letter", LETTERS)

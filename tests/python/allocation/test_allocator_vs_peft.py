@@ -104,11 +104,10 @@ def test_the_same_schedule_as_peft():
         interval = int(random.integers(1, 30))
         initial = int(random.choice((1, 2, 17, 300, 12 * 224, 10**9)))
         target = int(random.integers(0, initial + 1))
-        options = library.AdaLoRAOptions(
-            initial_rank=1, target_rank=1, total_steps=total, warmup_steps=warmup,
-            final_steps=final, allocation_interval=interval, beta1=0.85, beta2=0.85,
-            count_parameters=False, min_rank=0, shrink=True,
-        )  # fmt: skip
+        options = rw.AdaLoRAConfig(
+            target_modules=LAYERS, initial_rank=1, target_rank=1, total_steps=total,
+            warmup_steps=warmup, final_steps=final, allocation_interval=interval,
+        ).allocation_options()  # fmt: skip
         schedule = library.BudgetSchedule(initial, target, options)
         theirs = SimpleNamespace(init_bgt=initial, target_bgt=target)
         theirs.peft_config = SimpleNamespace(

@@ -90,6 +90,18 @@ class Net(torch.nn.Module):
         return self.down(self.up(self.tokens(ids)).tanh())
 
 
+PROGRAM_SCHEDULE = rw.AdaLoRAConfig(
+    initial_rank=6,
+    target_rank=3,
+    alpha=12.0,
+    total_steps=100,
+    warmup_steps=10,
+    final_steps=20,
+    allocation_interval=5,
+    target_modules=["down", "up"],
+)
+
+
 def program_base() -> Net:
     """The base weights that the program drew: both languages draw the same from one seed."""
     torch.manual_seed(0)
@@ -120,6 +132,10 @@ def test_python_and_peft_load_what_the_program_trained(consumer, tmp_path):
     torch.testing.assert_close(base(ids), wanted, rtol=0, atol=1e-6)
     torch.testing.assert_close(theirs(ids), wanted, rtol=0, atol=1e-6)
     assert (before - wanted).abs().max() > 0.1
+    assert rw.adalora_config(base) == PROGRAM_SCHEDULE
+    rw.save_adapter(base, tmp_path / "again")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_operators_are_there_without_a_symbol_being_used(consumer):

@@ -68,17 +68,27 @@ def test_example(program, example, tmp_path):
     assert run.returncode == 0, EXAMPLES[example] + run.stderr
 
 
-def test_every_public_class_and_function_is_on_the_page():
-    declaration = re.compile(
-        r"^(?:class|struct|enum class) (\w+)[^;]*\{|^\w[\w:<>,& ]* (\w+)\((?!.*operator)",
-        re.MULTILINE,
-    )
-    names = set()
-    for header in sorted((HEADERS / "rankwise").glob("*.h")):
-        text = re.sub(r"//.*", "", header.read_text())
-        names |= {name for match in declaration.findall(text) for name in match if name}
-    missing = [name for name in sorted(names - INNER) if not re.search(rf"\b{name}\b", PAGE)]
-    assert len(names) > 30 and not missing, missing
+def declared(pattern: str) -> set[str]:
+    """The names of what the public headers declare, as far as the page is to have it."""
+    headers = sorted((HEADERS / "rankwise").glob("*.h"))
+    text = "\n".join(re.sub(r"//.*", "", header.read_text()) for header in headers)
+    names = set(re.findall(pattern, text, flags=re.MULTILINE)) - INNER
+    assert len(names) > 10
+    return names
+
+
+def missing(names: set[str], text: str) -> list[str]:
+    return [name for name in sorted(names) if not re.search(rf"\b{name}\b", text)]
+
+
+def test_every_public_class_is_in_an_example():
+    classes = declared(r"^(?:class|struct|enum class) (\w+)[^;]*\{")
+    assert missing(classes, "".join(EXAMPLES)) == []
+
+
+def test_every_public_function_is_on_the_page():
+    functions = declared(r"^\w[\w:<>,& ]* (\w+)\((?!.*operator)")
+    assert missing(functions, PAGE) == []
 
 
 # Parts of what is on the page: bases, single settings and what only custom optimizers need.
@@ -88,7 +98,6 @@ INNER = {
     "AdaptedLinear",
     "AdapterArguments",
     "AdapterSettings",
-    "AllocationSettings",
     "Allocation",
     "BudgetUnit",
     "LoRAInit",

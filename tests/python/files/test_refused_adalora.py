@@ -67,8 +67,7 @@ CONFIGS = {
     "init_r": (2, r'rank_pattern "0.lora_E" must be a list of init_r = 2 booleans, got 3'),
     "rank_pattern": ({"1.lora_E": [True] * 3}, r"1.lora_E\": must be \[3, 1\], got \[1, 1\]"),
     "lora_alpha": (0, r"lora_alpha must be in \(0, 1e300\)"),
-    "total_step": (None, "total_step must be an integer, got none"),
-    "tinit": (7, "total_step must be more than tinit"),
+    "tinit": (7, "damaged, or changed since it was saved: rankwise.config_checksum"),
     "peft_type": ("LORA", 'rank_pattern "0.lora_E" must be an integer, got array'),
     "use_dora": (True, "not supported: use_dora"),
 }
