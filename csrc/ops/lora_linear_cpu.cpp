@@ -1,5 +1,6 @@
-// lora_linear on the CPU, tile by tile, the second product accumulated onto the first (beta = 1):
-// one pass less than adding two results, and no temporary as large as x or y. In 16 bits the LoRA
+// lora_linear on the CPU: in panels where they serve, else on ATen's products, tile by tile, the
+// second accumulated onto the first (beta = 1): one pass less than adding two results, and no
+// temporary as large as x or y. In 16 bits the LoRA
 // term comes first, because the term that comes first is rounded and it is the smaller one; in
 // float32 and float64 the base comes first, because a sum that starts from zero rounds less on its
 // way.
@@ -15,6 +16,7 @@
 #include "dropout_cpu.h"
 #include "lora_linear_panels_cpu.h"
 #include "matrices.h"
+#include "micro_kernel_cpu.h"
 #include "products_cpu.h"
 
 namespace rankwise {
@@ -244,8 +246,8 @@ BackwardResult lora_linear_backward_cpu(const at::Tensor& grad_output, const at:
   return {dx, dw, db, dA, dB, dE};
 }
 
-std::string path_cpu(const at::Tensor&) {
-  return "cpu";
+std::string path_cpu(const at::Tensor& tensor) {
+  return micro_kernel_serves(tensor.scalar_type()) ? "cpu (micro-kernel)" : "cpu (ATen)";
 }
 
 }  // namespace

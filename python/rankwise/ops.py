@@ -151,5 +151,5 @@ def dropout_mask(
 
 
 def path(tensor: Tensor) -> str:
-    """The implementation that serves tensors like this one: "cpu", "cuda (composite)", ..."""
+    """What serves tensors of this type and device: "cpu (micro-kernel)", "cuda (composite)", ..."""
     return _ops._lora_linear_path(tensor)

@@ -66,7 +66,7 @@ def test_every_layer_with_its_figures():
     assert (last.adapter, last.rank, last.capacity, last.scaling) == ("default", 2, 2, 4.0)
     assert (last.base_dtype, last.adapter_dtype) == (torch.bfloat16, torch.float32)
     assert last.dropout == 0.1
-    assert last.path == "cpu" and not last.merged
+    assert last.path == rw.ops.path(torch.empty(1, dtype=last.base_dtype)) and not last.merged
 
 
 def test_an_embedding_reports_no_dropout_because_it_has_none():
