@@ -1,6 +1,7 @@
 // The kernel's availability, and products as calls of it.
 #include "micro_kernel_cpu.h"
 
+#include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
@@ -53,9 +54,14 @@ void powers_of_two(int64_t total, int64_t largest, const Body& body) {
 }  // namespace
 
 bool micro_kernel_serves(at::ScalarType dtype) {
+  if (!at::globalContext().userEnabledMkldnn()) return false;
   static const bool for_float = computes<float>();
   static const bool for_bfloat16 = has_bfloat16_products() && computes<at::BFloat16>();
   return (dtype == at::kFloat && for_float) || (dtype == at::kBFloat16 && for_bfloat16);
+}
+
+MicroKernelUse::~MicroKernelUse() {
+  at::native::cpublas::brgemm_release();
 }
 
 template <typename T>

@@ -20,8 +20,18 @@ constexpr int64_t inner_padded(int64_t inner) {
   return (inner + inner_multiple<T> - 1) / inner_multiple<T> * inner_multiple<T>;
 }
 
-// Whether this processor has the kernel for the type.
+// Whether this processor has the kernel for the type, and torch.backends.mkldnn is enabled.
 bool micro_kernel_serves(at::ScalarType dtype);
+
+// Lives while a thread calls multiply_block, and then gives the kernel's state back (AMX tiles):
+// another product on this thread may change it without the kernel's knowledge.
+class MicroKernelUse {
+ public:
+  MicroKernelUse() = default;
+  ~MicroKernelUse();
+  MicroKernelUse(const MicroKernelUse&) = delete;
+  MicroKernelUse& operator=(const MicroKernelUse&) = delete;
+};
 
 // c = a b, or c += a b, for a [rows, inner] and c [rows, cols] with unit column strides, b a panel
 // of `cols` columns (panels_cpu.h), and inner a multiple of inner_multiple. A float32 sum is made

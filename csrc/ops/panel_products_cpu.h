@@ -88,6 +88,7 @@ void shrink(const at::Tensor& m, Elements<F> factor, int64_t rank, const Kept& k
   pack<F>(factor, inner, rank, packed, rank);
   const Split blocks(m.size(0), block_rows);
   run_products(blocks.count(), block_rows * inner * rank, [&](int64_t i) {
+    const MicroKernelUse use_of_kernel;
     drawn.draw(blocks[i]);
     const Rows<F> rows = load<F, T>(m, blocks[i], {0, inner}, kept);
     float* const sums = scratch<float>(Slot::sums, block_rows * rank);
@@ -126,6 +127,7 @@ std::vector<Tile> Sum<T, F>::tiles() const {
 
 template <typename T, typename F>
 void Sum<T, F>::compute(const Tile& tile) const {
+  const MicroKernelUse use_of_kernel;
   constexpr int64_t chunk = (int64_t{1} << 18) / (panel_cols * sizeof(T));  // of a core's cache
   const auto [first_col, width] = tile.col;
   const Split blocks(tile.row.size, block_rows), chunks(base.size(1), chunk);
@@ -184,6 +186,7 @@ at::Tensor transposed_blocks(const at::Tensor& m, int64_t rank) {
 template <typename T, typename F>
 float* sum_over_tokens(const at::Tensor& left, int64_t rank, const at::Tensor& m, Range cols,
                        const Kept& kept) {
+  const MicroKernelUse use_of_kernel;
   const int64_t width = cols.size;
   const Split blocks(m.size(0), token_run);
   float* const sums = scratch<float>(Slot::sums, rank * width);

@@ -22,6 +22,28 @@ def test_paths_are_named():
         assert rankwise.ops.path(torch.empty(1)) == MICRO
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bfloat16_float32"])
+def test_without_onednn_a_layer_takes_the_other_path(dtype):
+    """Also between forward and backward."""
+    base, adapter = DTYPES[dtype]
+    torch.manual_seed(5)
+    x, W = torch.randn(40, 24).to(base).requires_grad_(), torch.randn(16, 24).to(base)
+    A, B = torch.randn(3, 24).to(adapter), torch.randn(16, 3).to(adapter)
+
+    def run(forward: bool, backward: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.backends.mkldnn.flags(enabled=forward):
+            assert forward or rankwise.ops.path(W) == ATEN
+            torch.manual_seed(6)
+            y = rankwise.ops.lora_linear(x, W, None, A, B, scaling=2.0, dropout_p=0.2)
+        with torch.backends.mkldnn.flags(enabled=backward):
+            return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+    expected = run(True, True)
+    for flags in ((False, False), (True, False), (False, True)):
+        for got, want in zip(run(*flags), expected, strict=True):
+            assert (got - want).norm() <= 2 * torch.finfo(base).eps * want.norm()
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", filter(on_micro_kernel, DTYPES))
 def test_a_row_does_not_depend_on_the_others(dtype, dropout_p):
