@@ -7,10 +7,8 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
-#include <map>
-#include <mutex>
-
 #include "../kernels/device_support.h"
+#include "kernel_support.h"
 
 namespace rankwise {
 namespace {
@@ -35,21 +33,9 @@ std::string missing_kernels(c10::DeviceIndex device) {
   return "";
 }
 
-// missing_kernels, asked once per device.
 const std::string& known_missing_kernels(c10::DeviceIndex device) {
-  static std::mutex mutex;
-  static std::map<c10::DeviceIndex, std::string> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto found = known.find(device);
-  if (found == known.end()) {
-    found = known.emplace(device, missing_kernels(device)).first;
-    if (!found->second.empty()) {
-      TORCH_WARN("rankwise: ", found->second, " (cuda:", static_cast<int>(device),
-                 "): slower ATen operations take their place. Build with "
-                 "RANKWISE_CUDA_ARCHITECTURES for this device to have them.");
-    }
-  }
-  return found->second;
+  static KernelSupport support(missing_kernels);
+  return support.missing(device);
 }
 
 std::string path_cuda(const at::Tensor& tensor) {
