@@ -147,13 +147,14 @@ TEST(Layers, FirstValuesFromASeed) {
 
 TEST(Layers, AroundALayerSharesItsTensors) {
   torch::nn::Linear linear(6, 4);
+  linear->to(torch::kDouble);  // which both multiply by the same BLAS
   linear->eval();
   LoRALinear layer(linear, AdapterOptions().rank(2));
   EXPECT_TRUE(layer->weight.is_same(linear->weight));
   EXPECT_TRUE(layer->bias.is_same(linear->bias));
   EXPECT_FALSE(linear->weight.requires_grad());
   EXPECT_FALSE(layer->is_training());
-  const auto x = torch::randn({3, 6});
+  const auto x = torch::randn({3, 6}, torch::kDouble);
   EXPECT_TRUE(layer->forward(x).equal(linear->forward(x)));
 
   linear->to(torch::kBFloat16);
