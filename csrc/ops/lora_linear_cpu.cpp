@@ -184,10 +184,11 @@ at::Tensor bias_gradient(const at::Tensor& dy) {
 
 // The active part's gradient inside a factor-shaped tensor whose other directions are zero.
 at::Tensor in_capacity(const at::Tensor& active, const at::Tensor& factor, int64_t dim) {
-  if (active.size(dim) == factor.size(dim) && active.is_contiguous() &&
-      active.scalar_type() == factor.scalar_type())
+  const bool whole = active.size(dim) == factor.size(dim);
+  if (whole && active.is_contiguous() && active.scalar_type() == factor.scalar_type())
     return active;
-  const at::Tensor full = at::zeros(factor.sizes(), factor.options());
+  const at::Tensor full = whole ? at::empty(factor.sizes(), factor.options())
+                                : at::zeros(factor.sizes(), factor.options());
   full.narrow(dim, 0, active.size(dim)).copy_(active);
   return full;
 }
