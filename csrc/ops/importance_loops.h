@@ -59,7 +59,9 @@ template <class T>
     for (int64_t lane = 0; lane < lanes; ++lane)
       sum[lane] += kernels::element_score(sensitivity[i + lane], uncertainty[i + lane]);
   for (; i < size; ++i) sum[i % lanes] += kernels::element_score(sensitivity[i], uncertainty[i]);
-  for (int64_t half = lanes / 2; half > 0; half /= 2)
+  const auto used =
+      std::bit_ceil(static_cast<uint64_t>(std::min(size, lanes)));  // E's rows have one
+  for (int64_t half = static_cast<int64_t>(used) / 2; half > 0; half /= 2)
     for (int64_t lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
   return sum[0];
 }
