@@ -13,14 +13,15 @@
 #include <array>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "checks.h"
+#include "shape_bucket.h"
 
 namespace rankwise {
 namespace {
 
 constexpr size_t largest_workspace = size_t{32} << 20;
-constexpr size_t plans_kept = 4096;
 constexpr int64_t bias_alignment = 16;
 
 void check_cublas(cublasStatus_t status, const char* call) {
@@ -123,18 +124,23 @@ cublasLtHandle_t handle(int64_t device) {
   return found;
 }
 
-// Descriptors and the algorithm for one problem: plain values, copied for each call.
-struct Plan {
+// Plain values, copied for each call.
+struct Descriptors {
   cublasLtMatmulDescOpaque_t operation;
   cublasLtMatrixLayoutOpaque_t right, left, out;
-  cublasLtMatmulAlgo_t algorithm;
+
+  explicit Descriptors(const Problem& problem);
+};
+
+struct Algorithm {
+  cublasLtMatmulAlgo_t value;
   size_t workspace;
   bool found;
+};
 
-  explicit Plan(const Problem& problem);
-
- private:
-  void find_algorithm(const Problem& problem);
+struct Plan {
+  Descriptors descriptors;
+  Algorithm algorithm;
 };
 
 template <typename T>
@@ -151,7 +157,7 @@ void set(cublasLtMatmulPreferenceOpaque_t& preference,
                "cublasLtMatmulPreferenceSetAttribute");
 }
 
-Plan::Plan(const Problem& problem) {
+Descriptors::Descriptors(const Problem& problem) {
   const cudaDataType_t type = data_type(static_cast<at::ScalarType>(problem.dtype));
   const auto compute = problem.tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
   check_cublas(cublasLtMatmulDescInit(&operation, compute, CUDA_R_32F), "cublasLtMatmulDescInit");
@@ -175,10 +181,11 @@ Plan::Plan(const Problem& problem) {
   }
   matrix(left, problem.k, problem.m, problem.left_stride);
   matrix(out, problem.n, problem.m, problem.out_stride);
-  find_algorithm(problem);
 }
 
-void Plan::find_algorithm(const Problem& problem) {
+// The heuristic's first answer.
+Algorithm ask(const Problem& problem) {
+  Descriptors of(problem);
   cublasLtMatmulPreferenceOpaque_t preference;
   check_cublas(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit");
   set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, largest_workspace);
@@ -195,24 +202,56 @@ void Plan::find_algorithm(const Problem& problem) {
   cublasLtMatmulHeuristicResult_t result{};
   int count = 0;
   const cublasStatus_t status =
-      cublasLtMatmulAlgoGetHeuristic(handle(problem.device), &operation, &right, &left, &out, &out,
-                                     &preference, 1, &result, &count);
+      cublasLtMatmulAlgoGetHeuristic(handle(problem.device), &of.operation, &of.right, &of.left,
+                                     &of.out, &of.out, &preference, 1, &result, &count);
   if (status != CUBLAS_STATUS_NOT_SUPPORTED) {
     check_cublas(status, "cublasLtMatmulAlgoGetHeuristic");
   }
-  found = status == CUBLAS_STATUS_SUCCESS && count > 0;
-  algorithm = result.algo;
-  workspace = result.workspaceSize;
+  return {result.algo, result.workspaceSize, status == CUBLAS_STATUS_SUCCESS && count > 0};
 }
 
-// The heuristic answers for the exact shape, so that no earlier call changes a result's bits.
+// The algorithm with the workspace that this problem takes; not found where it does not serve it.
+Algorithm checked(const Algorithm& algorithm, Descriptors of, int64_t device) {
+  if (!algorithm.found) return algorithm;
+  cublasLtMatmulHeuristicResult_t result{};
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoCheck(handle(device), &of.operation, &of.right, &of.left, &of.out, &of.out,
+                              &algorithm.value, &result);
+  const bool serves = status == CUBLAS_STATUS_SUCCESS && result.state == CUBLAS_STATUS_SUCCESS &&
+                      result.workspaceSize <= largest_workspace;
+  return {algorithm.value, result.workspaceSize, serves};
+}
+
+template <typename Value>
+class Cache {
+ public:
+  template <typename Make>
+  const Value& get(const Problem& problem, const Make& make) {
+    if (const auto known = values_.find(problem.key()); known != values_.end())
+      return known->second;
+    if (values_.size() >= kept) values_.clear();
+    return values_.emplace(problem.key(), make(problem)).first->second;
+  }
+
+ private:
+  static constexpr size_t kept = 4096;
+  std::map<decltype(std::declval<Problem>().key()), Value> values_;
+};
+
+// The heuristic is asked once for a bucket, and about its largest problem, so that no earlier call
+// changes a result's bits; about this very problem where the bucket's algorithm does not serve it.
 Plan plan(const Problem& problem) {
   static std::mutex mutex;
-  static std::map<decltype(problem.key()), Plan> plans;
+  static Cache<Algorithm> algorithms;
+  static Cache<Plan> plans;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto known = plans.find(problem.key()); known != plans.end()) return known->second;
-  if (plans.size() >= plans_kept) plans.clear();
-  return plans.emplace(problem.key(), Plan(problem)).first->second;
+  return plans.get(problem, [](const Problem& fresh) {
+    const Descriptors descriptors(fresh);
+    Problem largest = fresh;
+    largest.m = largest_of_bucket(fresh.m);
+    const Algorithm common = checked(algorithms.get(largest, ask), descriptors, fresh.device);
+    return Plan{descriptors, common.found ? common : ask(fresh)};
+  });
 }
 
 void multiply_aten(at::Tensor out, const at::Tensor& left, const at::Tensor& right,
@@ -233,20 +272,20 @@ void multiply_base(const at::Tensor& out, const at::Tensor& left, const at::Tens
   }
   const Problem problem = describe(out, left, right, bias.defined());
   Plan found = plan(problem);
-  if (!found.found) return multiply_aten(out, left, right, bias, accumulate);
+  auto& [of, algorithm] = found;
+  if (!algorithm.found) return multiply_aten(out, left, right, bias, accumulate);
   if (bias.defined()) {
-    set(found.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.const_data_ptr());
+    set(of.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.const_data_ptr());
   }
   const at::Tensor workspace =
-      at::empty({static_cast<int64_t>(found.workspace)}, out.options().dtype(at::kByte));
+      at::empty({static_cast<int64_t>(algorithm.workspace)}, out.options().dtype(at::kByte));
   const float alpha = 1.0f, beta = accumulate ? 1.0f : 0.0f;
   void* result = out.mutable_data_ptr();
-  check_cublas(
-      cublasLtMatmul(handle(problem.device), &found.operation, &alpha, right.const_data_ptr(),
-                     &found.right, left.const_data_ptr(), &found.left, &beta, result, &found.out,
-                     result, &found.out, &found.algorithm, workspace.mutable_data_ptr(),
-                     found.workspace, c10::cuda::getCurrentCUDAStream().stream()),
-      "cublasLtMatmul");
+  check_cublas(cublasLtMatmul(handle(problem.device), &of.operation, &alpha, right.const_data_ptr(),
+                              &of.right, left.const_data_ptr(), &of.left, &beta, result, &of.out,
+                              result, &of.out, &algorithm.value, workspace.mutable_data_ptr(),
+                              algorithm.workspace, c10::cuda::getCurrentCUDAStream().stream()),
+               "cublasLtMatmul");
 }
 
 }  // namespace rankwise
