@@ -1,4 +1,7 @@
-"""make gpu: builds for the GPU at hand, runs the device tests, checks memory accesses, measures.
+"""make gpu: builds for the GPU at hand, tests, checks memory accesses, measures.
+
+The device's own tests come first, then the whole suite with that build, then the measurements:
+every shape, rank and dropout of tests/bench/layers_cuda.py for which there is time.
 
 Needs a CUDA device, nvcc, and a python3 with torch, pip, setuptools, cmake, ninja, pytest, numpy;
 no network. Everything is written to build/gpu; report.json has one entry for each stage.
@@ -25,6 +28,9 @@ SITE = OUTPUT / "site"
 HEADERS = ROOT / "build" / "headers"  # make gpu-headers
 DEADLINE = 570.0  # seconds for everything
 DEVICE_TESTS = "tests/python/cuda"
+# The rest of the suite but for what needs weights or texts from a registry, or GoogleTest.
+OTHER_TESTS = ["tests/python", f"--ignore={DEVICE_TESTS}", "--ignore=tests/python/examples",
+               "--ignore=tests/python/consumer", "--ignore=tests/python/parity"]  # fmt: skip
 # Small problems of every kernel: a checked access costs a thousand plain ones.
 CHECKED = [
     "-k",
@@ -103,21 +109,32 @@ def build(stages: Stages, env: dict[str, str]) -> bool:
 
 
 def pytest(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", DEVICE_TESTS, *arguments]
+    return [sys.executable, "-m", "pytest", *arguments]
 
 
-def test(stages: Stages, env: dict[str, str]) -> dict[str, int]:
-    """Numbers of device tests by result; nothing but failures may hide behind a skipped file."""
-    results = OUTPUT / "tests.xml"
-    workers = ["-n", "4"] if find_spec("xdist") else []
-    stages.run("tests", pytest(f"--junitxml={results}", "-rs", *workers), 240, env)
+def test(stages: Stages, env: dict[str, str], name: str, tests: list[str], workers: int) -> dict:
+    """Numbers of tests by result."""
+    results = OUTPUT / f"{name}.xml"
+    spread = ["-n", str(workers)] if find_spec("xdist") else []
+    stages.run(name, pytest(*tests, f"--junitxml={results}", "-rs", *spread), 180, env)
     if not results.exists():
         return {}
     suite = ElementTree.parse(results).getroot().find("testsuite")
-    counts = {n: int(suite.get(n)) for n in ("tests", "failures", "errors", "skipped")}
-    if counts["skipped"] or not counts["tests"]:
+    return {n: int(suite.get(n)) for n in ("tests", "failures", "errors", "skipped")}
+
+
+def test_device(stages: Stages, env: dict[str, str]) -> dict:
+    """Nothing but failures may hide behind a skipped file."""
+    counts = test(stages, env, "device tests", [DEVICE_TESTS], workers=4)
+    if counts and (counts["skipped"] or not counts["tests"]):
         stages.done[-1]["result"] = f"failed: {counts['skipped']} of {counts['tests']} skipped"
     return counts
+
+
+def test_rest(stages: Stages, env: dict[str, str]) -> dict:
+    """On a thread for each worker, as many as there are cores."""
+    one_thread = env | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return test(stages, one_thread, "other tests", OTHER_TESTS, workers=os.cpu_count() or 1)
 
 
 def sanitize(stages: Stages, env: dict[str, str]) -> None:
@@ -127,7 +144,7 @@ def sanitize(stages: Stages, env: dict[str, str]) -> None:
         if shutil.which(SANITIZER[0], path=env["PATH"]) is None:
             stages.leave_out(tool, "compute-sanitizer is not installed")
         else:
-            command = [*SANITIZER, "--tool", tool, *pytest("-x", *CHECKED)]
+            command = [*SANITIZER, "--tool", tool, *pytest(DEVICE_TESTS, "-x", *CHECKED)]
             stages.run(tool, command, 60, checked)
 
 
@@ -140,7 +157,7 @@ def measure(stages: Stages, env: dict[str, str]) -> dict:
     else:
         stages.leave_out("allocator", "PEFT or transformers is not installed")
     limit = str(int(stages.left() - 10))
-    layers = ["layers_cuda.py", "--quick", "--limit", limit]
+    layers = ["layers_cuda.py", "--limit", limit]
     return found | {"bench": bench(stages, env, "layers_cuda", layers, 400)}
 
 
@@ -163,15 +180,18 @@ def main() -> int:
     report: dict = {"machine": machine(), "stages": stages.done}
     if build(stages, env):
         if find_spec("pytest"):
-            report["tests"] = test(stages, env)
+            report["device tests"] = test_device(stages, env)
             sanitize(stages, env)
+            report["other tests"] = test_rest(stages, env)
         else:
             stages.leave_out("tests", "pytest is not installed")
         report |= measure(stages, env)
     (OUTPUT / "report.json").write_text(json.dumps(report, indent=1))
     for entry in stages.done:
-        print("{stage:10} {result:24} {note}".format(**entry))
-    print(report.get("tests", ""), OUTPUT / "report.json", sep="\n")
+        print("{stage:12} {result:24} {note}".format(**entry))
+    for name in ("device tests", "other tests"):
+        print(f"{name}:", report.get(name, "not run"))
+    print(OUTPUT / "report.json")
     return int(any(e["result"] not in ("passed", "left out") for e in stages.done))
 
 

@@ -8,7 +8,7 @@ from itertools import cycle
 import torch
 
 Action = Callable[[], object]
-CALLS = 20  # between two events
+CALLS = 20  # between two events, at most
 
 
 def rotating(actions: Sequence[Action]) -> Action:
@@ -47,10 +47,10 @@ class Graph:
     def __call__(self) -> None:
         self.graph.replay()
 
-    def milliseconds(self) -> float:
-        """Of one action."""
-        calls = -(-CALLS // self.actions)
-        return device_milliseconds(self, calls) / self.actions
+    def milliseconds(self, calls: int = CALLS) -> float:
+        """Of one action, from replays of at least `calls`."""
+        replays = -(-calls // self.actions)
+        return device_milliseconds(self, replays) / self.actions
 
 
 def host_microseconds(action: Action, calls: int = 100) -> float:
