@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <type_traits>
 
 #include "vector_clones.h"
 
@@ -28,6 +29,8 @@ template <typename To>
       for (int64_t j = 0; j < cols; ++j) put(sums[j] + more[j], to + j);
     } else if (row != nullptr) {
       for (int64_t j = 0; j < cols; ++j) put(sums[j] + row[j], to + j);
+    } else if constexpr (std::is_same_v<To, float>) {
+      std::copy_n(sums, cols, to);
     } else {
       for (int64_t j = 0; j < cols; ++j) put(sums[j], to + j);
     }

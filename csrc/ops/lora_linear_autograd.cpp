@@ -39,7 +39,6 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
         {input, weight, lora_A, lora_B, lora_E.value_or(at::Tensor()), hidden, seed});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
-    ctx->saved_data["rank"] = rank;
     ctx->saved_data["has_bias"] = has(bias);
     return output;
   }
@@ -58,7 +57,7 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
         grad_outputs[0], saved[0], saved[1], saved[2], saved[3],
         lora_E.defined() ? std::optional<at::Tensor>(lora_E) : std::nullopt, saved[5], saved[6],
         ctx->saved_data["scaling"].toDouble(), ctx->saved_data["dropout_p"].toDouble(),
-        ctx->saved_data["rank"].toSymInt(), output_mask);
+        /*rank=*/saved[5].sym_size(1), output_mask);
     return {dx, dw, db, dA, dB, dE, {}, {}, {}};
   }
 };

@@ -80,7 +80,7 @@ class OutputSide {
       : adapter_(adapter),
         dy_(dy),
         gate_(gates<F>(adapter)),
-        cols_(need_B || need_E ? dy.size(1) : 0, token_cols) {
+        cols_(token_blocks(dy.size(0), need_B || need_E ? dy.size(1) : 0)) {
     if (cols_.count() > 0) hidden_ = transposed_blocks<F>(hidden, adapter.rank());
     if (need_B) dB_ = empty_like(adapter.B, dy.size(1), adapter.rank());
     if (need_E) dE_parts_.resize(cols_.count() * adapter.rank());
@@ -146,12 +146,12 @@ FactorGradients backward(const ActiveAdapter& adapter, const at::Tensor& dy, con
   }
   const Sum<T, F> dx{result.x, dy, Elements<T>(weight), dh, Elements<F>(adapter.A), rank, {}, kept};
   const std::vector<Tile> tiles = need_x ? dx.tiles() : std::vector<Tile>();
-  const Split in(need_A ? x.size(1) : 0, token_cols);
+  const Split in = token_blocks(x.size(0), need_A ? x.size(1) : 0);
   OutputSide<T, F> output_side(adapter, hidden, dy, need_B, need_E);
 
   const auto tile_count = static_cast<int64_t>(tiles.size());
   const int64_t blocks = tile_count + in.count() + output_side.blocks();
-  const int64_t products = x.size(0) * (need_x ? panel_cols * dy.size(1) : token_cols * rank);
+  const int64_t products = x.size(0) * (need_x ? panel_cols * dy.size(1) : in.step() * rank);
   run_products(blocks, products, [&](int64_t i) {
     if (i < tile_count) {
       dx.compute(tiles[i]);

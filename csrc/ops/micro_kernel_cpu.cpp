@@ -60,7 +60,7 @@ bool micro_kernel_serves(at::ScalarType dtype) {
   return (dtype == at::kFloat && for_float) || (dtype == at::kBFloat16 && for_bfloat16);
 }
 
-MicroKernelUse::~MicroKernelUse() {
+void release_micro_kernel() {
   at::native::cpublas::brgemm_release();
 }
 

@@ -23,12 +23,18 @@ constexpr int64_t inner_padded(int64_t inner) {
 // Whether this processor has the kernel for the type, and torch.backends.mkldnn is enabled.
 bool micro_kernel_serves(at::ScalarType dtype);
 
-// Lives while a thread calls multiply_block, and then gives the kernel's state back (AMX tiles):
-// another product on this thread may change it without the kernel's knowledge.
+void release_micro_kernel();
+
+// Lives while a thread multiplies blocks of T, and then gives the kernel's state back (AMX tiles,
+// which float32 products do not use): another product on this thread may change it without the
+// kernel's knowledge.
+template <typename T>
 class MicroKernelUse {
  public:
   MicroKernelUse() = default;
-  ~MicroKernelUse();
+  ~MicroKernelUse() {
+    if constexpr (sizeof(T) == 2) release_micro_kernel();
+  }
   MicroKernelUse(const MicroKernelUse&) = delete;
   MicroKernelUse& operator=(const MicroKernelUse&) = delete;
 };

@@ -18,7 +18,12 @@
 
 namespace rankwise {
 
-constexpr int64_t token_run = 64, token_cols = 128;  // of a block of a sum over tokens
+constexpr int64_t token_run = 64;  // tokens of a block of a sum over tokens
+
+// Columns of a block of a sum over tokens: of one run, what the call costs counts.
+inline Split token_blocks(int64_t tokens, int64_t cols) {
+  return {cols, tokens > token_run ? 128 : 384};
+}
 
 // A matrix of m's type; without the dispatcher, whose work is a tenth of a small layer's.
 inline at::Tensor empty_like(const at::Tensor& m, int64_t rows, int64_t cols) {
@@ -88,7 +93,7 @@ void shrink(const at::Tensor& m, Elements<F> factor, int64_t rank, const Kept& k
   pack<F>(factor, inner, rank, packed, rank);
   const Split blocks(m.size(0), block_rows);
   run_products(blocks.count(), block_rows * inner * rank, [&](int64_t i) {
-    const MicroKernelUse use_of_kernel;
+    const MicroKernelUse<F> use_of_kernel;
     drawn.draw(blocks[i]);
     const Rows<F> rows = load<F, T>(m, blocks[i], {0, inner}, kept);
     float* const sums = scratch<float>(Slot::sums, block_rows * rank);
@@ -117,7 +122,7 @@ struct Sum {
 template <typename T, typename F>
 std::vector<Tile> Sum<T, F>::tiles() const {
   constexpr int64_t rows_a_panel = 1024;
-  const int64_t width = out.size(0) > block_rows / 2 ? panel_cols : 2 * panel_cols;
+  const int64_t width = out.size(0) > block_rows / 2 ? panel_cols : 3 * panel_cols;
   const Split rows(out.size(0), rows_a_panel), cols(out.size(1), width);
   std::vector<Tile> result;
   for (int64_t j = 0; j < cols.count(); ++j)
@@ -127,7 +132,7 @@ std::vector<Tile> Sum<T, F>::tiles() const {
 
 template <typename T, typename F>
 void Sum<T, F>::compute(const Tile& tile) const {
-  const MicroKernelUse use_of_kernel;
+  const MicroKernelUse<T> use_of_kernel;
   constexpr int64_t chunk = (int64_t{1} << 18) / (panel_cols * sizeof(T));  // of a core's cache
   const auto [first_col, width] = tile.col;
   const Split blocks(tile.row.size, block_rows), chunks(base.size(1), chunk);
@@ -186,7 +191,7 @@ at::Tensor transposed_blocks(const at::Tensor& m, int64_t rank) {
 template <typename T, typename F>
 float* sum_over_tokens(const at::Tensor& left, int64_t rank, const at::Tensor& m, Range cols,
                        const Kept& kept) {
-  const MicroKernelUse use_of_kernel;
+  const MicroKernelUse<F> use_of_kernel;
   const int64_t width = cols.size;
   const Split blocks(m.size(0), token_run);
   float* const sums = scratch<float>(Slot::sums, rank * width);
