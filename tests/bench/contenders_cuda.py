@@ -81,7 +81,6 @@ CUDA_CONTENDERS: dict[str, Callable[[Case, Tensors], Layer]] = {
     "PEFT": peft,
     "PEFT compiled": peft_compiled,
     "PEFT, autocast": _under_autocast(peft),
-    "PEFT compiled, autocast": _under_autocast(peft_compiled),
     "Unsloth's mathematics": _of(_BaseFirst),
     "cuBLAS accumulated": _of(_Accumulated),
     "rankwise": ours,
