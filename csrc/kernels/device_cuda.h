@@ -6,8 +6,14 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cassert>
 #include <cstdint>
 #include <type_traits>
+
+#ifdef NDEBUG  // which hides this part of assert()
+extern "C" __host__ __device__ void __assert_fail(const char*, const char*, unsigned,
+                                                  const char*) noexcept;
+#endif
 
 namespace rankwise::kernels {
 
@@ -35,6 +41,12 @@ int launch(void (*kernel)(Parameters...), const dim3& grid, const dim3& block, s
   }
   if (error != cudaSuccess) cudaGetLastError();
   return error;
+}
+
+// Ends the kernel with a message unless the condition holds; what waits for the stream then gets
+// cudaErrorAssert. As assert(), but in every build.
+__device__ inline void require(bool condition, const char* message) {
+  if (!condition) __assert_fail(message, __FILE__, __LINE__, __func__);
 }
 
 // The block's dynamic shared memory, aligned to 16 bytes.

@@ -1,6 +1,8 @@
-// out = scale * mask(H F) for H [rows, rank] and F [rank, cols]: what is written is touched once.
+// scale * H F for H [rows, rank] and F [rank, cols], masked or added to rows of a table: what is
+// written is touched once.
 #include "fragments.h"
 #include "skinny_products.h"
+#include "table_row.h"
 
 namespace rankwise::kernels {
 namespace {
@@ -12,7 +14,19 @@ constexpr int parts_for = std::is_same_v<Wide, Factor> && sizeof(Wide) == 2 ? 1
                           : sizeof(Wide) == 2                               ? 2
                                                                             : 3;
 
-template <typename Types, bool by_column>
+// out = scale * mask(sum).
+struct Masked {
+  DropoutMask dropout;
+};
+
+// out = the row's row of the table + scale * sum.
+template <typename Wide>
+struct OnTable {
+  View<Wide> table;
+  RowIndices rows;
+};
+
+template <typename Types, bool by_column, typename Result>
 struct Plan {
   using Wide = typename Types::Wide;
   using Factor = typename Types::Factor;
@@ -30,8 +44,11 @@ struct Plan {
   using Columns = Operand<Factor, FactorTile::pitch, !by_column, parts>;
   using OutTile = Tile<Wide, row_tile, col_tile, threads>;
   static constexpr int operand_bytes = HiddenTile::bytes + FactorTile::bytes;
-  static constexpr int shared_bytes =
-      operand_bytes > OutTile::bytes ? operand_bytes : OutTile::bytes;
+  // Rows of a table lie in the result's tile from the start; else it takes the operands' place.
+  static constexpr bool on_table = !std::is_same_v<Result, Masked>;
+  static constexpr int out_start = on_table ? operand_bytes : 0;
+  static constexpr int out_end = out_start + OutTile::bytes;
+  static constexpr int shared_bytes = operand_bytes > out_end ? operand_bytes : out_end;
   static_assert(shared_bytes <= largest_shared_bytes);
 };
 
@@ -42,7 +59,22 @@ __device__ int2 warp_place() {
   return {warp / 2 * P::warp_rows, warp % 2 * P::warp_cols};
 }
 
-// The sums, scaled and rounded, as a tile of the result in shared memory.
+// Starts to copy the rows of the table that the tile's rows begin with.
+template <typename P>
+__device__ void copy_table_rows(typename P::Wide* tile, const Part<typename P::Wide>& part,
+                                const OnTable<typename P::Wide>& from) {
+  using OutTile = typename P::OutTile;
+  OutTile::for_pieces(P::row_tile, P::col_tile, [&](int row, int col) {
+    const int count = OutTile::valid(part, row, col);
+    if (count == 0) return;
+    const int64_t offset = row_at(from.rows, part.row + row) * from.table.stride + part.col + col;
+    OutTile::copy_piece(tile + row * OutTile::pitch + col, from.table.data + offset, count,
+                        from.table.alignment);
+  });
+  copy_async_commit();
+}
+
+// The sums, scaled, added to what the tile holds of a table, and rounded, as a tile of the result.
 template <typename P>
 __device__ void round_into(typename P::Wide* tile, const float (*sums)[P::warp_cols / 8][4],
                            float scale) {
@@ -57,33 +89,36 @@ __device__ void round_into(typename P::Wide* tile, const float (*sums)[P::warp_c
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Wide* pair = tile + (row + 16 * i + 8 * half) * P::OutTile::pitch + col + 8 * n;
-        pair[0] = Wide(scale * sums[i][n][2 * half]);
-        pair[1] = Wide(scale * sums[i][n][2 * half + 1]);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float sum = scale * sums[i][n][2 * half + j];
+          pair[j] = Wide(P::on_table ? static_cast<float>(pair[j]) + sum : sum);
+        }
       }
     }
   }
 }
 
 template <typename P>
-__device__ void write_tile(typename P::Wide* tile, const Part<typename P::Wide>& part,
-                           typename P::Wide* out, const DropoutMask& dropout) {
-  using OutTile = typename P::OutTile;
-  const uint64_t seed = dropout.threshold > 0 ? static_cast<uint64_t>(*dropout.seed) : 0;
-  if (dropout.threshold > 0) OutTile::drop(tile, part, seed, dropout.threshold);
-  OutTile::for_pieces(P::row_tile, P::col_tile,
-                      [&](int row, int col) { OutTile::write(tile, part, row, col, out); });
+__device__ void drop(typename P::Wide* tile, const Part<typename P::Wide>& part,
+                     const DropoutMask& dropout) {
+  if (dropout.threshold == 0) return;
+  P::OutTile::drop(tile, part, static_cast<uint64_t>(*dropout.seed), dropout.threshold);
 }
 
-template <typename Types, bool by_column>
+template <typename Types, bool by_column, typename Result>
 __global__ void __launch_bounds__(128, 3)
     expand(View<typename Types::Factor> hidden, View<typename Types::Factor> factor, float scale,
-           DropoutMask dropout, View<typename Types::Wide> shape, typename Types::Wide* out) {
-  using P = Plan<Types, by_column>;
+           Result result, View<typename Types::Wide> shape, typename Types::Wide* out) {
+  using P = Plan<Types, by_column, Result>;
   auto* hidden_tile = dynamic_shared<typename P::Factor>();
   auto* factor_tile = hidden_tile + P::HiddenTile::bytes / sizeof(typename P::Factor);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * P::row_tile;
   const int64_t col = static_cast<int64_t>(blockIdx.y) * P::col_tile;
   const int64_t rank = hidden.cols;
+  const Part<typename P::Wide> part{shape, row, col};
+  auto* tile = dynamic_shared<typename P::Wide>() + P::out_start / sizeof(typename P::Wide);
+  if constexpr (P::on_table) copy_table_rows<P>(tile, part, result);
 
   const int2 place = warp_place<P>();
   const typename P::Rows rows{hidden_tile + place.x * P::HiddenTile::pitch};
@@ -104,16 +139,18 @@ __global__ void __launch_bounds__(128, 3)
     __syncthreads();
     multiply_tiles<typename P::Mma>(rows, columns, ranks, P::warp_cols, sums);
   }
+  if constexpr (P::on_table) copy_async_wait<0>();  // nothing has waited where the rank is 0
   __syncthreads();
-  auto* tile = dynamic_shared<typename P::Wide>();
   round_into<P>(tile, sums, scale);
   __syncthreads();
-  write_tile<P>(tile, {shape, row, col}, out, dropout);
+  if constexpr (!P::on_table) drop<P>(tile, part, result.dropout);
+  P::OutTile::for_pieces(P::row_tile, P::col_tile,
+                         [&](int row, int col) { P::OutTile::write(tile, part, row, col, out); });
 }
 
-template <typename Types, bool by_column>
-int launch_one(const Expand& problem, void* stream) {
-  using P = Plan<Types, by_column>;
+template <typename Types, bool by_column, typename Result>
+int launch_one(const Expand& problem, const Result& result, void* stream) {
+  using P = Plan<Types, by_column, Result>;
   const auto hidden =
       view<typename P::Factor>(problem.hidden, problem.rows, problem.rank, problem.rank);
   const auto factor =
@@ -123,18 +160,32 @@ int launch_one(const Expand& problem, void* stream) {
       view<typename P::Wide>(problem.out, problem.rows, problem.cols, problem.out_stride);
   const dim3 grid(static_cast<unsigned>(divide_up(problem.rows, P::row_tile)),
                   static_cast<unsigned>(divide_up(problem.cols, P::col_tile)));
-  return launch(expand<Types, by_column>, grid, P::threads, P::shared_bytes, stream, hidden, factor,
-                problem.scale, problem.dropout, shape, static_cast<typename P::Wide*>(problem.out));
+  return launch(expand<Types, by_column, Result>, grid, P::threads, P::shared_bytes, stream, hidden,
+                factor, problem.scale, result, shape, static_cast<typename P::Wide*>(problem.out));
 }
 
 }  // namespace
 
 int launch_expand(const Expand& problem, void* stream) {
   if (problem.rows == 0 || problem.cols == 0) return cudaSuccess;
+  const Masked result{problem.dropout};
   return with_types(problem.wide_type, problem.factor_type, [&](auto types) {
     using Types = decltype(types);
-    return problem.transposed ? launch_one<Types, true>(problem, stream)
-                              : launch_one<Types, false>(problem, stream);
+    return problem.transposed ? launch_one<Types, true>(problem, result, stream)
+                              : launch_one<Types, false>(problem, result, stream);
+  });
+}
+
+int launch_embedding_output(const EmbeddingOutput& p, void* stream) {
+  if (p.rows == 0 || p.cols == 0) return cudaSuccess;
+  const Expand product{p.rows,     p.cols, p.rank,    p.wide_type, p.factor_type, p.gated,     p.B,
+                       p.B_stride, true,   p.scaling, {},          p.out,         p.out_stride};
+  return with_types(p.wide_type, p.factor_type, [&](auto types) {
+    using Types = decltype(types);
+    using Wide = typename Types::Wide;
+    const OnTable<Wide> result{view<Wide>(p.table, p.indices.table_rows, p.cols, p.table_stride),
+                               p.indices};
+    return launch_one<Types, true>(product, result, stream);
   });
 }
 

@@ -6,13 +6,6 @@
 namespace rankwise::kernels {
 namespace {
 
-// Calls run(T()) for the factors' type.
-template <typename Run>
-int with_factor_type(Type type, const Run& run) {
-  if (type == Type::float32) return run(float());
-  return type == Type::bfloat16 ? run(__nv_bfloat16()) : run(__half());
-}
-
 template <typename T>
 __global__ void finish_rows(FinishRows p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

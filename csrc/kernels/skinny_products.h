@@ -26,6 +26,13 @@ int with_types(Type wide, Type factor, const Run& run) {
   return run(Types<__half, float>());
 }
 
+// Calls run(T()) for the factors' type.
+template <typename Run>
+int with_factor_type(Type type, const Run& run) {
+  if (type == Type::float32) return run(float());
+  return type == Type::bfloat16 ? run(__nv_bfloat16()) : run(__half());
+}
+
 constexpr int64_t divide_up(int64_t value, int64_t step) {
   return (value + step - 1) / step;
 }

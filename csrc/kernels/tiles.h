@@ -61,22 +61,27 @@ struct Tile {
   __device__ static void copy(T* tile, const Part<T>& part, int rows = tile_rows,
                               int cols = tile_cols) {
     for_pieces(rows, cols, [&](int row, int col) {
-      T* to = tile + row * pitch + col;
       const int count = valid(part, row, col);
       const int64_t offset = (part.row + row) * part.matrix.stride + part.col + col;
       const T* from = part.matrix.data + (count > 0 ? offset : 0);
-      switch (part.matrix.alignment) {
-        case 16:
-          return copy_piece<16>(to, from, count);
-        case 8:
-          return copy_piece<8>(to, from, count);
-        case 4:
-          return copy_piece<4>(to, from, count);
-        default:
-#pragma unroll
-          for (int i = 0; i < piece; ++i) to[i] = i < count ? from[i] : T(0.0f);
-      }
+      copy_piece(tile + row * pitch + col, from, count, part.matrix.alignment);
     });
+  }
+
+  // Starts to copy the first `count` elements of a piece; the others become zero. `from` is a
+  // multiple of `alignment`, as a View has it.
+  __device__ static void copy_piece(T* to, const T* from, int count, int alignment) {
+    switch (alignment) {
+      case 16:
+        return copy_aligned<16>(to, from, count);
+      case 8:
+        return copy_aligned<8>(to, from, count);
+      case 4:
+        return copy_aligned<4>(to, from, count);
+      default:
+#pragma unroll
+        for (int i = 0; i < piece; ++i) to[i] = i < count ? from[i] : T(0.0f);
+    }
   }
 
   // Sets the dropped elements of a copied part to zero. Seed and threshold as in DropoutMask.
@@ -130,7 +135,7 @@ struct Tile {
 
  private:
   template <int bytes>
-  __device__ static void copy_piece(T* to, const T* from, int count) {
+  __device__ static void copy_aligned(T* to, const T* from, int count) {
     constexpr int step = bytes / static_cast<int>(sizeof(T));
 #pragma unroll
     for (int i = 0; i < piece; i += step) {

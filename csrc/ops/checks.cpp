@@ -64,6 +64,16 @@ void check_like(const char* op, const char* name, const at::Tensor& tensor, cons
               dtype_name(tensor.scalar_type()));
 }
 
+void check_sizes(const char* op, const char* name, const at::Tensor& tensor,
+                 c10::SymIntArrayRef wanted) {
+  TORCH_CHECK(tensor.dim() == static_cast<int64_t>(wanted.size()), op, ": ", name, " must be ",
+              wanted, ", got ", tensor.sym_sizes());
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    TORCH_SYM_CHECK(tensor.sym_size(i).sym_eq(wanted[i]), op, ": ", name, " must be ", wanted,
+                    ", got ", tensor.sym_sizes());
+  }
+}
+
 }  // namespace
 
 c10::SymInt active_rank(const char* op, const at::Tensor& lora_A, const c10::SymInt& in_features,
@@ -130,6 +140,36 @@ void check_lora_linear(const char* op, const at::Tensor& input, const at::Tensor
   check_dropout_p(op, dropout_p);
 }
 
+void check_table(const char* op, const at::Tensor& indices, const at::Tensor& weight) {
+  TORCH_CHECK(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, op,
+              ": indices must be int64 or int32, got ", indices.scalar_type());
+  TORCH_CHECK(weight.dim() == 2, op, ": weight must be [num_embeddings, embedding_dim], got ",
+              weight.sym_sizes());
+  TORCH_CHECK(indices.device() == weight.device(), op, ": indices must be on ", weight.device(),
+              " like weight, got ", indices.device());
+}
+
+void check_lora_embedding(const char* op, const at::Tensor& indices, const at::Tensor& weight,
+                          const at::Tensor& lora_A, const at::Tensor& lora_B,
+                          const std::optional<at::Tensor>& lora_E, double scaling,
+                          const c10::SymInt& rank) {
+  check_table(op, indices, weight);
+  check_factors(op, weight, weight.sym_size(0), weight.sym_size(1), lora_A, lora_B, lora_E, scaling,
+                rank);
+}
+
+void check_embedding_backward(const char* op, const at::Tensor& grad_output,
+                              const at::Tensor& indices, const at::Tensor& weight,
+                              const at::Tensor& lora_A, const at::Tensor& hidden,
+                              const c10::SymInt& rank) {
+  auto wanted = indices.sym_sizes().vec();
+  wanted.push_back(weight.sym_size(1));
+  check_sizes(op, "grad_output", grad_output, wanted);
+  check_like(op, "grad_output", grad_output, "weight", weight);
+  check_shape(op, "hidden", hidden, indices.sym_numel(), nullptr, rank, nullptr);
+  check_like(op, "hidden", hidden, "lora_A", lora_A);
+}
+
 void check_seed(const char* op, const at::Tensor& seed, double dropout_p) {
   TORCH_CHECK(seed.scalar_type() == at::kLong && seed.dim() == 1, op,
               ": seed must be int64 [1], got ", dtype_name(seed.scalar_type()), " ",
@@ -144,12 +184,7 @@ void check_backward(const char* op, const at::Tensor& grad_output, const at::Ten
                     const at::Tensor& seed, double dropout_p, const c10::SymInt& rank) {
   auto wanted = input.sym_sizes().vec();
   wanted.back() = weight.sym_size(0);
-  TORCH_CHECK(grad_output.dim() == input.dim(), op, ": grad_output must be ",
-              c10::SymIntArrayRef(wanted), ", got ", grad_output.sym_sizes());
-  for (int64_t i = 0; i < grad_output.dim(); ++i) {
-    TORCH_SYM_CHECK(grad_output.sym_size(i).sym_eq(wanted[i]), op, ": grad_output must be ",
-                    c10::SymIntArrayRef(wanted), ", got ", grad_output.sym_sizes());
-  }
+  check_sizes(op, "grad_output", grad_output, wanted);
   check_like(op, "grad_output", grad_output, "input", input);
   check_shape(op, "hidden", hidden, sym_token_count(input), nullptr, rank, nullptr);
   check_like(op, "hidden", hidden, "lora_A", lora_A);

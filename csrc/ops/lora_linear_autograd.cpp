@@ -1,12 +1,12 @@
 // lora_linear's gradient: one node that saves x by reference, `hidden` and the dropout seed.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/functorch/DynamicLayer.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "checks.h"
+#include "differentiation.h"
 #include "dispatch.h"
 #include "lora_linear_composite.h"
 
@@ -17,10 +17,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-bool differentiable(const std::optional<at::Tensor>& tensor) {
-  return has(tensor) && tensor->requires_grad();
-}
 
 class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> {
  public:
@@ -62,19 +58,12 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
   }
 };
 
-bool has_tangent(const std::optional<at::Tensor>& tensor) {
-  return has(tensor) && tensor->_fw_grad(/*level=*/0).defined();
-}
-
 at::Tensor lora_linear_autograd(const at::Tensor& input, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
                                 const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
                                 double scaling, double dropout_p, std::optional<c10::SymInt> rank) {
   const c10::SymInt active = active_rank("lora_linear", lora_A, weight.sym_size(-1), rank);
-  // A C++ autograd node knows neither functorch's levels nor tangents; ATen's ops do.
-  if (at::functorch::maybeCurrentDynamicLayer().has_value() || has_tangent(input) ||
-      has_tangent(weight) || has_tangent(bias) || has_tangent(lora_A) || has_tangent(lora_B) ||
-      has_tangent(lora_E)) {
+  if (beyond_nodes(input, weight, bias, lora_A, lora_B, lora_E)) {
     return std::get<0>(lora_linear_forward_composite(input, weight, bias, lora_A, lora_B, lora_E,
                                                      scaling, dropout_p, active));
   }
@@ -90,11 +79,7 @@ BackwardResult lora_linear_backward_autograd(const at::Tensor& grad_output, cons
                                              const at::Tensor& hidden, const at::Tensor& seed,
                                              double scaling, double dropout_p, c10::SymInt rank,
                                              std::array<bool, 6> output_mask) {
-  const bool recorded =
-      at::GradMode::is_enabled() &&
-      (grad_output.requires_grad() || input.requires_grad() || weight.requires_grad() ||
-       lora_A.requires_grad() || lora_B.requires_grad() || differentiable(lora_E));
-  if (recorded) {
+  if (recorded(grad_output, input, weight, lora_A, lora_B, lora_E)) {
     return lora_linear_backward_composite(grad_output, input, weight, lora_A, lora_B, lora_E,
                                           hidden, seed, scaling, dropout_p, std::move(rank),
                                           output_mask);

@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "dropout.h"
+#include "matrices.h"
 
 namespace rankwise {
 namespace {
@@ -30,13 +31,6 @@ at::Tensor dropped(const at::Tensor& x, const at::Tensor& seed, double dropout_p
   const c10::SymInt cols = x.sym_size(-1);
   const at::Tensor mask = dropout_mask(seed, sym_token_count(x), cols, dropout_p, dtype);
   return cast * mask.view_symint(x.sym_sizes()) * dropout.keep_scale();
-}
-
-// Zero rows (dim 0) or columns (dim 1) behind the active ones, up to the full factor's size.
-at::Tensor padded(const at::Tensor& active, int64_t dim, const c10::SymInt& capacity) {
-  const c10::SymInt missing = capacity - active.sym_size(dim);
-  if (dim == 0) return at::constant_pad_nd_symint(active, {0, 0, 0, missing});
-  return at::constant_pad_nd_symint(active, {0, missing});
 }
 
 at::Tensor flat(const at::Tensor& tensor) {

@@ -1,14 +1,14 @@
 // lora_linear on CUDA: the LoRA term is written first, by a kernel, and the base product added to
 // it (beta = 1), so y and dx are written once, read once more and the larger term is rounded last.
 #include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "../kernels/lora_linear.h"
+#include "adapter_cuda.h"
 #include "base_product_cuda.h"
 #include "checks.h"
+#include "cuda_launch.h"
 #include "dispatch.h"
 #include "dropout.h"
 #include "lora_linear_composite.h"
@@ -18,70 +18,14 @@
 namespace rankwise {
 namespace {
 
-void check_launch(int error) {
-  C10_CUDA_CHECK(static_cast<cudaError_t>(error));
-}
-
-void* stream() {
-  return c10::cuda::getCurrentCUDAStream().stream();
-}
-
-at::Tensor scratch(int64_t bytes, const at::Tensor& like) {
-  return at::empty({bytes}, like.options().dtype(at::kByte));
-}
-
-kernels::Type kernel_type(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kBFloat16:
-      return kernels::Type::bfloat16;
-    case at::kHalf:
-      return kernels::Type::float16;
-    case at::kFloat:
-      return kernels::Type::float32;
-    default:
-      TORCH_INTERNAL_ASSERT(false, "no kernels for ", tensor.scalar_type());
-  }
-}
-
 // Everything else takes the composite form, which launches nothing for empty results.
 bool kernels_serve(const at::Tensor& input, const at::Tensor& weight, int64_t rank) {
   return input.numel() > 0 && weight.numel() > 0 && rank <= kernels::max_rank &&
          composite_reason(input.scalar_type(), input.device()).empty();
 }
 
-// One call's active factors as the kernels take them, and the dropout of its input.
-struct Adapter {
-  at::Tensor A, B, E;  // [rank, in], [out, rank], [rank] or undefined; unit column strides
-  double scaling;
-  Dropout dropout;
-  at::Tensor seed;
-
-  Adapter(const at::Tensor& lora_A, const at::Tensor& lora_B,
-          const std::optional<at::Tensor>& lora_E, double scaling_, double dropout_p,
-          const at::Tensor& seed_, int64_t rank)
-      : A(matrix(lora_A.narrow(0, 0, rank))),
-        B(rank > 0 ? matrix(lora_B.narrow(1, 0, rank)) : at::Tensor()),
-        E(has(lora_E) ? lora_E->narrow(0, 0, rank).select(1, 0).contiguous() : at::Tensor()),
-        scaling(scaling_),
-        dropout(dropout_p),
-        seed(seed_) {}
-
-  int64_t rank() const { return A.size(0); }
-  kernels::Type type() const { return kernel_type(A); }
-  const void* gate() const { return E.defined() ? E.const_data_ptr() : nullptr; }
-
-  float keep_scale() const {
-    return dropout.active() ? static_cast<float>(dropout.keep_scale()) : 1.0f;
-  }
-
-  kernels::DropoutMask mask() const {
-    if (!dropout.active()) return {};
-    return {seed.const_data_ptr<int64_t>(), dropout.threshold()};
-  }
-};
-
 // hidden = drop(x) A^T, and gated = hidden o E^T where there is an E.
-void shrink(const Adapter& adapter, const at::Tensor& x, const at::Tensor& hidden,
+void shrink(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& hidden,
             const at::Tensor& gated) {
   const kernels::Shrink problem{x.size(0),
                                 x.size(1),
@@ -98,12 +42,13 @@ void shrink(const Adapter& adapter, const at::Tensor& x, const at::Tensor& hidde
                                 hidden.mutable_data_ptr(),
                                 adapter.E.defined() ? gated.mutable_data_ptr() : nullptr};
   const at::Tensor partial = scratch(kernels::shrink_scratch_bytes(problem), x);
-  check_launch(kernels::launch_shrink(problem, partial.mutable_data_ptr(), stream()));
+  check_launch(kernels::launch_shrink(problem, partial.mutable_data_ptr(), current_stream()));
 }
 
 // y = scaling * gated B^T + bias + x W0^T.
-at::Tensor expand_and_accumulate(const Adapter& adapter, const at::Tensor& x, const at::Tensor& w,
-                                 const std::optional<at::Tensor>& bias, const at::Tensor& gated) {
+at::Tensor expand_and_accumulate(const CudaAdapter& adapter, const at::Tensor& x,
+                                 const at::Tensor& w, const std::optional<at::Tensor>& bias,
+                                 const at::Tensor& gated) {
   const at::Tensor y = at::empty({x.size(0), w.size(0)}, x.options());
   if (adapter.rank() > 0) {
     check_launch(kernels::launch_expand(
@@ -111,7 +56,7 @@ at::Tensor expand_and_accumulate(const Adapter& adapter, const at::Tensor& x, co
          gated.const_data_ptr(), adapter.B.const_data_ptr(), adapter.B.stride(0),
          /*transposed=*/true, static_cast<float>(adapter.scaling), kernels::DropoutMask{},
          y.mutable_data_ptr(), y.stride(0)},
-        stream()));
+        current_stream()));
   }
   multiply_base(y, x, w.t(), bias, /*accumulate=*/adapter.rank() > 0);
   return y;
@@ -130,7 +75,7 @@ ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor
                                          dropout_p, rank);
   }
   const at::Tensor seed = Dropout(dropout_p).draw_seed(input);
-  const Adapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  const CudaAdapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
   const at::Tensor x = matrix(input);
   const at::Tensor hidden = at::empty({x.size(0), rank}, lora_A.options());
   const at::Tensor gated = adapter.E.defined() ? at::empty_like(hidden) : hidden;
@@ -141,45 +86,8 @@ ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor
   return {y.view(shape), hidden, seed};
 }
 
-// A factor's gradient to write the active part of: the other directions are zero already.
-at::Tensor gradient_of(const at::Tensor& factor, int64_t capacity, int64_t rank) {
-  return rank == capacity ? at::empty(factor.sizes(), factor.options())
-                          : at::zeros(factor.sizes(), factor.options());
-}
-
-struct OutputGradients {
-  at::Tensor dh, dB, dE;  // undefined where not asked for
-};
-
-// One pass over dy. dh = scaling * keep_scale * (dy B) o E^T, the gradient of mask(x) A^T.
-void output_gradients(const Adapter& adapter, const at::Tensor& dy, const at::Tensor& hidden,
-                      const OutputGradients& out) {
-  const auto pointer = [](const at::Tensor& tensor) {
-    return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
-  };
-  const kernels::OutputGradient problem{dy.size(0),
-                                        dy.size(1),
-                                        adapter.rank(),
-                                        kernel_type(dy),
-                                        adapter.type(),
-                                        dy.const_data_ptr(),
-                                        dy.stride(0),
-                                        adapter.B.const_data_ptr(),
-                                        adapter.B.stride(0),
-                                        adapter.gate(),
-                                        hidden.const_data_ptr(),
-                                        static_cast<float>(adapter.scaling),
-                                        adapter.keep_scale(),
-                                        pointer(out.dh),
-                                        pointer(out.dB),
-                                        out.dB.defined() ? out.dB.stride(0) : 0,
-                                        pointer(out.dE)};
-  const at::Tensor partial = scratch(kernels::output_gradient_scratch_bytes(problem), dy);
-  check_launch(kernels::launch_output_gradient(problem, partial.mutable_data_ptr(), stream()));
-}
-
 // dA = dh^T mask(x).
-void input_factor_gradient(const Adapter& adapter, const at::Tensor& x, const at::Tensor& dh,
+void input_factor_gradient(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& dh,
                            const at::Tensor& dA) {
   const kernels::InputFactorGradient problem{
       x.size(0),          x.size(1),   adapter.rank(),      kernel_type(x), adapter.type(),
@@ -187,11 +95,11 @@ void input_factor_gradient(const Adapter& adapter, const at::Tensor& x, const at
       dA.stride(0)};
   const at::Tensor partial = scratch(kernels::input_factor_gradient_scratch_bytes(problem), x);
   check_launch(
-      kernels::launch_input_factor_gradient(problem, partial.mutable_data_ptr(), stream()));
+      kernels::launch_input_factor_gradient(problem, partial.mutable_data_ptr(), current_stream()));
 }
 
 // dx = mask(dh A) + dy W0.
-at::Tensor input_gradient(const Adapter& adapter, const at::Tensor& dy, const at::Tensor& w,
+at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
                           const at::Tensor& dh) {
   const at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
   if (adapter.rank() > 0) {
@@ -199,7 +107,7 @@ at::Tensor input_gradient(const Adapter& adapter, const at::Tensor& dy, const at
         {dx.size(0), dx.size(1), adapter.rank(), kernel_type(dx), adapter.type(),
          dh.const_data_ptr(), adapter.A.const_data_ptr(), adapter.A.stride(0),
          /*transposed=*/false, 1.0f, adapter.mask(), dx.mutable_data_ptr(), dx.stride(0)},
-        stream()));
+        current_stream()));
   }
   multiply_base(dx, dy, w, {}, /*accumulate=*/adapter.rank() > 0);
   return dx;
@@ -220,7 +128,7 @@ BackwardResult lora_linear_backward_cuda(const at::Tensor& grad_output, const at
     return lora_linear_backward_composite(grad_output, input, weight, lora_A, lora_B, lora_E,
                                           hidden, seed, scaling, dropout_p, rank, output_mask);
   }
-  const Adapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  const CudaAdapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
   const at::Tensor dy = matrix(grad_output);
   const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
   const int64_t capacity = lora_A.size(0);

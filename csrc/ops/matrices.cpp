@@ -18,4 +18,10 @@ at::Tensor in_shape(const at::Tensor& matrix, at::IntArrayRef shape) {
   return matrix.sizes() == shape ? matrix : matrix.view(shape);
 }
 
+at::Tensor padded(const at::Tensor& active, int64_t dim, const c10::SymInt& capacity) {
+  const c10::SymInt missing = capacity - active.sym_size(dim);
+  if (dim == 0) return at::constant_pad_nd_symint(active, {0, 0, 0, missing});
+  return at::constant_pad_nd_symint(active, {0, missing});
+}
+
 }  // namespace rankwise

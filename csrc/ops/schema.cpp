@@ -31,6 +31,16 @@ TORCH_LIBRARY(rankwise, m) {
       "Tensor? lora_E=None, *, float scaling, int padding_idx=-1, SymInt? rank=None) -> Tensor",
       pure);
   m.def(
+      "_lora_embedding_forward(Tensor indices, Tensor weight, Tensor lora_A, Tensor lora_B, "
+      "Tensor? lora_E, float scaling, int padding_idx, SymInt rank) "
+      "-> (Tensor output, Tensor hidden)",
+      pure);
+  m.def(
+      "_lora_embedding_backward(Tensor grad_output, Tensor indices, Tensor weight, Tensor lora_A, "
+      "Tensor lora_B, Tensor? lora_E, Tensor hidden, float scaling, int padding_idx, SymInt rank, "
+      "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+      pure);
+  m.def(
       "merged_weight(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? lora_E=None, *, "
       "float scaling, SymInt? rank=None) "
       "-> (Tensor merged, Tensor max_rounding_error, Tensor changed)",

@@ -76,7 +76,8 @@ def lora_embedding(
             counts from the end, as in F.embedding.
         rank: the leading directions that take part; default all.
 
-    Returns ``[*indices.shape, dim]`` in W0's dtype.
+    Returns ``[*indices.shape, dim]`` in W0's dtype, whatever autocast is set to. An index outside
+    of the table raises an IndexError; on CUDA it is a failed assertion of the device.
     """
     rows = weight.shape[0]
     if padding_idx is not None and not -rows <= padding_idx < rows:

@@ -39,7 +39,8 @@ at::Tensor lora_linear(const at::Tensor& input, const at::Tensor& weight,
 //   lora_A  [capacity, num]              lora_B [dim, capacity]     lora_E [capacity, 1] or none
 //
 // dtypes as in lora_linear; the result is [..., dim] in weight's dtype. An index outside of the
-// table is an error. Row `padding_idx` (negative: none) of the table and of A^T gets no gradient.
+// table is an error, on CUDA a failed assertion of the device. Row `padding_idx` (negative: none)
+// of the table and of A^T gets no gradient. Autocast changes nothing, as for an embedding.
 at::Tensor lora_embedding(const at::Tensor& indices, const at::Tensor& weight,
                           const at::Tensor& lora_A, const at::Tensor& lora_B,
                           const std::optional<at::Tensor>& lora_E = {}, double scaling = 1.0,

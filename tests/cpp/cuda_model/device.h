@@ -108,6 +108,10 @@ int launch(void (*kernel)(Parameters...), const dim3& grid, const dim3& block, s
                               [&] { kernel(arguments...); });
 }
 
+inline void require(bool condition, const char* message) {
+  if (!condition) cuda_model::fail("%s", message);
+}
+
 template <typename T>
 T* dynamic_shared() {
   return reinterpret_cast<T*>(cuda_model::dynamic_shared());

@@ -43,6 +43,7 @@ rankwise_kernel_test(cuda_model/grid_test)
 rankwise_kernel_test(cuda_model/warp_test)
 rankwise_kernel_test(kernels/dropout_mask_test dropout_mask.cu)
 rankwise_kernel_test(kernels/importance_kernels_test importance.cu)
+rankwise_kernel_test(kernels/lora_embedding_test expand.cu lora_embedding.cu)
 rankwise_kernel_test(kernels/lora_linear_test column_products.cu dropout_mask.cu expand.cu finish.cu
   lora_linear.cu output_products.cu row_products.cu)
 rankwise_kernel_test(kernels/orthogonality_test orthogonality.cu)

@@ -4,6 +4,7 @@
 #include <cuda_model/device.h>
 #include <cuda_model/device_memory.h>
 #include <cuda_model/schedule.h>
+#include <kernels/dropout_mask.h>
 #include <kernels/lora_linear.h>
 
 #include <cmath>

@@ -9,6 +9,8 @@ WITH_KERNELS = [
     "_dropout_mask",
     "_importance_check",
     "_importance_step_",
+    "_lora_embedding_backward",
+    "_lora_embedding_forward",
     "_mask_triplets_",
     "_orthogonality_backward",
     "_record_choice_",

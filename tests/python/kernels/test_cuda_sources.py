@@ -39,7 +39,7 @@ def registered() -> list[tuple[str, str]]:
 
 
 def test_the_sources_are_found():
-    assert len(SOURCES) >= 6 and len(launches()) >= 13 and len(registered()) >= 11
+    assert len(SOURCES) >= 8 and len(launches()) >= 18 and len(registered()) >= 13
 
 
 @pytest.mark.parametrize("file, launcher, before, call", launches(), ids=lambda x: x[:24])

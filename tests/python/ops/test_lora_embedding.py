@@ -6,12 +6,18 @@ import oracle
 import pytest
 import torch
 from expected import assert_output, exact, problem
-from samples import DTYPES
-from tolerances import assert_close
+from samples import DTYPES, subsets
+from tolerances import assert_close, assert_same_bits
+from torch._dynamo.backends.common import aot_autograd
+from torch.func import jacfwd, jacrev, vmap
 
 import rankwise
 
+OPS = torch.ops.rankwise
 NUM, DIM = 11, 7
+NAMES = ("weight", "lora_A", "lora_B", "lora_E")
+SUBSETS = [[NAMES["WABE".index(key)] for key in keys] for keys in subsets("WABE") if keys]
+RANKS = [(0, 0), (4, 4), (3, 6)]
 INDICES = {
     "1d": torch.tensor([3, 0, 10, 3, 5]),
     "2d": torch.tensor([[1, 1, 2], [9, 4, 4]], dtype=torch.int32),
@@ -20,31 +26,34 @@ INDICES = {
 }
 
 
-def tensors(dtype: str, rank: int, gated: bool) -> dict[str, torch.Tensor]:
+def tensors(
+    dtype: str, rank: int, gated: bool, size: tuple[int, int] = (NUM, DIM), device: str = "cpu"
+) -> dict[str, torch.Tensor]:
     base, adapter = DTYPES[dtype]
+    num, dim = size
     made = {
-        "weight": torch.randn(NUM, DIM).to(base),
-        "lora_A": torch.randn(rank, NUM).to(adapter),
-        "lora_B": torch.randn(DIM, rank).to(adapter),
+        "weight": torch.randn(num, dim).to(base),
+        "lora_A": torch.randn(rank, num).to(adapter),
+        "lora_B": torch.randn(dim, rank).to(adapter),
     }
     if gated:
         made["lora_E"] = torch.randn(rank, 1).to(adapter)
-    return {name: tensor.requires_grad_() for name, tensor in made.items()}
+    return {name: tensor.to(device).requires_grad_() for name, tensor in made.items()}
+
+
+def embed(tensor, indices=INDICES["2d"], **options):
+    return rankwise.ops.lora_embedding(indices, **tensor, scaling=0.5, **options)
 
 
 def one_hot_problem(indices, tensor, rank):
-    rows = torch.nn.functional.one_hot(indices.long(), NUM).to(tensor["weight"].dtype)
-    linear = tensor | {"input": rows, "weight": tensor["weight"].detach().t()}
-    return problem(linear, scaling=1.5, rank=rank)
+    weight = tensor["weight"].detach()
+    rows = torch.nn.functional.one_hot(indices.long(), weight.shape[0]).to(weight.dtype)
+    return problem(tensor | {"input": rows, "weight": weight.t()}, scaling=1.5, rank=rank)
 
 
-@pytest.mark.parametrize("padding_idx", [None, 3])
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("rank, capacity", [(0, 0), (4, 4), (3, 6)])
-@pytest.mark.parametrize("shape", INDICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_values_and_gradients(dtype, shape, rank, capacity, gated, padding_idx):
-    indices, tensor = INDICES[shape], tensors(dtype, capacity, gated)
+def check(
+    indices: torch.Tensor, tensor: dict[str, torch.Tensor], rank: int, padding_idx: int | None
+) -> None:
     y = rankwise.ops.lora_embedding(
         indices, **tensor, scaling=1.5, padding_idx=padding_idx, rank=rank
     )
@@ -65,6 +74,15 @@ def test_values_and_gradients(dtype, shape, rank, capacity, gated, padding_idx):
             assert_close(got[name], wanted[key], sizes[key], f"gradient of {name}")
 
 
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("rank, capacity", RANKS)
+@pytest.mark.parametrize("shape", INDICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_gradients(dtype, shape, rank, capacity, gated, padding_idx):
+    check(INDICES[shape], tensors(dtype, capacity, gated), rank, padding_idx)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_gradcheck(gated):
     tensor = tensors("float64", 3, gated)
@@ -75,6 +93,75 @@ def test_gradcheck(gated):
 
     assert torch.autograd.gradcheck(function, list(tensor.values()))
     assert torch.autograd.gradgradcheck(function, list(tensor.values()))
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
+def test_every_subset_of_gradients(wanted):
+    tensor = tensors("float64", 4, True)
+    dy = torch.randn(2, 3, DIM, dtype=torch.float64)
+    every = torch.autograd.grad(embed(tensor), list(tensor.values()), dy)
+    chosen = {name: t.detach().requires_grad_(name in wanted) for name, t in tensor.items()}
+    got = torch.autograd.grad(embed(chosen), [chosen[name] for name in wanted], dy)
+    for name, gradient in zip(wanted, got, strict=True):
+        assert_same_bits(gradient, every[list(tensor).index(name)], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("only", NAMES)
+def test_gradients_under_functorch_and_in_forward_mode(only):
+    tensor = {name: t.detach() for name, t in tensors("float64", 4, True).items()}
+
+    def function(value):
+        return embed(tensor | {only: value})
+
+    expected = torch.autograd.functional.jacobian(function, tensor[only])
+    torch.testing.assert_close(jacrev(function)(tensor[only]), expected)
+    torch.testing.assert_close(jacfwd(function)(tensor[only]), expected)
+
+
+def test_vmap_over_indices_and_adapters():
+    many = [tensors("float64", 4, True) for _ in range(3)]
+    rows = torch.randint(NUM, (3, 5))
+    stacked = {name: torch.stack([tensor[name] for tensor in many]) for name in NAMES}
+    got = vmap(lambda i, named: embed(named, i))(rows, stacked)
+    for y, i, tensor in zip(got, rows, many, strict=True):
+        torch.testing.assert_close(y, embed(tensor, i))
+
+
+def test_autocast_leaves_it_alone_as_it_does_an_embedding():
+    tensor = tensors("float32", 4, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = embed(tensor)
+        gradients = torch.autograd.grad(y.sum(), list(tensor.values()))
+    assert_same_bits(y, embed(tensor), "y under autocast")
+    expected = torch.autograd.grad(embed(tensor).sum(), list(tensor.values()))
+    for name, a, b in zip(tensor, gradients, expected, strict=True):
+        assert_same_bits(a, b, f"gradient of {name} under autocast")
+
+
+def test_compiled_graphs_hold_the_ops_whole():
+    called = {"forward": [], "backward": []}
+
+    def record(when):
+        def compiler(graph, _):
+            called[when] += [n.target for n in graph.graph.nodes if n.op == "call_function"]
+            return graph.forward
+
+        return compiler
+
+    backend = aot_autograd(fw_compiler=record("forward"), bw_compiler=record("backward"))
+    compiled = torch.compile(embed, fullgraph=True, dynamic=True, backend=backend)
+    tensor = tensors("float32", 4, True)
+    for shape in [(2, 3), (4, 5)]:
+        indices = torch.randint(NUM, shape)
+        y, expected = compiled(tensor, indices), embed(tensor, indices)
+        assert_same_bits(y, expected, "y")
+        dy = torch.randn_like(y)
+        got = torch.autograd.grad(y, list(tensor.values()), dy)
+        wanted = torch.autograd.grad(expected, list(tensor.values()), dy)
+        for name, a, b in zip(tensor, got, wanted, strict=True):
+            assert_same_bits(a, b, f"gradient of {name}")
+    assert OPS._lora_embedding_forward.default in called["forward"]
+    assert OPS._lora_embedding_backward.default in called["backward"]
 
 
 WRONG = [  # argument, its wrong value, wanted, got
@@ -94,6 +181,23 @@ def test_refusals(argument, value, wanted, got):
     arguments = {"indices": INDICES["1d"], **tensors("float32", 4, True), "scaling": 1.0}
     with pytest.raises(RuntimeError, match=rf"lora_embedding: {argument} must .*{wanted}.*{got}"):
         rankwise.ops.lora_embedding(**arguments | {argument: value})
+
+
+BACKWARD_WRONG = [  # argument of the inner backward op, its wrong value, wanted, got
+    (0, torch.zeros(5, 6), r"grad_output must be \[5, 7\]", r"\[5, 6\]"),
+    (0, torch.zeros(5, DIM).double(), "grad_output must be float32 like weight", "float64"),
+    (6, torch.zeros(5, 3), r"hidden must be \[5, 4\]", r"\[5, 3\]"),
+    (6, torch.zeros(5, 4).double(), "hidden must be float32 like lora_A", "float64"),
+]
+
+
+@pytest.mark.parametrize("place, value, wanted, got", BACKWARD_WRONG)
+def test_refusals_of_the_backward_op(place, value, wanted, got):
+    tensor = [t.detach() for t in tensors("float32", 4, True).values()]
+    args = [torch.zeros(5, DIM), INDICES["1d"], *tensor, torch.zeros(5, 4), 1.0, -1, 4, [True] * 4]
+    args[place] = value
+    with pytest.raises(RuntimeError, match=f"lora_embedding: {wanted}.*got.*{got}"):
+        OPS._lora_embedding_backward(*args)
 
 
 @pytest.mark.parametrize("index", [-1, NUM])

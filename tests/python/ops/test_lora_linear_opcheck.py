@@ -2,6 +2,8 @@
 """opcheck seeds torch before the eager and before the traced run, so samples with dropout are
 compared like the others: a traced graph must draw from torch's generator exactly as eager does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from expected import raw_forward
@@ -55,21 +57,38 @@ def test_dropout_mask(sample):
     torch.library.opcheck(OPS._dropout_mask.default, args, {"dtype": DTYPES[sample.dtype][1]})
 
 
-@sampled(SOME)
-def test_lora_embedding(sample):
-    tensor = tensors(sample)
-    _, n_in, n_out = sample.shape
+def embedding_arguments(sample, tensor):
+    """Indices, weight [in, out], A, B, E; scaling, padding index and rank."""
+    _, n_in, _ = sample.shape
+    weight = tensor["weight"].detach().t()
     if "W" in sample.grads or sample.operands == "contiguous":
-        tensor["weight"] = (
-            tensor["weight"].detach().t().contiguous().requires_grad_("W" in sample.grads)
-        )
-    else:
-        tensor["weight"] = tensor["weight"].detach().t()
+        weight = weight.contiguous().requires_grad_("W" in sample.grads)
     rows = max(n_in, 1)
     indices = torch.arange(2 * rows).reshape(2, rows).remainder(rows)[:, : n_in and None]
-    args = (indices, tensor["weight"], tensor["lora_A"], tensor["lora_B"], tensor.get("lora_E"))
-    kwargs = {"scaling": sample.scaling, "padding_idx": n_in - 1, "rank": sample.rank[0]}
+    factors = (tensor[name] if name in tensor else None for name in ("lora_A", "lora_B", "lora_E"))
+    return (indices, weight, *factors), (sample.scaling, n_in - 1, sample.rank[0])
+
+
+@sampled(SOME)
+def test_lora_embedding(sample):
+    args, numbers = embedding_arguments(sample, tensors(sample))
+    kwargs = dict(zip(("scaling", "padding_idx", "rank"), numbers, strict=True))
     torch.library.opcheck(OPS.lora_embedding.default, args, kwargs)
+
+
+@sampled(SOME)
+def test_embedding_forward_op(sample):
+    args, numbers = embedding_arguments(replace(sample, grads=""), frozen(sample))
+    torch.library.opcheck(OPS._lora_embedding_forward.default, (*args, *numbers))
+
+
+@sampled(SOME)
+def test_embedding_backward_op(sample):
+    args, numbers = embedding_arguments(replace(sample, grads=""), frozen(sample))
+    output, hidden = OPS._lora_embedding_forward(*args, *numbers)
+    mask = [name in sample.grads for name in "WABE"]
+    args = (torch.randn_like(output), *args, hidden, *numbers, mask)
+    torch.library.opcheck(OPS._lora_embedding_backward.default, args)
 
 
 @sampled(SOME)
