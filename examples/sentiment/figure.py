@@ -84,7 +84,7 @@ def _draw_accuracies(axes: Axes, runs: dict[str, list[Run]]) -> None:
     axes.tick_params(axis="y", length=0)
     count = len(next(iter(runs.values())))
     seeds = f", mean of {count} seeds" if count > 1 else ""
-    axes.set_title(f"Accuracy on held-out snippets{seeds}", loc="left")
+    axes.set_title(f"Held-out accuracy{seeds}", loc="left")
     axes.set_xlabel("right answers (%; guessing gives 50 %)")
 
 
