@@ -1,16 +1,11 @@
 // One call of every launcher of lora_linear.h, compared with sums in float64.
-//
-// Bound of an error, for a sum of n terms with absolute values adding to S: rounding the result
-// once, u |result|, and float32's own sums, n 2^-23 S (tensor cores round toward zero); the terms
-// themselves are exact.
 #pragma once
 
 #include <gtest/gtest.h>
 
-#include <functional>
 #include <string>
 
-#include "matrices.h"
+#include "kernel_checks.h"
 
 namespace rankwise::kernels {
 
@@ -29,43 +24,7 @@ inline std::string name_of(const Case& c) {
          std::to_string(c.factor.offset);
 }
 
-struct Expected {
-  double value = 0, absolute = 0;  // the sum, and the sum of its terms' absolute values
-  void add(double term) {
-    value += term;
-    absolute += std::fabs(term);
-  }
-};
-
-// written[i, j] against expected(i, j), a sum of `terms` terms.
-template <typename T>
-void expect_close(const char* name, const Matrix<T>& written, int64_t terms,
-                  const std::function<Expected(int64_t, int64_t)>& expected) {
-  const Format format = format_of(type_of<T>);
-  double worst = 0;
-  std::string where;
-  for (int64_t i = 0; i < written.rows; ++i) {
-    for (int64_t j = 0; j < written.cols; ++j) {
-      const Expected e = expected(i, j);
-      const double bound = 1.01 * format.u * std::fabs(e.value) + format.tiny +
-                           static_cast<double>(terms + 3) * 0x1p-23 * e.absolute;
-      const double error = std::fabs(written.written(i, j) - e.value);
-      if (error <= worst * bound) continue;
-      worst = std::isnan(error) ? INFINITY : error / bound;
-      where = "(" + std::to_string(i) + ", " + std::to_string(j) + "): wrote " +
-              std::to_string(written.written(i, j)) + ", wanted " + std::to_string(e.value);
-    }
-  }
-  EXPECT_LE(worst, 1.0) << name << where;
-}
-
-inline std::vector<float> gates(int64_t rank, bool gate) {
-  std::vector<float> values(rank, 1.0f);
-  for (int64_t i = 0; gate && i < rank; ++i) values[i] = static_cast<float>(i % 5) * 0.5f - 1.0f;
-  return values;
-}
-
-constexpr float keep_scale = 1.25f, scaling = 0.75f;
+constexpr float keep_scale = 1.25f;
 constexpr uint64_t seed_value = 0x123456789ABCDEFull;
 
 // The inputs of every launcher for one case; each run starts from poisoned results and scratch.

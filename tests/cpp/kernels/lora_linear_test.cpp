@@ -10,8 +10,6 @@ namespace {
 
 using cuda_model::DeviceArray;
 using cuda_model::Flush;
-using cuda_model::Order;
-using cuda_model::Schedule;
 
 template <typename Pair>
 class LoraLinearKernels : public testing::Test {
@@ -27,10 +25,7 @@ class LoraLinearKernels : public testing::Test {
   }
 };
 
-using Pairs = testing::Types<std::pair<__nv_bfloat16, __nv_bfloat16>, std::pair<__half, __half>,
-                             std::pair<float, float>, std::pair<__nv_bfloat16, float>,
-                             std::pair<__half, float>>;
-TYPED_TEST_SUITE(LoraLinearKernels, Pairs);
+TYPED_TEST_SUITE(LoraLinearKernels, TypePairs);
 
 TYPED_TEST(LoraLinearKernels, EveryTailOfRowsAndColumns) {
   for (const int64_t rows : {1, 2, 7, 63, 64, 65, 127, 129}) {
@@ -89,24 +84,11 @@ TYPED_TEST(LoraLinearKernels, NothingToSum) {
 }
 
 TYPED_TEST(LoraLinearKernels, SameBitsUnderEverySchedule) {
-  const Schedule schedules[] = {
-      {},
-      {.blocks = Order::backwards, .threads = Order::backwards, .early_copies = true},
-      {.threads = Order::forwards, .warps_run_ahead = true, .early_copies = true},
-      {.threads = Order::backwards, .warps_run_ahead = true},
-      {.blocks = Order::shuffled, .threads = Order::shuffled, .seed = 1},
-      {Order::shuffled, Order::shuffled, true, true, 2}};
   for (const Case& c : {Case{130, 400, 12, 6554u, true}, Case{150, 40, 70, 6554u, true, {1, 1}},
                         Case{270, 140, 20, 0, false}}) {
     SCOPED_TRACE(name_of(c));
-    std::vector<std::vector<unsigned char>> results;
-    for (const Schedule& schedule : schedules) {
-      cuda_model::set_schedule(schedule);
-      Problem<typename TestFixture::Wide, typename TestFixture::Factor> problem(c);
-      problem.everything();
-      results.push_back(problem.written());
-    }
-    for (const auto& result : results) EXPECT_TRUE(result == results[0]);
+    expect_same_bits_under_every_schedule<
+        Problem<typename TestFixture::Wide, typename TestFixture::Factor>>(c);
   }
 }
 
