@@ -12,3 +12,16 @@ if not library.cuda:
 
 DEVICE = "cuda"
 KERNEL_DTYPES = ["float32", "bfloat16", "float16", "bfloat16_float32", "float16_float32"]
+
+
+def captured(run):
+    """(graph, results) of run(), which has run once on a stream of its own, as capture demands."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results

@@ -1,7 +1,7 @@
 # The same bits in 100 repeats, on other streams, in graphs and after calls of other shapes.
 import pytest
 import torch
-from cuda_device import DEVICE, KERNEL_DTYPES
+from cuda_device import DEVICE, KERNEL_DTYPES, captured
 from test_determinism import NAMES, step, tensors
 from tolerances import assert_same_bits
 
@@ -64,14 +64,7 @@ def test_a_graph_gives_the_bits_of_eager_calls(dtype):
         y = rankwise.ops.lora_linear(*tensor, scaling=2.0)
         return [y, *torch.autograd.grad(y, tensor, dy)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    graph, results = captured(run)
     for _ in range(3):
         with torch.no_grad():
             tensor[0].normal_()

@@ -2,7 +2,7 @@
 import oracle
 import pytest
 import torch
-from cuda_device import DEVICE
+from cuda_device import DEVICE, captured
 from samples import DTYPES
 from test_determinism import check_checkpointing
 from test_dropout_mask import SEEDS, SIZES
@@ -68,12 +68,7 @@ def test_checkpointing_recomputes_the_same_mask(reentrant, dtype):
 
 
 def test_a_replayed_graph_draws_new_masks_as_eager_calls_would():
-    graph, warmup = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(warmup):
-        dropped(0.5)
-    torch.cuda.current_stream().wait_stream(warmup)
-    with torch.cuda.graph(graph):
-        y = dropped(0.5)
+    graph, y = captured(lambda: dropped(0.5))
     torch.cuda.manual_seed(4)
     replays = []
     for _ in range(3):

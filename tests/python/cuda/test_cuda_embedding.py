@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cuda_device import DEVICE, KERNEL_DTYPES
+from cuda_device import DEVICE, KERNEL_DTYPES, captured
 from samples import DTYPES
 from test_cuda_paths import launched
 from test_lora_embedding import INDICES, RANKS, check, tensors
@@ -117,14 +117,7 @@ def test_a_graph_gives_the_bits_of_eager_calls(dtype):
         y = rankwise.ops.lora_embedding(indices, **tensor, scaling=2.0, padding_idx=7)
         return [y, *torch.autograd.grad(y, factors, dy)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    graph, results = captured(run)
     for _ in range(3):
         indices.random_(500)
         graph.replay()

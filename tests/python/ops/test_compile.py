@@ -4,9 +4,9 @@ opaque to the compiler and draws its seed from torch's generator itself, in the 
 
 import pytest
 import torch
+from recorded_graphs import recording_backend
 from tolerances import assert_same_bits
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
@@ -148,16 +148,7 @@ def test_changing_the_rank_recompiles_at_most_once():
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_compiled_graphs_hold_the_ops_whole(dropout):
     """A decomposed op would save the dropped x for backward and use the compiler's own dropout."""
-    called = {"forward": [], "backward": []}
-
-    def record(when):
-        def compiler(graph, _):
-            called[when] += [n.target for n in graph.graph.nodes if n.op == "call_function"]
-            return graph.forward
-
-        return compiler
-
-    backend = aot_autograd(fw_compiler=record("forward"), bw_compiler=record("backward"))
+    backend, called = recording_backend()
     model = Model(dropout)
     run(torch.compile(model, fullgraph=True, backend=backend), model, 5)
     ops = torch.ops.rankwise

@@ -6,9 +6,9 @@ import oracle
 import pytest
 import torch
 from expected import assert_output, exact, problem
+from recorded_graphs import recording_backend
 from samples import DTYPES, subsets
 from tolerances import assert_close, assert_same_bits
-from torch._dynamo.backends.common import aot_autograd
 from torch.func import jacfwd, jacrev, vmap
 
 import rankwise
@@ -139,16 +139,7 @@ def test_autocast_leaves_it_alone_as_it_does_an_embedding():
 
 
 def test_compiled_graphs_hold_the_ops_whole():
-    called = {"forward": [], "backward": []}
-
-    def record(when):
-        def compiler(graph, _):
-            called[when] += [n.target for n in graph.graph.nodes if n.op == "call_function"]
-            return graph.forward
-
-        return compiler
-
-    backend = aot_autograd(fw_compiler=record("forward"), bw_compiler=record("backward"))
+    backend, called = recording_backend()
     compiled = torch.compile(embed, fullgraph=True, dynamic=True, backend=backend)
     tensor = tensors("float32", 4, True)
     for shape in [(2, 3), (4, 5)]:
