@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <bit>
@@ -103,6 +104,21 @@ void shrink(const at::Tensor& m, Elements<F> factor, int64_t rank, const Kept& k
   });
 }
 
+// Cuts the tiles that are left for fewer than all threads, so that these have work too. Where it
+// cuts depends on the threads; results do not, since a row's blocks of block_rows stay as they are.
+inline void share_last(std::vector<Tile>& tiles, int64_t threads) {
+  const auto count = static_cast<int64_t>(tiles.size()), last = count % threads;
+  if (last == 0) return;
+  const std::vector<Tile> whole(tiles.end() - last, tiles.end());
+  tiles.resize(count - last);
+  for (const Tile& tile : whole) {
+    const int64_t blocks = Split(tile.row.size, block_rows).count(), parts = threads / last;
+    const Split rows(tile.row.size, Split(blocks, parts).count() * block_rows);
+    for (int64_t i = 0; i < rows.count(); ++i)
+      tiles.push_back({{tile.row.start + rows[i].start, rows[i].size}, tile.col});
+  }
+}
+
 // A result of base and LoRA: out = base weight + kept(lora factor) + bias.
 template <typename T, typename F>
 struct Sum {
@@ -127,6 +143,7 @@ std::vector<Tile> Sum<T, F>::tiles() const {
   std::vector<Tile> result;
   for (int64_t j = 0; j < cols.count(); ++j)
     for (int64_t i = 0; i < rows.count(); ++i) result.push_back({rows[i], cols[j]});
+  share_last(result, at::get_num_threads());
   return result;
 }
 
