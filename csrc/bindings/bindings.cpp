@@ -6,5 +6,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda") = bool(RANKWISE_CUDA_BUILT);
   m.attr("cuda_architectures") = RANKWISE_CUDA_ARCHITECTURES;
   bind_allocation(m);
+  bind_cpu_path(m);
   bind_files(m);
 }

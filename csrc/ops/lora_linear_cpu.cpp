@@ -11,6 +11,7 @@
 #include "adapter_cpu.h"
 #include "checks.h"
 #include "cpu_blocks.h"
+#include "cpu_path.h"
 #include "dispatch.h"
 #include "dropout.h"
 #include "dropout_cpu.h"
@@ -73,6 +74,13 @@ at::Tensor expand_and_accumulate(const ActiveAdapter& adapter, const at::Tensor&
   return y;
 }
 
+Projected forward_on_aten(const ActiveAdapter& adapter, const at::Tensor& x,
+                          const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const at::Tensor hidden = project(adapter, x);
+  const at::Tensor gated = adapter.E.defined() ? hidden * adapter.E.t() : hidden;
+  return {expand_and_accumulate(adapter, x, weight, bias, gated), hidden};
+}
+
 ForwardResult lora_linear_forward_cpu(const at::Tensor& input, const at::Tensor& weight,
                                       const std::optional<at::Tensor>& bias,
                                       const at::Tensor& lora_A, const at::Tensor& lora_B,
@@ -85,13 +93,10 @@ ForwardResult lora_linear_forward_cpu(const at::Tensor& input, const at::Tensor&
   const at::Tensor x = matrix(input);
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = weight.size(0);
-  if (in_panels(x, weight, adapter)) {
-    const auto [y, hidden] = forward_in_panels(adapter, x, weight, bias);
-    return {in_shape(y, shape), hidden, seed};
-  }
-  const at::Tensor hidden = project(adapter, x);
-  const at::Tensor gated = adapter.E.defined() ? hidden * adapter.E.t() : hidden;
-  const at::Tensor y = expand_and_accumulate(adapter, x, weight, bias, gated);
+  const auto [y, hidden] = on_cpu_path(Pass::forward, adapter, x, weight, [&](bool panels) {
+    return panels ? forward_in_panels(adapter, x, weight, bias)
+                  : forward_on_aten(adapter, x, weight, bias);
+  });
   return {in_shape(y, shape), hidden, seed};
 }
 
@@ -193,6 +198,35 @@ at::Tensor in_capacity(const at::Tensor& active, const at::Tensor& factor, int64
   return full;
 }
 
+FactorGradients backward_on_aten(const ActiveAdapter& adapter, const at::Tensor& dy,
+                                 const at::Tensor& x, const at::Tensor& weight,
+                                 const at::Tensor& hidden, std::array<bool, 4> output_mask) {
+  const auto [need_x, need_A, need_B, need_E] = output_mask;
+  FactorGradients result;
+  if (need_x || need_A) {
+    const at::Tensor dh = hidden_gradient(adapter, dy);
+    if (need_x) result.x = input_gradient(adapter, dy, weight, dh);
+    if (need_A) {
+      result.A =
+          reduce_tokens(dh, x, 1.0, [&](const Tile& tile) { return adapter.dropped(x, tile); });
+    }
+  }
+  if (need_B || need_E) {
+    // g = scaling * hidden^T dy, [rank, out]: dB = (g o E)^T and dE_i = sum_n B[n, i] g[i, n].
+    const at::Tensor g = reduce_tokens(hidden, dy, adapter.scaling,
+                                       [&](const Tile& tile) { return adapter.cast(tile.of(dy)); });
+    if (need_B) result.B = (adapter.E.defined() ? g * adapter.E : g).t();
+    if (need_E) {
+      const auto sum_dtype = at::toOpMathType(g.scalar_type());
+      result.E = at::empty({adapter.rank(), 1}, g.options().dtype(sum_dtype));
+      run_blocks(adapter.rank() == 0 ? 0 : 1, [&](int64_t) {
+        at::sum_out(result.E, g.to(sum_dtype) * adapter.B.t(), 1, /*keepdim=*/true);
+      });
+    }
+  }
+  return result;
+}
+
 BackwardResult lora_linear_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
                                         const at::Tensor& weight, const at::Tensor& lora_A,
                                         const at::Tensor& lora_B,
@@ -204,51 +238,26 @@ BackwardResult lora_linear_backward_cpu(const at::Tensor& grad_output, const at:
                     rank);
   check_backward("lora_linear", grad_output, input, weight, lora_A, hidden, seed, dropout_p, rank);
   const ActiveAdapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
-  const at::Tensor dy = matrix(grad_output);
+  const at::Tensor dy = matrix(grad_output), x = matrix(input);
   const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
+  const std::array<bool, 4> needed = {need_x, need_A, need_B, need_E};
   at::Tensor dx, dw, db, dA, dB, dE;
-
-  const at::Tensor x = matrix(input);
   if (need_w) dw = weight_gradient(dy, x);
   if (need_b) db = bias_gradient(dy);
-  if (in_panels(x, weight, adapter)) {
-    const FactorGradients d =
-        backward_in_panels(adapter, dy, x, weight, hidden, {need_x, need_A, need_B, need_E});
-    if (need_x) dx = in_shape(d.x, input.sizes());
-    if (need_A) dA = in_capacity(d.A, lora_A, 0);
-    if (need_B) dB = in_capacity(d.B, lora_B, 1);
-    if (need_E) dE = in_capacity(d.E, *lora_E, 0);
-    return {dx, dw, db, dA, dB, dE};
-  }
-  if (need_x || need_A) {
-    const at::Tensor dh = hidden_gradient(adapter, dy);
-    if (need_x) dx = in_shape(input_gradient(adapter, dy, weight, dh), input.sizes());
-    if (need_A) {
-      dA = in_capacity(
-          reduce_tokens(dh, x, 1.0, [&](const Tile& tile) { return adapter.dropped(x, tile); }),
-          lora_A, 0);
-    }
-  }
-  if (need_B || need_E) {
-    // g = scaling * hidden^T dy, [rank, out]: dB = (g o E)^T and dE_i = sum_n B[n, i] g[i, n].
-    const at::Tensor g = reduce_tokens(hidden, dy, scaling,
-                                       [&](const Tile& tile) { return adapter.cast(tile.of(dy)); });
-    if (need_B) dB = in_capacity((adapter.E.defined() ? g * adapter.E : g).t(), lora_B, 1);
-    if (need_E) {
-      const auto sum_dtype = at::toOpMathType(g.scalar_type());
-      const at::Tensor de = at::empty({rank, 1}, g.options().dtype(sum_dtype));
-      run_blocks(rank == 0 ? 0 : 1, [&](int64_t) {
-        at::Tensor out = de;
-        at::sum_out(out, g.to(sum_dtype) * adapter.B.t(), 1, /*keepdim=*/true);
-      });
-      dE = in_capacity(de, *lora_E, 0);
-    }
-  }
+  const FactorGradients d = on_cpu_path(Pass::backward, adapter, x, weight, [&](bool panels) {
+    return panels ? backward_in_panels(adapter, dy, x, weight, hidden, needed)
+                  : backward_on_aten(adapter, dy, x, weight, hidden, needed);
+  });
+  if (need_x) dx = in_shape(d.x, input.sizes());
+  if (need_A) dA = in_capacity(d.A, lora_A, 0);
+  if (need_B) dB = in_capacity(d.B, lora_B, 1);
+  if (need_E) dE = in_capacity(d.E, *lora_E, 0);
   return {dx, dw, db, dA, dB, dE};
 }
 
 std::string path_cpu(const at::Tensor& tensor) {
-  return micro_kernel_serves(tensor.scalar_type()) ? "cpu (micro-kernel)" : "cpu (ATen)";
+  if (!micro_kernel_serves(tensor.scalar_type())) return "cpu (ATen)";
+  return std::string("cpu (") + name_of(cpu_path()) + ")";
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .doctor import DTYPES, Installation, examine
+from .doctor import measure as measure_paths
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -23,7 +24,11 @@ def options(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also time lora_linear on the CPU's paths.")
+    ] = False,
+) -> None:
     """Says what this installation has to work with. Exits with 1 if it finds a problem."""
     found = examine()
     console = Console(highlight=False, soft_wrap=True)
@@ -32,6 +37,8 @@ def doctor() -> None:
     console.print(f"{'threads':12} {found.threads} on {found.processors} processors")
     console.print(f"{'CUDA kernels':12} {found.cuda_architectures or 'not in this build'}")
     console.print(_devices(found), _packages(found))
+    if measure:
+        console.print(_paths(measure_paths()))
     for problem in found.problems:
         console.print(f"[red]problem[/red]: {problem}")
     if found.problems:
@@ -40,9 +47,11 @@ def doctor() -> None:
 
 
 def _devices(found: Installation) -> Table:
-    table = Table("device", "", *DTYPES, title="What serves lora_linear", title_justify="left")
+    table = Table("device", "dtype", "path", title="What serves lora_linear", title_justify="left")
     for device in found.devices:
-        table.add_row(device.name, device.description, *(device.paths[d] for d in DTYPES))
+        labels = [device.name, device.description, *[""] * len(DTYPES)]
+        for label, dtype in zip(labels, DTYPES, strict=False):
+            table.add_row(label, dtype, device.paths[dtype])
     return table
 
 
@@ -50,4 +59,17 @@ def _packages(found: Installation) -> Table:
     table = Table("package", "found", "tested", title="Optional packages", title_justify="left")
     for name, (version, tested) in found.packages.items():
         table.add_row(name, version or "-", tested)
+    return table
+
+
+def _paths(timed: list) -> Table | str:
+    if not timed:
+        return "paths        ATen serves all types here, so there is nothing to choose"
+    table = Table(title="Milliseconds on the CPU's paths", title_justify="left")
+    for column in ("call", "dtype", "tokens, layer, rank", "micro-kernel", "ATen", "ratio"):
+        table.add_column(column)
+    for path in timed:
+        sizes = f"{path.tokens}, {path.n_in} -> {path.n_out}, r {path.rank}"
+        times = (path.micro_kernel_ms, path.aten_ms, path.aten_ms / path.micro_kernel_ms)
+        table.add_row(path.call, path.dtype, sizes, *(f"{t:.3f}" for t in times))
     return table

@@ -13,6 +13,7 @@ from . import ops
 from ._library import __version__, _built_for_torch, library
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+MEASURED = [(16, 768, 768), (128, 384, 384), (512, 768, 3072), (2048, 768, 768)]  # tokens, in, out
 TESTED = {"peft": "0.21.2", "transformers": "5.23.0", "accelerate": "1.15.0"}
 
 
@@ -69,6 +70,30 @@ def examine() -> Installation:
     packages = {name: (_version(name), tested) for name, tested in TESTED.items()}
     architectures = library.cuda_architectures
     return Installation(versions, threads, processors, architectures, devices, packages, problems)
+
+
+def measure() -> list:
+    """Times lora_linear on the CPU's paths: ops.measured_paths() of some usual layers.
+
+    Takes some seconds, and is empty on a processor that the micro-kernel does not serve.
+    """
+    before = library.cpu_path()
+    ops.set_cpu_path("measured")
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            for tokens, n_in, n_out in MEASURED:
+                _run_layer(tokens, n_in, n_out, dtype)
+    finally:
+        library.set_cpu_path(before)
+    return ops.measured_paths()
+
+
+def _run_layer(tokens: int, n_in: int, n_out: int, dtype: torch.dtype, rank: int = 8) -> None:
+    x, A = (torch.randn(n, n_in, dtype=dtype, requires_grad=True) for n in (tokens, rank))
+    W = torch.randn(n_out, n_in, dtype=dtype)
+    B = torch.randn(n_out, rank, dtype=dtype, requires_grad=True)
+    y = ops.lora_linear(x, W, None, A, B, scaling=1.0)
+    torch.autograd.grad(y, (x, A, B), torch.ones_like(y))
 
 
 def _device(name: str, description: str) -> Device:

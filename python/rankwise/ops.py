@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._library import library as _library  # noqa: F401  registers the ops
+from ._library import library as _library  # registers the ops
 
 _ops = torch.ops.rankwise
 
@@ -154,3 +154,41 @@ def dropout_mask(
 def path(tensor: Tensor) -> str:
     """What serves tensors of this type and device: "cpu (micro-kernel)", "cuda (composite)", ..."""
     return _ops._lora_linear_path(tensor)
+
+
+_CPU_PATHS = {
+    "micro-kernel": _library.CpuPath.micro_kernel,
+    "ATen": _library.CpuPath.aten,
+    "measured": _library.CpuPath.measured,
+}
+
+
+def set_cpu_path(name: str) -> None:
+    """Which products compute lora_linear on CPUs, from now on and in all threads.
+
+    Both paths are exact to rounding, and each gives the same bits in every run and for every number
+    of threads; their last bits differ.
+
+    Args:
+        name: "micro-kernel" (the default: oneDNN's, where it serves the types), "ATen" (PyTorch's
+            own products), or "measured": the faster of both, timed at the first call of each kind
+            (forward or backward, dtypes, tokens up to a power of two, widths, rank, dropout or
+            not), which takes as long as nine. Which bits come out then depends on the timing;
+            under torch.use_deterministic_algorithms(True) "measured" is "micro-kernel".
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in _CPU_PATHS:
+        raise ValueError(f"set_cpu_path: name must be one of {', '.join(_CPU_PATHS)}, got {name!r}")
+    _library.set_cpu_path(_CPU_PATHS[name])
+
+
+def measured_paths() -> list:
+    """What the path "measured" timed in this process, an entry for each kind of calls.
+
+    Entries have ``call`` ("forward" or "backward"), ``dtype``, ``tokens`` (the most of the kind),
+    ``n_in``, ``n_out``, ``rank``, ``dropout``, ``micro_kernel_ms`` and ``aten_ms`` (the least of
+    three times each), and ``chosen``.
+    """
+    return _library.measured_paths()

@@ -27,6 +27,27 @@ def test_the_command_prints_what_examine_finds():
         assert problem in result.stdout
 
 
+def test_the_command_measures_the_paths():
+    result = subprocess.run([*COMMAND, "doctor", "--measure"], capture_output=True, text=True)
+    if "cpu (micro-kernel)" not in doctor.examine().devices[0].paths.values():
+        assert "nothing to choose" in result.stdout
+        return
+    for call in ("forward", "backward"):
+        for tokens, n_in, n_out in doctor.MEASURED:
+            assert re.search(
+                rf"{call} .* {tokens}, {n_in} -> {n_out}, r 8 .*\d\.\d{{3}}", result.stdout
+            )
+
+
+def test_measuring_leaves_the_path_as_it_was():
+    rw.ops.set_cpu_path("ATen")
+    try:
+        doctor.measure()
+        assert rw.ops.path(torch.empty(1)) == "cpu (ATen)"
+    finally:
+        rw.ops.set_cpu_path("micro-kernel")
+
+
 def test_it_says_which_path_serves_each_device_and_dtype():
     cpu, *others = doctor.examine().devices
     assert cpu.name == "cpu" and len(others) == torch.cuda.device_count()

@@ -76,6 +76,19 @@ TEST(LoraLinear, ThreadsDoNotChangeABit) {
   for (size_t i = 0; i < one.size(); ++i) EXPECT_TRUE(torch::equal(one[i], two[i])) << i;
 }
 
+TEST(LoraLinear, EveryCpuPathFollowsTheFormula) {
+  const Sample sample(torch::kFloat);
+  const auto expected = sample.expected(2.0, 6);
+  for (const CpuPath path : {CpuPath::aten, CpuPath::measured, CpuPath::micro_kernel}) {
+    set_cpu_path(path);
+    EXPECT_EQ(cpu_path(), path);
+    const auto y =
+        lora_linear(sample.x, sample.weight, sample.bias, sample.A, sample.B, sample.E, 2.0);
+    EXPECT_LT(distance(y, expected), 1e-4);
+  }
+  for (const MeasuredPath& kind : measured_paths()) EXPECT_EQ(kind.tokens, 16);  // 3 x 5, rounded
+}
+
 TEST(LoraLinear, ErrorsNameOpArgumentWantedAndGot) {
   const Sample sample;
   try {
