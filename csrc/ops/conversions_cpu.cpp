@@ -21,9 +21,10 @@ namespace {
 }
 
 template <typename To>
-[[gnu::always_inline]] inline void finish(const float* sums, const float* update, const float* row,
-                                          int64_t rows, int64_t cols, To* to, int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i, sums += cols, to += stride) {
+[[gnu::always_inline]] inline void finish(const float* sums, int64_t sums_stride,
+                                          const float* update, const float* row, int64_t rows,
+                                          int64_t cols, To* to, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i, sums += sums_stride, to += stride) {
     if (update != nullptr) {
       const float* const more = update + i * cols;
       for (int64_t j = 0; j < cols; ++j) put(sums[j] + more[j], to + j);
@@ -38,15 +39,15 @@ template <typename To>
 }
 
 RANKWISE_VECTOR_CLONES
-void finish_float(const float* sums, const float* update, const float* row, int64_t rows,
-                  int64_t cols, float* to, int64_t stride) {
-  finish(sums, update, row, rows, cols, to, stride);
+void finish_float(const float* sums, int64_t sums_stride, const float* update, const float* row,
+                  int64_t rows, int64_t cols, float* to, int64_t stride) {
+  finish(sums, sums_stride, update, row, rows, cols, to, stride);
 }
 
 RANKWISE_VECTOR_CLONES
-void finish_bfloat16(const float* sums, const float* update, const float* row, int64_t rows,
-                     int64_t cols, uint16_t* to, int64_t stride) {
-  finish(sums, update, row, rows, cols, to, stride);
+void finish_bfloat16(const float* sums, int64_t sums_stride, const float* update, const float* row,
+                     int64_t rows, int64_t cols, uint16_t* to, int64_t stride) {
+  finish(sums, sums_stride, update, row, rows, cols, to, stride);
 }
 
 RANKWISE_VECTOR_CLONES
@@ -56,14 +57,15 @@ void widen(const uint16_t* from, float* to, int64_t count) {
 
 }  // namespace
 
-void finish_tile(const float* sums, const float* update, const float* row, int64_t rows,
-                 int64_t cols, float* to, int64_t stride) {
-  finish_float(sums, update, row, rows, cols, to, stride);
+void finish_tile(const float* sums, int64_t sums_stride, const float* update, const float* row,
+                 int64_t rows, int64_t cols, float* to, int64_t stride) {
+  finish_float(sums, sums_stride, update, row, rows, cols, to, stride);
 }
 
-void finish_tile(const float* sums, const float* update, const float* row, int64_t rows,
-                 int64_t cols, at::BFloat16* to, int64_t stride) {
-  finish_bfloat16(sums, update, row, rows, cols, reinterpret_cast<uint16_t*>(to), stride);
+void finish_tile(const float* sums, int64_t sums_stride, const float* update, const float* row,
+                 int64_t rows, int64_t cols, at::BFloat16* to, int64_t stride) {
+  finish_bfloat16(sums, sums_stride, update, row, rows, cols, reinterpret_cast<uint16_t*>(to),
+                  stride);
 }
 
 void widen_row(const at::BFloat16* from, float* to, int64_t count) {

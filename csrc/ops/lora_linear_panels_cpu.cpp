@@ -36,11 +36,13 @@ Projected forward(const ActiveAdapter& adapter, const at::Tensor& x, const at::T
   const auto scale = static_cast<float>(adapter.scaling);
   const Kept kept(adapter, x);
   shrink<T, F>(x, Elements<F>(adapter.A).transposed(), rank, kept, kept,
-               [&](int64_t row, const float* sums) {
-                 const auto unscaled = [&](int64_t i) { return keep * sums[i]; };
-                 put_row(hidden_to + row * rank, rank, rank, unscaled);
-                 put_row(gated_to + row * padded, rank, padded,
-                         [&](int64_t i) { return scale * gate[i] * unscaled(i); });
+               [&](Range rows, const float* sums) {
+                 for (int64_t k = rows.start; k < rows.start + rows.size; ++k, sums += rank) {
+                   const auto unscaled = [&](int64_t i) { return keep * sums[i]; };
+                   put_row(hidden_to + k * rank, rank, rank, unscaled);
+                   put_row(gated_to + k * padded, rank, padded,
+                           [&](int64_t i) { return scale * gate[i] * unscaled(i); });
+                 }
                });
   const Sum<T, F> y{empty_like(x, x.size(0), weight.size(0)),
                     x,
@@ -56,16 +58,20 @@ Projected forward(const ActiveAdapter& adapter, const at::Tensor& x, const at::T
   return {y.out, hidden};
 }
 
-// scaling * keep_scale * dy (B o E^T), [tokens, rank] with padded rows; draws the bits of x.
-template <typename T, typename F>
-at::Tensor hidden_gradient(const ActiveAdapter& adapter, const at::Tensor& dy, const Kept& drawn) {
+// scaling * keep_scale * dy (B o E^T), [tokens, rank] with padded rows; draws the bits of x, and
+// calls then(rows, result) after each block of block_rows.
+template <typename T, typename F, typename Then>
+at::Tensor hidden_gradient(const ActiveAdapter& adapter, const at::Tensor& dy, const Kept& drawn,
+                           const Then& then) {
   const int64_t rank = adapter.rank(), padded = inner_padded<F>(rank);
   const at::Tensor dh = empty_like(adapter.A, dy.size(0), padded);
   const at::Tensor gated_B = adapter.E.defined() ? adapter.B * adapter.E.t() : adapter.B;
   const auto scale = static_cast<float>(adapter.scaling * adapter.keep_scale());
   F* const to = dh.mutable_data_ptr<F>();
-  shrink<T, F>(dy, Elements<F>(gated_B), rank, Kept(), drawn, [&](int64_t row, const float* sums) {
-    put_row(to + row * padded, rank, padded, [&](int64_t i) { return scale * sums[i]; });
+  shrink<T, F>(dy, Elements<F>(gated_B), rank, Kept(), drawn, [&](Range rows, const float* sums) {
+    for (int64_t k = rows.start; k < rows.start + rows.size; ++k, sums += rank)
+      put_row(to + k * padded, rank, padded, [&](int64_t i) { return scale * sums[i]; });
+    then(rows, dh);
   });
   return dh;
 }
@@ -75,13 +81,14 @@ at::Tensor hidden_gradient(const ActiveAdapter& adapter, const at::Tensor& dy, c
 template <typename T, typename F>
 class OutputSide {
  public:
+  // hidden: in transposed blocks, which compute() reads.
   OutputSide(const ActiveAdapter& adapter, const at::Tensor& hidden, const at::Tensor& dy,
              bool need_B, bool need_E)
       : adapter_(adapter),
+        hidden_(hidden),
         dy_(dy),
         gate_(gates<F>(adapter)),
         cols_(token_blocks(dy.size(0), need_B || need_E ? dy.size(1) : 0)) {
-    if (cols_.count() > 0) hidden_ = transposed_blocks<F>(hidden, adapter.rank());
     if (need_B) dB_ = empty_like(adapter.B, dy.size(1), adapter.rank());
     if (need_E) dE_parts_.resize(cols_.count() * adapter.rank());
   }
@@ -122,10 +129,11 @@ class OutputSide {
 
  private:
   const ActiveAdapter& adapter_;
+  const at::Tensor& hidden_;
   const at::Tensor& dy_;
   std::vector<float> gate_;
   Split cols_;
-  at::Tensor hidden_, dB_;
+  at::Tensor dB_;
   std::vector<double> dE_parts_;  // [blocks, rank]
 };
 
@@ -137,17 +145,26 @@ FactorGradients backward(const ActiveAdapter& adapter, const at::Tensor& dy, con
   const int64_t rank = adapter.rank();
   const Kept kept(adapter, x);
   FactorGradients result;
-  at::Tensor dh, dh_blocks;
-  if (need_x || need_A) dh = hidden_gradient<T, F>(adapter, dy, kept);
-  if (need_x) result.x = empty_like(x, x.size(0), x.size(1));
-  if (need_A) {
-    result.A = empty_like(adapter.A, rank, x.size(1));
-    dh_blocks = transposed_blocks<F>(dh, rank);
+  at::Tensor dh, dh_blocks, hidden_blocks;
+  const int64_t tokens = dy.size(0);
+  if (need_A) dh_blocks = empty_blocks(adapter.A, tokens, rank);
+  if (need_B || need_E) hidden_blocks = empty_blocks(adapter.A, tokens, rank);
+  if (need_x || need_A) {
+    dh = hidden_gradient<T, F>(adapter, dy, kept, [&](Range rows, const at::Tensor& written) {
+      transpose_block<F>(written, rows, rank, dh_blocks);
+      transpose_block<F>(hidden, rows, rank, hidden_blocks);
+    });
+  } else {
+    const Split blocks(tokens, token_run);
+    run_products(blocks.count(), 16 * token_run * rank,
+                 [&](int64_t i) { transpose_block<F>(hidden, blocks[i], rank, hidden_blocks); });
   }
+  if (need_x) result.x = empty_like(x, x.size(0), x.size(1));
+  if (need_A) result.A = empty_like(adapter.A, rank, x.size(1));
   const Sum<T, F> dx{result.x, dy, Elements<T>(weight), dh, Elements<F>(adapter.A), rank, {}, kept};
   const std::vector<Tile> tiles = need_x ? dx.tiles() : std::vector<Tile>();
   const Split in = token_blocks(x.size(0), need_A ? x.size(1) : 0);
-  OutputSide<T, F> output_side(adapter, hidden, dy, need_B, need_E);
+  OutputSide<T, F> output_side(adapter, hidden_blocks, dy, need_B, need_E);
 
   const auto tile_count = static_cast<int64_t>(tiles.size());
   const int64_t blocks = tile_count + in.count() + output_side.blocks();
@@ -158,7 +175,7 @@ FactorGradients backward(const ActiveAdapter& adapter, const at::Tensor& dy, con
     } else if (i < tile_count + in.count()) {
       const Range cols = in[i - tile_count];
       const float* const sums = sum_over_tokens<T, F>(dh_blocks, rank, x, cols, kept);
-      finish_tile(sums, nullptr, nullptr, rank, cols.size,
+      finish_tile(sums, cols.size, nullptr, nullptr, rank, cols.size,
                   result.A.mutable_data_ptr<F>() + cols.start, x.size(1));
     } else {
       output_side.compute(i - tile_count - in.count());

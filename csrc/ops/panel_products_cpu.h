@@ -19,7 +19,7 @@
 
 namespace rankwise {
 
-constexpr int64_t token_run = 64;  // tokens of a block of a sum over tokens
+constexpr int64_t token_run = block_rows;  // tokens of a block of a sum over tokens
 
 // Columns of a block of a sum over tokens: of one run, what the call costs counts.
 inline Split token_blocks(int64_t tokens, int64_t cols) {
@@ -83,8 +83,8 @@ Rows<F> load(const at::Tensor& m, Range rows, Range cols, const Kept& kept) {
   return {to, cols.size};
 }
 
-// m factor, [tokens, rank]: calls use(row, sums) for each row, and first draws the bits of those
-// rows that `drawn` is for; m's own dropout is `kept`.
+// m factor, [tokens, rank]: calls use(rows, sums) for each block of block_rows, and first draws the
+// bits of those rows that `drawn` is for; m's own dropout is `kept`.
 template <typename T, typename F, typename Use>
 void shrink(const at::Tensor& m, Elements<F> factor, int64_t rank, const Kept& kept,
             const Kept& drawn, const Use& use) {
@@ -100,7 +100,7 @@ void shrink(const at::Tensor& m, Elements<F> factor, int64_t rank, const Kept& k
     float* const sums = scratch<float>(Slot::sums, block_rows * rank);
     multiply_block<F>(blocks[i].size, rank, inner, rows.data, rows.stride, packed, rank, sums, rank,
                       /*accumulate=*/false);
-    for (int64_t k = 0; k < blocks[i].size; ++k) use(blocks[i].start + k, sums + k * rank);
+    use(blocks[i], sums);
   });
 }
 
@@ -157,7 +157,16 @@ void Sum<T, F>::compute(const Tile& tile) const {
   T* const panel = scratch<T>(Slot::panel, inner_padded<T>(std::min(chunk, base.size(1))) * width);
   F* const lora_panel = scratch<F>(Slot::lora_panel, inner_padded<F>(rank) * width);
   pack<F>(factor.from(0, first_col), rank, width, lora_panel, width);
-  float* const all_sums = scratch<float>(Slot::sums, (in_one ? block_rows : tile.row.size) * width);
+  // Sums grow where the result lies if that has their type, else in the thread's memory.
+  constexpr bool in_place = std::is_same_v<T, float>;
+  const int64_t stride = in_place ? out.size(1) : width;
+  float* const memory =
+      in_place ? nullptr
+               : scratch<float>(Slot::sums, (in_one ? block_rows : tile.row.size) * width);
+  const auto sums_of = [&](int64_t block, T* to) -> float* {
+    if constexpr (in_place) return to;
+    return memory + (in_one ? 0 : blocks[block].start * width);
+  };
   const bool masked = kept.active() && rank > 0;
   float* const update = masked ? scratch<float>(Slot::rows, block_rows * width) : nullptr;
   const float* const row = bias.defined() ? bias.const_data_ptr<float>() + first_col : nullptr;
@@ -167,41 +176,43 @@ void Sum<T, F>::compute(const Tile& tile) const {
     pack<T>(weight.from(chunks[c].start, first_col), chunks[c].size, width, panel, width);
     for (int64_t b = 0; b < blocks.count(); ++b) {
       const int64_t first = tile.row.start + blocks[b].start, count = blocks[b].size;
-      float* const sums = in_one ? all_sums : all_sums + blocks[b].start * width;
       T* const to = out.mutable_data_ptr<T>() + first * out.size(1) + first_col;
-      if (last) prefetch_rows(to, count, width, out.size(1));  // else storing waits for each line
+      float* const sums = sums_of(b, to);
+      if (last || in_place) prefetch_rows(to, count, width, out.size(1));  // else storing waits
       multiply_block<T>(count, width, chunks[c].size, &left(first, chunks[c].start), left.down,
-                        panel, width, sums, width, /*accumulate=*/c > 0);
+                        panel, width, sums, stride, /*accumulate=*/c > 0);
       if (!last) continue;
       // Last, because a sum that starts from zero rounds less on its way.
       if (rank > 0) {
         multiply_block<F>(count, width, inner_padded<F>(rank),
                           lora.const_data_ptr<F>() + first * lora.size(1), lora.size(1), lora_panel,
-                          width, masked ? update : sums, width, /*accumulate=*/!masked);
+                          width, masked ? update : sums, masked ? width : stride,
+                          /*accumulate=*/!masked);
       }
       for (int64_t i = 0; masked && i < count; ++i)
         copy_kept(update + i * width, update + i * width, kept.at(first + i, first_col), width);
-      finish_tile(sums, update, row, count, width, to, out.size(1));
+      if (in_place && !masked && row == nullptr) continue;
+      finish_tile(sums, stride, update, row, count, width, to, out.size(1));
     }
   }
 }
 
-// The left operand of a sum over tokens: m [tokens, rank] in blocks [rank, token_run] of transposed
+// The left operand of a sum over tokens: of m [tokens, rank] blocks [rank, token_run] of transposed
 // rows, the last one padded by zeros.
+inline at::Tensor empty_blocks(const at::Tensor& m, int64_t tokens, int64_t rank) {
+  return empty_like(m, Split(tokens, token_run).count() * rank, token_run);
+}
+
+// Fills the block of `rows` of m; nothing where `blocks` is undefined.
 template <typename F>
-at::Tensor transposed_blocks(const at::Tensor& m, int64_t rank) {
-  const Split blocks(m.size(0), token_run);
-  const at::Tensor result = empty_like(m, blocks.count() * rank, token_run);
+void transpose_block(const at::Tensor& m, Range rows, int64_t rank, const at::Tensor& blocks) {
+  if (!blocks.defined()) return;
   const Elements<F> from(m);
-  F* const to = result.mutable_data_ptr<F>();
-  run_products(blocks.count(), 16 * token_run * rank, [&](int64_t b) {
-    for (int64_t i = 0; i < rank; ++i) {
-      F* const row = to + (b * rank + i) * token_run;
-      for (int64_t k = 0; k < blocks[b].size; ++k) row[k] = from(blocks[b].start + k, i);
-      std::fill(row + blocks[b].size, row + token_run, F(0));
-    }
-  });
-  return result;
+  F* row = blocks.mutable_data_ptr<F>() + rows.start * rank;
+  for (int64_t i = 0; i < rank; ++i, row += token_run) {
+    for (int64_t k = 0; k < rows.size; ++k) row[k] = from(rows.start + k, i);
+    std::fill(row + rows.size, row + token_run, F(0));
+  }
 }
 
 // left^T m[:, cols], [rank, cols.size], for `left` in transposed blocks; the thread's memory.
