@@ -63,10 +63,7 @@ class Arena {
 
 }  // namespace
 
-Averages zero_averages(const std::vector<Adapter>& adapters) {
-  std::vector<at::Tensor> factors;
-  for (const Adapter& adapter : adapters)
-    for (const at::Tensor& factor : adapter.factors()) factors.push_back(factor);
+Averages zero_averages(at::TensorList factors) {
   Averages averages{std::vector<at::Tensor>(factors.size()),
                     std::vector<at::Tensor>(factors.size())};
   for (size_t first = 0; first < factors.size(); ++first) {

@@ -1,7 +1,7 @@
 // The moving averages' memory.
 #pragma once
 
-#include <rankwise/adapter.h>
+#include <ATen/core/Tensor.h>
 
 #include <vector>
 
@@ -12,6 +12,6 @@ struct Averages {
 };
 
 // Zeros of the factors' shapes, on their devices, in float32 or the factors' wider type.
-Averages zero_averages(const std::vector<Adapter>& adapters);
+Averages zero_averages(at::TensorList factors);
 
 }  // namespace rankwise

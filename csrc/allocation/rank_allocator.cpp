@@ -57,6 +57,13 @@ std::vector<Adapter> checked(std::vector<Adapter> adapters) {
   return adapters;
 }
 
+std::vector<at::Tensor> factors_of(const std::vector<Adapter>& adapters) {
+  std::vector<at::Tensor> factors;
+  for (const Adapter& adapter : adapters)
+    for (const at::Tensor& factor : adapter.factors()) factors.push_back(factor);
+  return factors;
+}
+
 std::vector<int64_t> ranks_of(const std::vector<Adapter>& adapters) {
   std::vector<int64_t> ranks;
   for (const Adapter& adapter : adapters) ranks.push_back(adapter.rank);
@@ -90,6 +97,7 @@ BudgetSchedule make_schedule(const std::vector<int64_t>& ranks, const std::vecto
 
 RankAllocator::RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions& options)
     : adapters_(checked(std::move(adapters))),
+      factors_(factors_of(adapters_)),
       initial_ranks_(ranks_of(adapters_)),
       costs_(costs_of(adapters_, options.budget_unit())),
       options_(options),
@@ -106,7 +114,7 @@ RankAllocator::RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions
 }
 
 void RankAllocator::allocate_averages() {
-  Averages averages = zero_averages(adapters_);
+  Averages averages = zero_averages(factors_);
   sensitivity_ = std::move(averages.sensitivity);
   uncertainty_ = std::move(averages.uncertainty);
 }

@@ -4,8 +4,6 @@
 #include <ATen/core/grad_mode.h>
 #include <rankwise/rank_allocator.h>
 
-#include <array>
-
 #include "../ops/importance.h"
 #include "direction_order.h"
 
@@ -64,14 +62,15 @@ RankAllocator::Gradients RankAllocator::gather() {
   Gradients gradients;
   std::vector<std::string> missing;
   size_t present = 0;
-  for (const Adapter& adapter : adapters_) {
+  gradients.reserve(factors_.size());
+  for (size_t m = 0; m < adapters_.size(); ++m) {
     size_t here = 0;
-    for (const at::Tensor& factor : adapter.factors()) {
-      const at::Tensor& gradient = factor.grad();
+    for (size_t i = 3 * m; i < 3 * m + 3; ++i) {
+      const at::Tensor& gradient = factors_[i].grad();
       here += gradient.defined();
       gradients.push_back(gradient.defined() ? std::optional(gradient.contiguous()) : std::nullopt);
     }
-    if (here < 3) missing.push_back(adapter.name);
+    if (here < 3) missing.push_back(adapters_[m].name);
     present += here;
   }
   TORCH_CHECK(present > 0,
@@ -92,10 +91,7 @@ RankAllocator::Gradients RankAllocator::none() const {
 at::Tensor RankAllocator::take(const Gradients& gradients, bool score,
                                const std::optional<at::Tensor>& progress) {
   fit_averages();
-  std::vector<at::Tensor> parameters;
-  for (const Adapter& adapter : adapters_)
-    for (const at::Tensor& factor : adapter.factors()) parameters.push_back(factor);
-  return importance_step_(parameters, gradients, sensitivity_, uncertainty_, initial_ranks_,
+  return importance_step_(factors_, gradients, sensitivity_, uncertainty_, initial_ranks_,
                           options_.beta1(), options_.beta2(), score, progress);
 }
 
@@ -159,14 +155,11 @@ void RankAllocator::shrink(const OptimizerView& optimizer) {
 
 // Puts the averages where the parameters are, which a module's to() may have moved or widened.
 void RankAllocator::fit_averages() {
-  for (size_t m = 0; m < adapters_.size(); ++m) {
-    const std::array<at::Tensor, 3> all = adapters_[m].factors();
-    for (size_t f = 0; f < all.size(); ++f) {
-      const auto dtype = at::toOpMathType(all[f].scalar_type());
-      for (at::Tensor* average : {&sensitivity_[3 * m + f], &uncertainty_[3 * m + f]}) {
-        if (average->scalar_type() != dtype || average->device() != all[f].device())
-          *average = average->to(all[f].device(), dtype);
-      }
+  for (size_t i = 0; i < factors_.size(); ++i) {
+    const auto dtype = at::toOpMathType(factors_[i].scalar_type());
+    for (at::Tensor* average : {&sensitivity_[i], &uncertainty_[i]}) {
+      if (average->scalar_type() != dtype || average->device() != factors_[i].device())
+        *average = average->to(factors_[i].device(), dtype);
     }
   }
 }

@@ -19,6 +19,15 @@ namespace {
 
 constexpr int64_t piece_elements = 8192;  // operands and averages stay in a core's cache
 
+// A factor's operands as addresses, looked up once: the tensors themselves lie all over the memory,
+// and a step that moves much of it would find them in no cache.
+struct Operands {
+  at::ScalarType dtype;
+  int64_t width;
+  const void *parameter, *gradient;  // no gradient: null
+  void *sensitivity, *uncertainty;
+};
+
 // Rows of a factor, and where their part of the scores goes: a number for each row of A and E, the
 // column sums of B.
 struct Piece {
@@ -44,24 +53,30 @@ const T* widened(const Stored* data, int64_t size, T* scratch) {
 
 at::Tensor importance_check_cpu(at::TensorList gradients) {
   check_importance_gradients(gradients);
-  std::vector<std::pair<size_t, Range>> pieces;
-  for (size_t i = 0; i < gradients.size(); ++i) {
-    const Split split(gradients[i].numel(), piece_elements);
-    for (int64_t j = 0; j < split.count(); ++j) pieces.emplace_back(i, split[j]);
+  struct Piece {
+    at::ScalarType dtype;
+    const void* gradient;
+    Range range;
+  };
+  std::vector<Piece> pieces;
+  pieces.reserve(2 * gradients.size());
+  for (const at::Tensor& gradient : gradients) {
+    const Split split(gradient.numel(), piece_elements);
+    const void* const data = gradient.const_data_ptr();
+    for (int64_t j = 0; j < split.count(); ++j)
+      pieces.push_back({gradient.scalar_type(), data, split[j]});
   }
   std::atomic<bool> not_finite = false, nonzero = false;
   run_blocks(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
-    const auto& [index, range] = pieces[i];
-    const at::Tensor& gradient = gradients[index];
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, gradient.scalar_type(), "importance", [&] {
-          using T = at::opmath_type<scalar_t>;
-          T scratch[piece_elements];
-          const scalar_t* data = gradient.const_data_ptr<scalar_t>() + range.start;
-          const Found found = inspect_all(widened(data, range.size, scratch), range.size);
-          if (found.not_finite) not_finite = true;
-          if (found.nonzero) nonzero = true;
-        });
+    const auto& [dtype, gradient, range] = pieces[i];
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "importance", [&] {
+      using T = at::opmath_type<scalar_t>;
+      T scratch[piece_elements];
+      const scalar_t* data = static_cast<const scalar_t*>(gradient) + range.start;
+      const Found found = inspect_all(widened(data, range.size, scratch), range.size);
+      if (found.not_finite) not_finite = true;
+      if (found.nonzero) nonzero = true;
+    });
   });
   const at::Tensor result = at::empty({2}, at::kBool);
   result.mutable_data_ptr<bool>()[0] = not_finite;
@@ -143,25 +158,35 @@ at::Tensor importance_step_cpu_(at::TensorList parameters,
   }
   const int64_t directions = std::accumulate(ranks.begin(), ranks.end(), int64_t{0});
   if (!update && !score) return at::empty({directions}, at::kDouble);
+  std::vector<Operands> operands;
+  operands.reserve(parameters.size());
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    operands.push_back({parameters[i].scalar_type(), parameters[i].size(1),
+                        parameters[i].const_data_ptr(),
+                        update && gradient[i].defined() ? gradient[i].const_data_ptr() : nullptr,
+                        sensitivity[i].mutable_data_ptr(), uncertainty[i].mutable_data_ptr()});
+  }
   int64_t size = 0;
   const std::vector<Piece> pieces = pieces_of(sensitivity, size);
   std::vector<double> partials(score ? size : 0);
   run_blocks(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
     const auto& [factor, rows, partial] = pieces[i];
-    const at::Tensor& parameter = parameters[factor];
-    const int64_t width = parameter.size(1), start = rows.start * width;
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, parameter.scalar_type(), "importance", [&] {
-          using T = at::opmath_type<scalar_t>;
-          T* const s = sensitivity[factor].mutable_data_ptr<T>() + start;
-          T* const u = uncertainty[factor].mutable_data_ptr<T>() + start;
-          if (update && gradient[factor].defined()) {
-            update_piece(parameter.const_data_ptr<scalar_t>() + start,
-                         gradient[factor].const_data_ptr<scalar_t>() + start, rows.size * width,
-                         kernels::Decay<T>(beta1, beta2), s, u);
-          }
-          if (score) score_piece(!is_B(factor), s, u, rows.size, width, partials.data() + partial);
-        });
+    const auto& [dtype, width, parameter, grad, s, u] = operands[factor];
+    const int64_t start = rows.start * width;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "importance", [&] {
+      using T = at::opmath_type<scalar_t>;
+      T* const sensitivity_at = static_cast<T*>(s) + start;
+      T* const uncertainty_at = static_cast<T*>(u) + start;
+      if (grad != nullptr) {
+        update_piece(static_cast<const scalar_t*>(parameter) + start,
+                     static_cast<const scalar_t*>(grad) + start, rows.size * width,
+                     kernels::Decay<T>(beta1, beta2), sensitivity_at, uncertainty_at);
+      }
+      if (score) {
+        score_piece(!is_B(factor), sensitivity_at, uncertainty_at, rows.size, width,
+                    partials.data() + partial);
+      }
+    });
   });
   return score ? combine(pieces, partials, sensitivity, ranks)
                : at::empty({directions}, at::kDouble);

@@ -129,6 +129,7 @@ class RankAllocator {
   void fit_averages();
 
   std::vector<Adapter> adapters_;
+  std::vector<at::Tensor> factors_;  // A, B, E of each adapter
   std::vector<int64_t> initial_ranks_, costs_;
   AdaLoRAOptions options_;
   BudgetSchedule schedule_;
