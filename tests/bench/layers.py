@@ -80,6 +80,7 @@ def cases() -> list[Case]:
 def measure(case: Case, names: Sequence[str], repeats: int, whole_alone: bool = False) -> dict:
     """Times forward and backward together, and unless `whole_alone` each by itself and memory."""
     functorch_config.donated_buffer = False  # for a compiled backward on a kept graph
+    torch.compiler.reset()  # of one function it compiles eight shapes, and runs others uncompiled
     t = Tensors.draw(case)
     layers = {name: CONTENDERS[name](case, t) for name in names}
 
