@@ -12,7 +12,8 @@ void bind_cpu_path(py::module_& m) {
   py::enum_<CpuPath>(m, "CpuPath")
       .value("micro_kernel", CpuPath::micro_kernel)
       .value("aten", CpuPath::aten)
-      .value("measured", CpuPath::measured);
+      .value("measured", CpuPath::measured)
+      .def("__str__", &rankwise::name_of, py::prepend());
   py::class_<MeasuredPath>(m, "MeasuredPath")
       .def_readonly("call", &MeasuredPath::call)
       .def_readonly("dtype", &MeasuredPath::dtype)
@@ -23,9 +24,8 @@ void bind_cpu_path(py::module_& m) {
       .def_readonly("dropout", &MeasuredPath::dropout)
       .def_readonly("micro_kernel_ms", &MeasuredPath::micro_kernel_ms)
       .def_readonly("aten_ms", &MeasuredPath::aten_ms)
-      .def_property_readonly("chosen", [](const MeasuredPath& self) {
-        return self.micro_kernel_is_faster() ? "micro-kernel" : "ATen";
-      });
+      .def_property_readonly(
+          "chosen", [](const MeasuredPath& self) { return rankwise::name_of(self.chosen()); });
   m.def("set_cpu_path", &rankwise::set_cpu_path);
   m.def("cpu_path", &rankwise::cpu_path);
   m.def("measured_paths", &rankwise::measured_paths);

@@ -87,7 +87,7 @@ bool panels_chosen(Pass pass, const ActiveAdapter& adapter, const at::Tensor& x,
   {
     const std::lock_guard lock(mutex);
     if (const auto found = timed.find(kind); found != timed.end())
-      return found->second.micro_kernel_is_faster();
+      return found->second.chosen() == CpuPath::micro_kernel;
   }
   std::string dtype = dtype_name(x.scalar_type());
   if (adapter.dtype() != x.scalar_type()) dtype += ", " + dtype_name(adapter.dtype());
@@ -102,7 +102,7 @@ bool panels_chosen(Pass pass, const ActiveAdapter& adapter, const at::Tensor& x,
                       0};
   time_both(run, result);
   const std::lock_guard lock(mutex);  // the first of several threads' timings counts
-  return timed.emplace(kind, result).first->second.micro_kernel_is_faster();
+  return timed.emplace(kind, result).first->second.chosen() == CpuPath::micro_kernel;
 }
 
 }  // namespace rankwise

@@ -12,8 +12,6 @@ namespace rankwise {
 
 enum class Pass { forward, backward };
 
-const char* name_of(CpuPath path);
-
 // The path's choice for a call that panels can serve. run(panels) computes the call; it is called
 // only to be timed, where the path is `measured` and no call like this one was timed before.
 bool panels_chosen(Pass pass, const ActiveAdapter& adapter, const at::Tensor& x,

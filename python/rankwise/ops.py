@@ -156,11 +156,7 @@ def path(tensor: Tensor) -> str:
     return _ops._lora_linear_path(tensor)
 
 
-_CPU_PATHS = {
-    "micro-kernel": _library.CpuPath.micro_kernel,
-    "ATen": _library.CpuPath.aten,
-    "measured": _library.CpuPath.measured,
-}
+_CPU_PATHS = {str(path): path for path in _library.CpuPath.__members__.values()}
 
 
 def set_cpu_path(name: str) -> None:

@@ -14,6 +14,9 @@ enum class CpuPath {
   measured,      ///< the faster of both, found at the first call of each kind
 };
 
+/// "micro-kernel", "ATen" or "measured".
+const char* name_of(CpuPath path);
+
 /// For all later calls in this process, of all threads. With `measured`, which bits a result has
 /// depends on what was timed as faster, and the first call of a kind takes as long as nine. While
 /// torch.use_deterministic_algorithms (at::globalContext().setDeterministicAlgorithms) is on, it
@@ -30,7 +33,9 @@ struct MeasuredPath {
   bool dropout;
   double micro_kernel_ms, aten_ms;
 
-  bool micro_kernel_is_faster() const { return micro_kernel_ms <= aten_ms; }
+  CpuPath chosen() const {
+    return micro_kernel_ms <= aten_ms ? CpuPath::micro_kernel : CpuPath::aten;
+  }
 };
 
 /// All that was timed in this process so far.
