@@ -53,22 +53,22 @@ const T* widened(const Stored* data, int64_t size, T* scratch) {
 
 at::Tensor importance_check_cpu(at::TensorList gradients) {
   check_importance_gradients(gradients);
-  struct Piece {
+  struct Part {
     at::ScalarType dtype;
     const void* gradient;
     Range range;
   };
-  std::vector<Piece> pieces;
-  pieces.reserve(2 * gradients.size());
+  std::vector<Part> parts;
+  parts.reserve(2 * gradients.size());
   for (const at::Tensor& gradient : gradients) {
     const Split split(gradient.numel(), piece_elements);
     const void* const data = gradient.const_data_ptr();
     for (int64_t j = 0; j < split.count(); ++j)
-      pieces.push_back({gradient.scalar_type(), data, split[j]});
+      parts.push_back({gradient.scalar_type(), data, split[j]});
   }
   std::atomic<bool> not_finite = false, nonzero = false;
-  run_blocks(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
-    const auto& [dtype, gradient, range] = pieces[i];
+  run_blocks(static_cast<int64_t>(parts.size()), [&](int64_t i) {
+    const auto& [dtype, gradient, range] = parts[i];
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "importance", [&] {
       using T = at::opmath_type<scalar_t>;
       T scratch[piece_elements];

@@ -1,7 +1,9 @@
-# What every Python test runs under: seeded data, restored thread counts, fixed examples.
+# What every Python test runs under: seeded data, restored threads and CPU path, fixed examples.
 import hypothesis
 import pytest
 import torch
+
+import rankwise
 
 hypothesis.settings.register_profile(
     "fixed", derandomize=True, deadline=None, database=None, print_blob=False
@@ -11,8 +13,9 @@ hypothesis.settings.load_profile("fixed")
 
 @pytest.fixture(autouse=True)
 def repeatable():
-    """Seeds torch before each test and restores the thread count after it."""
+    """Seeds torch before each test and restores the thread count and the CPU's path after it."""
     threads = torch.get_num_threads()
     torch.manual_seed(20210617)
     yield
     torch.set_num_threads(threads)
+    rankwise.ops.set_cpu_path("micro-kernel")

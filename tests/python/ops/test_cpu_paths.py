@@ -11,12 +11,6 @@ import rankwise
 MICRO, ATEN = "cpu (micro-kernel)", "cpu (ATen)"
 
 
-@pytest.fixture(autouse=True)
-def default_path():
-    yield
-    rankwise.ops.set_cpu_path("micro-kernel")
-
-
 def on_micro_kernel(dtype: str) -> bool:
     base, _ = DTYPES[dtype]
     return rankwise.ops.path(torch.empty(1, dtype=base)) == MICRO
