@@ -5,14 +5,19 @@
 
 #include <cstdint>
 
+#include "cpu_blocks.h"
+#include "dropout_cpu.h"
+
 namespace rankwise {
 
-// to[i, j] = sums[i, j] + update[i, j] or + row[j], rounded to nearest even: rows of
-// sums lie sums_stride apart, those of update cols; of update and row, one at most is not null.
-void finish_tile(const float* sums, int64_t sums_stride, const float* update, const float* row,
-                 int64_t rows, int64_t cols, float* to, int64_t stride);
-void finish_tile(const float* sums, int64_t sums_stride, const float* update, const float* row,
-                 int64_t rows, int64_t cols, at::BFloat16* to, int64_t stride);
+// to[i, j] = sums[i, j] + row[j], rounded to nearest even; row may be null, for zeros.
+template <typename To>
+void add_row(Rows<const float> sums, const float* row, int64_t rows, int64_t cols, Rows<To> to);
+
+// to[i, j] = sums[i, j] + (kept(i, j) ? update[i, j] : 0), rounded to nearest even.
+template <typename To>
+void add_kept(Rows<const float> sums, Rows<const float> update, KeptBits kept, int64_t rows,
+              int64_t cols, Rows<To> to);
 
 void widen_row(const at::BFloat16* from, float* to, int64_t count);
 

@@ -21,6 +21,16 @@ struct Range {
   }
 };
 
+// A block as addresses: rows of adjacent elements, `stride` apart.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride;
+
+  T* operator[](int64_t i) const { return data + i * stride; }
+  operator Rows<const T>() const { return {data, stride}; }
+};
+
 // [0, total) in steps of `step`.
 class Split {
  public:

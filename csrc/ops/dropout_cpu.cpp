@@ -41,10 +41,15 @@ static_assert(chunk % (philox_lanes * numbers_per_block) == 0);
 }
 
 template <typename From, typename To>
-[[gnu::always_inline]] inline void copy_in_loops(const From* src, To* dst, const uint64_t* bits,
-                                                 int64_t count) {
-  for (int64_t j = 0; j < count; ++j)
-    dst[j] = bits[j / kept_word] >> (j % kept_word) & 1 ? static_cast<To>(src[j]) : To(0);
+[[gnu::always_inline]] inline void copy_in_loops(Rows<const From> from, KeptBits kept, int64_t rows,
+                                                 int64_t cols, Rows<To> to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const From* const src = from[i];
+    To* const dst = to[i];
+    const uint64_t* const bits = kept[i];
+    for (int64_t j = 0; j < cols; ++j)
+      dst[j] = bits[j / kept_word] >> (j % kept_word) & 1 ? static_cast<To>(src[j]) : To(0);
+  }
 }
 
 #if RANKWISE_X86_DISPATCH
@@ -68,7 +73,7 @@ Mask bits_at(const uint64_t* bits, int64_t j) {
 }
 
 RANKWISE_TARGET("avx512bw")
-void copy_in_vectors(const float* src, float* dst, const uint64_t* bits, int64_t count) {
+inline void copy_row(const float* src, float* dst, const uint64_t* bits, int64_t count) {
   int64_t j = 0;
   for (; j + 16 <= count; j += 16)
     _mm512_storeu_ps(dst + j, _mm512_maskz_loadu_ps(bits_at<__mmask16>(bits, j), src + j));
@@ -79,7 +84,7 @@ void copy_in_vectors(const float* src, float* dst, const uint64_t* bits, int64_t
 }
 
 RANKWISE_TARGET("avx512bw")
-void copy_in_vectors(const uint16_t* src, uint16_t* dst, const uint64_t* bits, int64_t count) {
+inline void copy_row(const uint16_t* src, uint16_t* dst, const uint64_t* bits, int64_t count) {
   int64_t j = 0;
   for (; j + 32 <= count; j += 32)
     _mm512_storeu_si512(dst + j, _mm512_maskz_loadu_epi16(bits_at<__mmask32>(bits, j), src + j));
@@ -89,12 +94,18 @@ void copy_in_vectors(const uint16_t* src, uint16_t* dst, const uint64_t* bits, i
   _mm512_mask_storeu_epi16(dst + j, rest, _mm512_maskz_loadu_epi16(kept, src + j));
 }
 
+template <typename T>
+RANKWISE_TARGET("avx512bw")
+void copy_in_vectors(Rows<const T> from, KeptBits kept, int64_t rows, int64_t cols, Rows<T> to) {
+  for (int64_t i = 0; i < rows; ++i) copy_row(from[i], to[i], kept[i], cols);
+}
+
 #else
 
 constexpr bool has_avx512bw = false;
 void compare_in_vectors(const uint16_t*, uint16_t, int64_t, uint64_t*) {}
 template <typename T>
-void copy_in_vectors(const T*, T*, const uint64_t*, int64_t) {}
+void copy_in_vectors(Rows<const T>, KeptBits, int64_t, int64_t, Rows<T>) {}
 
 #endif
 
@@ -104,21 +115,21 @@ void compare(const uint16_t* numbers, uint16_t last, int64_t words, uint64_t* bi
   compare_in_loops(numbers, last, words, bits);
 }
 
-void copy(const float* src, float* dst, const uint64_t* bits, int64_t count) {
-  if (has_avx512bw) return copy_in_vectors(src, dst, bits, count);
-  copy_in_loops(src, dst, bits, count);
+void copy(Rows<const float> from, KeptBits kept, int64_t rows, int64_t cols, Rows<float> to) {
+  if (has_avx512bw) return copy_in_vectors(from, kept, rows, cols, to);
+  copy_in_loops(from, kept, rows, cols, to);
 }
 
-void copy(const uint16_t* src, uint16_t* dst, const uint64_t* bits, int64_t count) {
-  if (has_avx512bw) return copy_in_vectors(src, dst, bits, count);
-  copy_in_loops(src, dst, bits, count);
+void copy(Rows<const uint16_t> from, KeptBits kept, int64_t rows, int64_t cols, Rows<uint16_t> to) {
+  if (has_avx512bw) return copy_in_vectors(from, kept, rows, cols, to);
+  copy_in_loops(from, kept, rows, cols, to);
 }
 
 // target_clones does not go with templates: the vector forms of the loop above.
-#define RANKWISE_COPY(From, To)                                                    \
-  RANKWISE_VECTOR_CLONES void copy(const From* src, To* dst, const uint64_t* bits, \
-                                   int64_t count) {                                \
-    copy_in_loops(src, dst, bits, count);                                          \
+#define RANKWISE_COPY(From, To)                                                        \
+  RANKWISE_VECTOR_CLONES void copy(Rows<const From> from, KeptBits kept, int64_t rows, \
+                                   int64_t cols, Rows<To> to) {                        \
+    copy_in_loops(from, kept, rows, cols, to);                                         \
   }
 RANKWISE_COPY(double, double)
 RANKWISE_COPY(at::BFloat16, float)
@@ -145,9 +156,8 @@ at::Tensor dropout_mask_cpu(const at::Tensor& seed, int64_t rows, int64_t cols, 
   return mask;
 }
 
-}  // namespace
-
-void draw_kept(int64_t seed, uint32_t threshold, int64_t first, int64_t count, uint64_t* bits) {
+// Of elements first, first + 1, ...: the bits behind the last one have any value.
+void draw_run(int64_t seed, uint32_t threshold, int64_t first, int64_t count, uint64_t* bits) {
   // Numbers before `first` of its block are passed over.
   alignas(64) uint32_t words[(chunk + philox_lanes * numbers_per_block) / 2];
   const auto* const numbers = reinterpret_cast<const uint16_t*>(words);
@@ -162,26 +172,37 @@ void draw_kept(int64_t seed, uint32_t threshold, int64_t first, int64_t count, u
   }
 }
 
+}  // namespace
+
 template <typename From, typename To>
-void copy_kept(const From* src, To* dst, const uint64_t* bits, int64_t count) {
+void copy_kept(Rows<const From> from, KeptBits kept, int64_t rows, int64_t cols, Rows<To> to) {
   using Bits = Moved<From, To>;
   using Result = std::conditional_t<std::is_same_v<From, To>, Bits, To>;
-  copy(reinterpret_cast<const Bits*>(src), reinterpret_cast<Result*>(dst), bits, count);
+  copy(Rows<const Bits>{reinterpret_cast<const Bits*>(from.data), from.stride}, kept, rows, cols,
+       Rows<Result>{reinterpret_cast<Result*>(to.data), to.stride});
 }
-template void copy_kept(const float*, float*, const uint64_t*, int64_t);
-template void copy_kept(const at::BFloat16*, at::BFloat16*, const uint64_t*, int64_t);
-template void copy_kept(const at::BFloat16*, float*, const uint64_t*, int64_t);
+template void copy_kept(Rows<const float>, KeptBits, int64_t, int64_t, Rows<float>);
+template void copy_kept(Rows<const at::BFloat16>, KeptBits, int64_t, int64_t, Rows<at::BFloat16>);
+template void copy_kept(Rows<const at::BFloat16>, KeptBits, int64_t, int64_t, Rows<float>);
+
+void draw_kept(int64_t seed, uint32_t threshold, BlockOrigin origin, int64_t rows, int64_t cols,
+               Rows<uint64_t> bits) {
+  const int64_t first = origin.row * origin.total_cols + origin.col;
+  if (cols == origin.total_cols && cols == bits.stride * kept_word)  // one after the other
+    return draw_run(seed, threshold, first, rows * cols, bits.data);
+  for (int64_t i = 0; i < rows; ++i)
+    draw_run(seed, threshold, first + i * origin.total_cols, cols, bits[i]);
+}
 
 void dropout_copy(const at::Tensor& src, const at::Tensor& dst, BlockOrigin origin, int64_t seed,
                   uint32_t threshold) {
-  std::vector<uint64_t> bits(kept_words(src.size(1)));
+  const int64_t rows = src.size(0), cols = src.size(1), words = kept_words(cols);
+  std::vector<uint64_t> memory(rows * words);
+  const Rows<uint64_t> bits{memory.data(), words};
+  draw_kept(seed, threshold, origin, rows, cols, bits);
   const auto copy_rows = [&]<typename From, typename To>() -> void {
-    for (int64_t i = 0; i < src.size(0); ++i) {
-      draw_kept(seed, threshold, (origin.row + i) * origin.total_cols + origin.col, src.size(1),
-                bits.data());
-      copy_kept(src.const_data_ptr<From>() + i * src.stride(0),
-                dst.mutable_data_ptr<To>() + i * dst.stride(0), bits.data(), src.size(1));
-    }
+    copy_kept<From, To>({src.const_data_ptr<From>(), src.stride(0)}, bits, rows, cols,
+                        {dst.mutable_data_ptr<To>(), dst.stride(0)});
   };
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, src.scalar_type(), "dropout_copy", [&] {
     if (dst.scalar_type() == src.scalar_type()) {

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cpu_blocks.h"
+
 namespace rankwise {
 
 constexpr int64_t kept_word = 64;  // elements of a word of bits
@@ -13,22 +15,26 @@ constexpr int64_t kept_words(int64_t elements) {
   return (elements + kept_word - 1) / kept_word;
 }
 
-// Bit j % 64 of bits[j / 64]: whether element first + j of the mask is kept, for j < count (the
-// bits behind them have any value). The threshold is that of an active dropout, 1 .. 65536.
-void draw_kept(int64_t seed, uint32_t threshold, int64_t first, int64_t count, uint64_t* bits);
-
-// dst[j] = bit j ? src[j] : 0, converted and unscaled. For float64, float32, bfloat16, float16, and
-// the last two to float32; src may be dst.
-template <typename From, typename To>
-void copy_kept(const From* src, To* dst, const uint64_t* bits, int64_t count);
-
 // Which element of the whole [*, total_cols] matrix a block's (0, 0) is.
 struct BlockOrigin {
   int64_t row, col, total_cols;
 };
 
-// dst[i, j] = kept(origin + (i, j)) ? src[i, j] : 0, as copy_kept. Both are 2-D with unit column
-// stride.
+// The bits of a block: of element (i, j), bit j % 64 of [i][j / 64]; those behind a row's last
+// element have any value.
+using KeptBits = Rows<const uint64_t>;
+
+// Whether the elements of a block are kept. The threshold is that of an active dropout, 1 .. 65536.
+void draw_kept(int64_t seed, uint32_t threshold, BlockOrigin origin, int64_t rows, int64_t cols,
+               Rows<uint64_t> bits);
+
+// to[i, j] = kept(i, j) ? from[i, j] : 0, converted and unscaled. For float64, float32, bfloat16,
+// float16, and the last two to float32; from may be to.
+template <typename From, typename To>
+void copy_kept(Rows<const From> from, KeptBits kept, int64_t rows, int64_t cols, Rows<To> to);
+
+// dst[i, j] = kept(origin + (i, j)) ? src[i, j] : 0, as draw_kept and copy_kept. Both are 2-D with
+// unit column stride.
 void dropout_copy(const at::Tensor& src, const at::Tensor& dst, BlockOrigin origin, int64_t seed,
                   uint32_t threshold);
 

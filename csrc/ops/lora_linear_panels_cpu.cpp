@@ -175,8 +175,8 @@ FactorGradients backward(const ActiveAdapter& adapter, const at::Tensor& dy, con
     } else if (i < tile_count + in.count()) {
       const Range cols = in[i - tile_count];
       const float* const sums = sum_over_tokens<T, F>(dh_blocks, rank, x, cols, kept);
-      finish_tile(sums, cols.size, nullptr, nullptr, rank, cols.size,
-                  result.A.mutable_data_ptr<F>() + cols.start, x.size(1));
+      add_row<F>({sums, cols.size}, nullptr, rank, cols.size,
+                 {result.A.mutable_data_ptr<F>() + cols.start, x.size(1)});
     } else {
       output_side.compute(i - tile_count - in.count());
     }

@@ -42,15 +42,18 @@ class Kept {
 
   bool active() const { return adapter_ != nullptr; }
   void draw(Range rows) const {
-    for (int64_t row = rows.start; active() && row < rows.start + rows.size; ++row)
-      draw_kept(adapter_->seed, adapter_->dropout.threshold(), row * cols_, cols_, bits(row));
+    if (!active()) return;
+    draw_kept(adapter_->seed, adapter_->dropout.threshold(), {rows.start, 0, cols_}, rows.size,
+              cols_, {bits()[rows.start], bits_.size(1)});
   }
-  // Of elements (row, col), (row, col + 1), ..., for col a multiple of kept_word.
-  const uint64_t* at(int64_t row, int64_t col) const { return bits(row) + col / kept_word; }
+  // Of the block from (row, col) on, for col a multiple of kept_word.
+  KeptBits from(int64_t row, int64_t col) const {
+    return {bits()[row] + col / kept_word, bits_.size(1)};
+  }
 
  private:
-  uint64_t* bits(int64_t row) const {
-    return reinterpret_cast<uint64_t*>(bits_.mutable_data_ptr<int64_t>()) + row * bits_.size(1);
+  Rows<uint64_t> bits() const {
+    return {reinterpret_cast<uint64_t*>(bits_.mutable_data_ptr<int64_t>()), bits_.size(1)};
   }
 
   const ActiveAdapter* adapter_ = nullptr;
@@ -58,29 +61,20 @@ class Kept {
   at::Tensor bits_;
 };
 
-// Rows of a left operand, with unit column stride.
-template <typename F>
-struct Rows {
-  const F* data;
-  int64_t stride;
-};
-
 // A block of m as `F` with dropped elements zero: m's own memory where that is it.
 template <typename F, typename T>
-Rows<F> load(const at::Tensor& m, Range rows, Range cols, const Kept& kept) {
+Rows<const F> load(const at::Tensor& m, Range rows, Range cols, const Kept& kept) {
   const Elements<T> from = Elements<T>(m).from(rows.start, cols.start);
+  const Rows<const T> whole{from.data, from.down};
   if constexpr (std::is_same_v<F, T>)
-    if (!kept.active()) return {from.data, from.down};
-  F* const to = scratch<F>(Slot::rows, rows.size * cols.size);
-  for (int64_t i = 0; i < rows.size; ++i) {
-    F* const row = to + i * cols.size;
-    if (kept.active()) {
-      copy_kept(&from(i, 0), row, kept.at(rows.start + i, cols.start), cols.size);
-    } else if constexpr (!std::is_same_v<F, T>) {
-      widen_row(&from(i, 0), row, cols.size);
-    }
+    if (!kept.active()) return whole;
+  const Rows<F> to{scratch<F>(Slot::rows, rows.size * cols.size), cols.size};
+  if (kept.active()) {
+    copy_kept<T, F>(whole, kept.from(rows.start, cols.start), rows.size, cols.size, to);
+  } else if constexpr (!std::is_same_v<F, T>) {
+    for (int64_t i = 0; i < rows.size; ++i) widen_row(whole[i], to[i], cols.size);
   }
-  return {to, cols.size};
+  return to;
 }
 
 // m factor, [tokens, rank]: calls use(rows, sums) for each block of block_rows, and first draws the
@@ -96,7 +90,7 @@ void shrink(const at::Tensor& m, Elements<F> factor, int64_t rank, const Kept& k
   run_products(blocks.count(), block_rows * inner * rank, [&](int64_t i) {
     const MicroKernelUse<F> use_of_kernel;
     drawn.draw(blocks[i]);
-    const Rows<F> rows = load<F, T>(m, blocks[i], {0, inner}, kept);
+    const Rows<const F> rows = load<F, T>(m, blocks[i], {0, inner}, kept);
     float* const sums = scratch<float>(Slot::sums, block_rows * rank);
     multiply_block<F>(blocks[i].size, rank, inner, rows.data, rows.stride, packed, rank, sums, rank,
                       /*accumulate=*/false);
@@ -189,10 +183,13 @@ void Sum<T, F>::compute(const Tile& tile) const {
                           width, masked ? update : sums, masked ? width : stride,
                           /*accumulate=*/!masked);
       }
-      for (int64_t i = 0; masked && i < count; ++i)
-        copy_kept(update + i * width, update + i * width, kept.at(first + i, first_col), width);
-      if (in_place && !masked && row == nullptr) continue;
-      finish_tile(sums, stride, update, row, count, width, to, out.size(1));
+      const Rows<T> result{to, out.size(1)};
+      if (masked) {
+        add_kept<T>({sums, stride}, {update, width}, kept.from(first, first_col), count, width,
+                    result);
+      } else if (!in_place || row != nullptr) {
+        add_row<T>({sums, stride}, row, count, width, result);
+      }
     }
   }
 }
@@ -228,7 +225,7 @@ float* sum_over_tokens(const at::Tensor& left, int64_t rank, const at::Tensor& m
     const int64_t count = blocks[b].size;
     const auto inner = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(count)));
     const int64_t padded = inner_padded<F>(inner);  // of few values: each has its own kernel
-    Rows<F> right = load<F, T>(m, blocks[b], cols, kept);
+    Rows<const F> right = load<F, T>(m, blocks[b], cols, kept);
     if (sizeof(F) == 2 || count < padded) {
       F* const panel = scratch<F>(Slot::panel, padded * width);
       pack<F>({right.data, right.stride, 1}, count, width, panel, width);

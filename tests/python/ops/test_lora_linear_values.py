@@ -159,3 +159,14 @@ def test_any_strides_of_any_shape(layout):
     gradients = torch.autograd.grad(y, [tensor[n] for n in wanted], tensor["grad_output"])
     assert_gradients(dict(zip(sample.grads, gradients, strict=True)), tensor["grad_output"], found)
     assert exact(y).shape == (*sample.shape[0], sample.shape[2])
+
+
+@pytest.mark.parametrize("n_out", [6, 16, 70])
+def test_bfloat16_results_keep_subnormals_infinities_and_nans(n_out):
+    special = [2.0**-133, -(2.0**-130), 2.0**-126, float("inf"), float("nan"), -0.0, 1.5]
+    bias = torch.tensor((special * n_out)[:n_out]).bfloat16()
+    zeros = torch.zeros(3, 8).bfloat16()
+    y = rankwise.ops.lora_linear(
+        zeros, zeros.new_ones(n_out, 8), bias, zeros, zeros.new_ones(n_out, 3), scaling=1.0
+    )
+    torch.testing.assert_close(y, bias.expand(3, -1), rtol=0, atol=0, equal_nan=True)
