@@ -3,11 +3,15 @@
 #include "dropout_cpu.h"
 
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <bit>
+#include <limits>
+#include <mutex>
 
 #include "../kernels/dropout_mask.h"
 #include "checks.h"
@@ -184,6 +188,17 @@ void copy_kept(Rows<const From> from, KeptBits kept, int64_t rows, int64_t cols,
 template void copy_kept(Rows<const float>, KeptBits, int64_t, int64_t, Rows<float>);
 template void copy_kept(Rows<const at::BFloat16>, KeptBits, int64_t, int64_t, Rows<at::BFloat16>);
 template void copy_kept(Rows<const at::BFloat16>, KeptBits, int64_t, int64_t, Rows<float>);
+
+at::Tensor draw_seed_cpu(const Dropout& dropout) {
+  const at::Tensor seed = at::detail::empty_cpu({dropout.active() ? 1 : 0}, at::kLong);
+  if (!dropout.active()) return seed;
+  auto* const generator = at::get_generator_or_default<at::CPUGeneratorImpl>(
+      std::nullopt, at::detail::getDefaultCPUGenerator());
+  const std::lock_guard lock(generator->mutex_);
+  constexpr uint64_t range = std::numeric_limits<int64_t>::max();
+  *seed.mutable_data_ptr<int64_t>() = static_cast<int64_t>(generator->random64() % range);
+  return seed;
+}
 
 void draw_kept(int64_t seed, uint32_t threshold, BlockOrigin origin, int64_t rows, int64_t cols,
                Rows<uint64_t> bits) {

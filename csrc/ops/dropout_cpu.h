@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cpu_blocks.h"
+#include "dropout.h"
 
 namespace rankwise {
 
@@ -14,6 +15,9 @@ constexpr int64_t kept_word = 64;  // elements of a word of bits
 constexpr int64_t kept_words(int64_t elements) {
   return (elements + kept_word - 1) / kept_word;
 }
+
+// The seed that Dropout::draw_seed draws from PyTorch's default generator, without the dispatcher.
+at::Tensor draw_seed_cpu(const Dropout& dropout);
 
 // Which element of the whole [*, total_cols] matrix a block's (0, 0) is.
 struct BlockOrigin {

@@ -88,7 +88,7 @@ ForwardResult lora_linear_forward_cpu(const at::Tensor& input, const at::Tensor&
                                       double dropout_p, int64_t rank) {
   check_lora_linear("lora_linear", input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p,
                     rank);
-  const at::Tensor seed = Dropout(dropout_p).draw_seed(input);
+  const at::Tensor seed = draw_seed_cpu(Dropout(dropout_p));
   const ActiveAdapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
   const at::Tensor x = matrix(input);
   std::vector<int64_t> shape = input.sizes().vec();

@@ -78,6 +78,16 @@ def test_dropout_draws_from_torchs_generator_and_only_when_it_drops():
     assert torch.equal(first, layer(0.5))
 
 
+def test_the_seed_is_what_torch_randint_draws():
+    torch.manual_seed(4)
+    first = layer(0.5)
+    following = torch.rand(3)
+    torch.manual_seed(4)
+    seed = torch.randint(2**63 - 1, (1,)).item()
+    assert torch.equal(first, mask(seed, 32, 16, 0.5) * oracle.dropout_keep_scale(0.5))
+    assert torch.equal(torch.rand(3), following)
+
+
 def test_base_is_not_dropped():
     x, weight = torch.randn(8, 16), torch.randn(12, 16)
     y = rankwise.ops.lora_linear(
