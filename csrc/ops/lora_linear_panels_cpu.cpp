@@ -53,7 +53,7 @@ Projected forward(const ActiveAdapter& adapter, const at::Tensor& x, const at::T
                     has(bias) ? bias->to(at::kFloat).contiguous() : at::Tensor(),
                     Kept()};
   const std::vector<Tile> tiles = y.tiles();
-  run_products(static_cast<int64_t>(tiles.size()), tiles[0].row.size * panel_cols * x.size(1),
+  run_products(static_cast<int64_t>(tiles.size()), y.products_of(tiles),
                [&](int64_t i) { y.compute(tiles[i]); });
   return {y.out, hidden};
 }
@@ -168,7 +168,7 @@ FactorGradients backward(const ActiveAdapter& adapter, const at::Tensor& dy, con
 
   const auto tile_count = static_cast<int64_t>(tiles.size());
   const int64_t blocks = tile_count + in.count() + output_side.blocks();
-  const int64_t products = x.size(0) * (need_x ? panel_cols * dy.size(1) : in.step() * rank);
+  const int64_t products = need_x ? dx.products_of(tiles) : x.size(0) * in.step() * rank;
   run_products(blocks, products, [&](int64_t i) {
     if (i < tile_count) {
       dx.compute(tiles[i]);

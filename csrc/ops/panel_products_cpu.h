@@ -126,13 +126,20 @@ struct Sum {
   Kept kept;
 
   std::vector<Tile> tiles() const;
+  // The longest tile's time, in multiplications: reading a weight takes as long as eight.
+  int64_t products_of(const std::vector<Tile>& tiles) const {
+    return (tiles[0].row.size + 8) * tiles[0].col.size * base.size(1);
+  }
   void compute(const Tile& tile) const;
 };
+
+// So few that a weight is read from memory for each product, not for each block of rows.
+constexpr int64_t few_rows = block_rows / 2;
 
 template <typename T, typename F>
 std::vector<Tile> Sum<T, F>::tiles() const {
   constexpr int64_t rows_a_panel = 1024;
-  const int64_t width = out.size(0) > block_rows / 2 ? panel_cols : 3 * panel_cols;
+  const int64_t width = out.size(0) > few_rows ? panel_cols : 3 * panel_cols;
   const Split rows(out.size(0), rows_a_panel), cols(out.size(1), width);
   std::vector<Tile> result;
   for (int64_t j = 0; j < cols.count(); ++j)
@@ -144,15 +151,18 @@ std::vector<Tile> Sum<T, F>::tiles() const {
 template <typename T, typename F>
 void Sum<T, F>::compute(const Tile& tile) const {
   const MicroKernelUse<T> use_of_kernel;
-  constexpr int64_t chunk = (int64_t{1} << 18) / (panel_cols * sizeof(T));  // of a core's cache
   const auto [first_col, width] = tile.col;
+  constexpr bool in_place = std::is_same_v<T, float>;
+  const bool few = in_place && tile.row.size <= few_rows;
+  // What many blocks of rows read stays in the core's cache. Sums of float32 are made of runs, so
+  // that smaller chunks, which are read once and at once, give the same bits.
+  const int64_t chunk = few ? 256 : (int64_t{1} << 18) / (panel_cols * int64_t{sizeof(T)});
   const Split blocks(tile.row.size, block_rows), chunks(base.size(1), chunk);
   const bool in_one = chunks.count() == 1;
   T* const panel = scratch<T>(Slot::panel, inner_padded<T>(std::min(chunk, base.size(1))) * width);
   F* const lora_panel = scratch<F>(Slot::lora_panel, inner_padded<F>(rank) * width);
   pack<F>(factor.from(0, first_col), rank, width, lora_panel, width);
   // Sums grow where the result lies if that has their type, else in the thread's memory.
-  constexpr bool in_place = std::is_same_v<T, float>;
   const int64_t stride = in_place ? out.size(1) : width;
   float* const memory =
       in_place ? nullptr
@@ -167,14 +177,17 @@ void Sum<T, F>::compute(const Tile& tile) const {
   const Elements<T> left(base);
   for (int64_t c = 0; c < chunks.count(); ++c) {
     const bool last = c + 1 == chunks.count();
-    pack<T>(weight.from(chunks[c].start, first_col), chunks[c].size, width, panel, width);
+    const Elements<T> part = weight.from(chunks[c].start, first_col);
+    const bool as_it_is = few && part.across == 1;
+    if (!as_it_is) pack<T>(part, chunks[c].size, width, panel, width);
     for (int64_t b = 0; b < blocks.count(); ++b) {
       const int64_t first = tile.row.start + blocks[b].start, count = blocks[b].size;
       T* const to = out.mutable_data_ptr<T>() + first * out.size(1) + first_col;
       float* const sums = sums_of(b, to);
       if (last || in_place) prefetch_rows(to, count, width, out.size(1));  // else storing waits
       multiply_block<T>(count, width, chunks[c].size, &left(first, chunks[c].start), left.down,
-                        panel, width, sums, stride, /*accumulate=*/c > 0);
+                        as_it_is ? part.data : panel, as_it_is ? part.down : width, sums, stride,
+                        /*accumulate=*/c > 0);
       if (!last) continue;
       // Last, because a sum that starts from zero rounds less on its way.
       if (rank > 0) {

@@ -53,12 +53,17 @@ def test_without_onednn_a_layer_takes_the_other_path(dtype):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", [*filter(on_micro_kernel, DTYPES)])
 def test_a_row_does_not_depend_on_the_others(dtype, dropout_p):
-    """Of y and of dx, for numbers of rows that take other kernels, panels and tiles."""
+    """Of y and of dx, for numbers of rows that take other kernels, panels and tiles.
+
+    The products of the first halves cancel those of the second, so that what is left tells in which
+    order they were added, also in bfloat16.
+    """
     base, adapter = DTYPES[dtype]
     torch.manual_seed(3)
-    x, W = torch.randn(1100, 260).to(base), torch.randn(200, 260).to(base)
-    A, B = torch.randn(5, 260).to(adapter), torch.randn(200, 5).to(adapter)
-    dy = torch.randn(1100, 200).to(base)
+    x, W, dy = torch.randn(1100, 650), torch.randn(300, 650), torch.randn(1100, 300)
+    x, W, dy = torch.cat([x, -x], 1), W.repeat(2, 2), torch.cat([dy, -dy], 1)
+    x, W, dy = (t.to(base) for t in (x, W, dy))
+    A, B = (1e-3 * torch.randn(size).to(adapter) for size in ((5, 1300), (600, 5)))
 
     def rows(count: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(4)
