@@ -27,7 +27,7 @@ NAMES = ("frozen", "PEFT", "rankwise")
 TOKENS, WIDTH, RANK = 512, 768, 16
 SWEEPS = {
     "rank": [(TOKENS, WIDTH, WIDTH, r) for r in (1, 4, 8, 16, 32, 64)],
-    "tokens": [(m, WIDTH, WIDTH, RANK) for m in (16, 64, 128, 256, 512, 1024, 2048)],
+    "tokens": [(m, WIDTH, WIDTH, RANK) for m in (1, 4, 16, 64, 256, 1024, 4096)],
     "width": [(TOKENS, k, k, RANK) for k in (128, 256, 384, 768, 1536, 3072)],
 }
 MODULES = (1, 2, 4, 8, 16, 32)
