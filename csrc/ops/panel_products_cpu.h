@@ -133,7 +133,7 @@ struct Sum {
   void compute(const Tile& tile) const;
 };
 
-// So few that a weight is read from memory for each product, not for each block of rows.
+// Rows so few that reading the weight is what takes the time.
 constexpr int64_t few_rows = block_rows / 2;
 
 template <typename T, typename F>
