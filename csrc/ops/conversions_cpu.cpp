@@ -43,7 +43,7 @@ template <typename To>
       const float* const update = addend.update[i];
       const uint64_t* const bits = addend.kept[i];
       for (int64_t j = from; j < cols; ++j)
-        put(sum[j] + (bits[j / kept_word] >> (j % kept_word) & 1 ? update[j] : 0.0F), result + j);
+        put(sum[j] + (kept_from(bits, j) & 1 ? update[j] : 0.0F), result + j);
     } else if (addend.row != nullptr) {
       for (int64_t j = from; j < cols; ++j) put(sum[j] + addend.row[j], result + j);
     } else {
@@ -101,7 +101,7 @@ RANKWISE_BFLOAT16_VECTORS int64_t add_in_vectors(Rows<const float> sums, const A
       const float* const update = addend.update[i];
       const uint64_t* const bits = addend.kept[i];
       for (int64_t j = 0; j < done; j += 16) {
-        const auto kept = static_cast<__mmask16>(bits[j / kept_word] >> (j % kept_word));
+        const auto kept = static_cast<__mmask16>(kept_from(bits, j));
         put(_mm512_add_ps(_mm512_loadu_ps(sum + j), _mm512_maskz_loadu_ps(kept, update + j)),
             result + j);
       }

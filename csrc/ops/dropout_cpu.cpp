@@ -52,7 +52,7 @@ template <typename From, typename To>
     To* const dst = to[i];
     const uint64_t* const bits = kept[i];
     for (int64_t j = 0; j < cols; ++j)
-      dst[j] = bits[j / kept_word] >> (j % kept_word) & 1 ? static_cast<To>(src[j]) : To(0);
+      dst[j] = kept_from(bits, j) & 1 ? static_cast<To>(src[j]) : To(0);
   }
 }
 
@@ -70,20 +70,15 @@ void compare_in_vectors(const uint16_t* numbers, uint16_t last, int64_t words, u
   }
 }
 
-// n bits from bit j on; none crosses a word.
-template <typename Mask>
-Mask bits_at(const uint64_t* bits, int64_t j) {
-  return static_cast<Mask>(bits[j / kept_word] >> (j % kept_word));
-}
-
 RANKWISE_TARGET("avx512bw")
 inline void copy_row(const float* src, float* dst, const uint64_t* bits, int64_t count) {
   int64_t j = 0;
   for (; j + 16 <= count; j += 16)
-    _mm512_storeu_ps(dst + j, _mm512_maskz_loadu_ps(bits_at<__mmask16>(bits, j), src + j));
+    _mm512_storeu_ps(dst + j,
+                     _mm512_maskz_loadu_ps(static_cast<__mmask16>(kept_from(bits, j)), src + j));
   if (j == count) return;
   const auto rest = static_cast<__mmask16>((1U << (count - j)) - 1);
-  const auto kept = static_cast<__mmask16>(bits_at<__mmask16>(bits, j) & rest);
+  const auto kept = static_cast<__mmask16>(kept_from(bits, j) & rest);
   _mm512_mask_storeu_ps(dst + j, rest, _mm512_maskz_loadu_ps(kept, src + j));
 }
 
@@ -91,10 +86,11 @@ RANKWISE_TARGET("avx512bw")
 inline void copy_row(const uint16_t* src, uint16_t* dst, const uint64_t* bits, int64_t count) {
   int64_t j = 0;
   for (; j + 32 <= count; j += 32)
-    _mm512_storeu_si512(dst + j, _mm512_maskz_loadu_epi16(bits_at<__mmask32>(bits, j), src + j));
+    _mm512_storeu_si512(
+        dst + j, _mm512_maskz_loadu_epi16(static_cast<__mmask32>(kept_from(bits, j)), src + j));
   if (j == count) return;
   const auto rest = static_cast<__mmask32>((uint64_t{1} << (count - j)) - 1);
-  const __mmask32 kept = bits_at<__mmask32>(bits, j) & rest;
+  const auto kept = static_cast<__mmask32>(kept_from(bits, j) & rest);
   _mm512_mask_storeu_epi16(dst + j, rest, _mm512_maskz_loadu_epi16(kept, src + j));
 }
 
@@ -192,8 +188,8 @@ template void copy_kept(Rows<const at::BFloat16>, KeptBits, int64_t, int64_t, Ro
 at::Tensor draw_seed_cpu(const Dropout& dropout) {
   const at::Tensor seed = at::detail::empty_cpu({dropout.active() ? 1 : 0}, at::kLong);
   if (!dropout.active()) return seed;
-  auto* const generator = at::get_generator_or_default<at::CPUGeneratorImpl>(
-      std::nullopt, at::detail::getDefaultCPUGenerator());
+  auto* const generator =
+      at::check_generator<at::CPUGeneratorImpl>(at::detail::getDefaultCPUGenerator());
   const std::lock_guard lock(generator->mutex_);
   constexpr uint64_t range = std::numeric_limits<int64_t>::max();
   *seed.mutable_data_ptr<int64_t>() = static_cast<int64_t>(generator->random64() % range);

@@ -28,6 +28,11 @@ struct BlockOrigin {
 // element have any value.
 using KeptBits = Rows<const uint64_t>;
 
+// The bits of a row's elements j, j + 1, ... up to the end of j's word, from the lowest on.
+[[gnu::always_inline]] inline uint64_t kept_from(const uint64_t* row, int64_t j) {
+  return row[j / kept_word] >> (j % kept_word);
+}
+
 // Whether the elements of a block are kept. The threshold is that of an active dropout, 1 .. 65536.
 void draw_kept(int64_t seed, uint32_t threshold, BlockOrigin origin, int64_t rows, int64_t cols,
                Rows<uint64_t> bits);
