@@ -6,51 +6,82 @@
 namespace rankwise::kernels {
 namespace {
 
+constexpr int finish_threads = 256;
+
+__device__ inline void add(float4& sum, const float4& term) {
+  sum.x += term.x;
+  sum.y += term.y;
+  sum.z += term.z;
+  sum.w += term.w;
+}
+
+// A thread has a row and four neighbouring directions.
 template <typename T>
-__global__ void finish_rows(FinishRows p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= p.rows * p.rank) return;
-  const int64_t row = i / p.rank, direction = i % p.rank, pitch = (p.rank + 7) / 8 * 8;
-  const float* from = p.partial + row * pitch + direction;
-  float sum = 0.0f;
+__global__ void __launch_bounds__(finish_threads) finish_rows(FinishRows p) {
+  const int fours = static_cast<int>((p.rank + 7) / 8 * 2), rows = finish_threads / fours;
+  const int place = static_cast<int>(threadIdx.x) / fours;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * rows + place;
+  const int four = static_cast<int>(threadIdx.x) % fours, first = 4 * four;
+  if (place >= rows || row >= p.rows || first >= p.rank) return;
+  const auto* from = reinterpret_cast<const float4*>(p.partial) + row * fours + four;
+  float4 sum = {};
 #pragma unroll 4
-  for (int64_t slice = 0; slice < p.slices; ++slice) sum += from[slice * p.rows * pitch];
-  sum *= p.scale;
-  if (p.plain) static_cast<T*>(p.plain)[i] = T(sum);
-  if (p.gated) {
-    const float gate = static_cast<float>(static_cast<const T*>(p.E)[direction]);
-    static_cast<T*>(p.gated)[i] = T(sum * gate);
+  for (int64_t slice = 0; slice < p.slices; ++slice) add(sum, from[slice * p.rows * fours]);
+  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (first + j >= p.rank) return;
+    const int64_t at = row * p.rank + first + j;
+    const float value = p.scale * sums[j];
+    if (p.plain) static_cast<T*>(p.plain)[at] = T(value);
+    if (p.gated) {
+      const float gate = static_cast<float>(static_cast<const T*>(p.E)[first + j]);
+      static_cast<T*>(p.gated)[at] = T(value * gate);
+    }
   }
 }
 
-// A thread has a column and four neighbouring directions.
+// A block has 16 columns and 16 directions. Four of its threads share four neighbouring sums: each
+// adds a quarter of the slices.
+constexpr int finish_cols = 16, finish_ranks = 16, finish_parts = 4;
+
 template <typename T>
-__global__ void finish_columns(FinishColumns p) {
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t first = (static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y) * 4;
+__global__ void __launch_bounds__(finish_threads) finish_columns(FinishColumns p) {
+  __shared__ float4 of_parts[finish_parts][finish_cols][finish_ranks / 4];
+  const int part = static_cast<int>(threadIdx.x) / 64;
+  const int four = static_cast<int>(threadIdx.x) % 4,
+            place = static_cast<int>(threadIdx.x) / 4 % 16;
   const int64_t pitch = (p.rank + 7) / 8 * 8;
-  if (col >= p.cols || first >= p.rank) return;
-  const float* from = p.partial + col * pitch + first;
-  float sums[4] = {};
+  const int64_t first_col = static_cast<int64_t>(blockIdx.x) * finish_cols;
+  const int64_t first_rank = static_cast<int64_t>(blockIdx.y) * finish_ranks;
+  const int64_t each = (p.slices + finish_parts - 1) / finish_parts;
+  const int64_t last = p.slices < (part + 1) * each ? p.slices : (part + 1) * each;
+  float4 sum = {};
+  if (first_col + place < p.cols && first_rank + 4 * four < pitch) {
+    const float* from = p.partial + (first_col + place) * pitch + first_rank + 4 * four;
 #pragma unroll 4
-  for (int64_t slice = 0; slice < p.slices; ++slice) {
-    const float4 four = *reinterpret_cast<const float4*>(from + slice * p.cols * pitch);
-    sums[0] += four.x;
-    sums[1] += four.y;
-    sums[2] += four.z;
-    sums[3] += four.w;
+    for (int64_t slice = part * each; slice < last; ++slice) {
+      add(sum, *reinterpret_cast<const float4*>(from + slice * p.cols * pitch));
+    }
   }
+  of_parts[part][place][four] = sum;
+  __syncthreads();
+  // One sum for each thread, neighbours along what is contiguous in the result.
+  const int i = static_cast<int>(threadIdx.x);
+  const int col_of = p.by_rank ? i % 16 : i / 16, rank_of = p.by_rank ? i / 16 : i % 16;
+  const int64_t col = first_col + col_of, direction = first_rank + rank_of;
+  if (col >= p.cols || direction >= p.rank) return;
+  float total = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t direction = first + i;
-    if (direction >= p.rank) return;
-    const float sum = p.scale * sums[i];
-    if (p.sums) p.sums[col * pitch + direction] = sum;
-    if (!p.out) continue;
-    const float gate = p.E ? static_cast<float>(static_cast<const T*>(p.E)[direction]) : 1.0f;
-    const int64_t at = p.by_rank ? direction * p.out_stride + col : col * p.out_stride + direction;
-    static_cast<T*>(p.out)[at] = T(sum * gate);
+  for (int j = 0; j < finish_parts; ++j) {
+    total += reinterpret_cast<const float*>(&of_parts[j][col_of][0])[rank_of];
   }
+  total *= p.scale;
+  if (p.sums) p.sums[col * pitch + direction] = total;
+  if (!p.out) return;
+  const float gate = p.E ? static_cast<float>(static_cast<const T*>(p.E)[direction]) : 1.0f;
+  const int64_t at = p.by_rank ? direction * p.out_stride + col : col * p.out_stride + direction;
+  static_cast<T*>(p.out)[at] = T(total * gate);
 }
 
 constexpr int gate_threads = 256;
@@ -76,22 +107,21 @@ __global__ void gate_gradient(GateGradient p) {
 }  // namespace
 
 int launch_finish_rows(const FinishRows& problem, void* stream) {
-  constexpr unsigned threads = 256;
-  const int64_t blocks = divide_up(problem.rows * problem.rank, threads);
-  if (blocks == 0) return cudaSuccess;
+  if (problem.rows == 0 || problem.rank == 0) return cudaSuccess;
+  const int64_t blocks =
+      divide_up(problem.rows, finish_threads / (partial_pitch(problem.rank) / 4));
   return with_factor_type(problem.factor_type, [&](auto type) {
-    return launch(finish_rows<decltype(type)>, static_cast<unsigned>(blocks), threads, 0, stream,
-                  problem);
+    return launch(finish_rows<decltype(type)>, static_cast<unsigned>(blocks), finish_threads, 0,
+                  stream, problem);
   });
 }
 
 int launch_finish_columns(const FinishColumns& problem, void* stream) {
-  const dim3 block(64, 4);
-  const dim3 grid(static_cast<unsigned>(divide_up(problem.cols, block.x)),
-                  static_cast<unsigned>(divide_up(problem.rank, 4 * block.y)));
+  const dim3 grid(static_cast<unsigned>(divide_up(problem.cols, finish_cols)),
+                  static_cast<unsigned>(divide_up(problem.rank, finish_ranks)));
   if (grid.x == 0 || grid.y == 0) return cudaSuccess;
   return with_factor_type(problem.factor_type, [&](auto type) {
-    return launch(finish_columns<decltype(type)>, grid, block, 0, stream, problem);
+    return launch(finish_columns<decltype(type)>, grid, finish_threads, 0, stream, problem);
   });
 }
 

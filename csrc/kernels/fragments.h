@@ -5,7 +5,7 @@
 // parts are exact, and their sums are as good as float32's.
 #pragma once
 
-#include "device.h"
+#include "tiles.h"
 
 namespace rankwise::kernels {
 
@@ -40,15 +40,24 @@ __device__ inline uint32_t as_bits(float value) {
 #endif
 }
 
-// fragments[p][j]: part p of the pair in place j, largest part first.
-template <int parts>
-__device__ inline void split(float low, float high, int j, uint32_t (&fragments)[parts][4]) {
+// parts[p]: part p of a pair, largest part first.
+template <int parts_>
+__device__ inline void cut(float low, float high, uint32_t (&parts)[parts_]) {
 #pragma unroll
-  for (int p = 0; p < parts; ++p) {
-    fragments[p][j] = as_bits(low) >> 16 | (as_bits(high) & 0xFFFF0000u);
+  for (int p = 0; p < parts_; ++p) {
+    parts[p] = as_bits(low) >> 16 | (as_bits(high) & 0xFFFF0000u);
     low -= as_float(as_bits(low) & 0xFFFF0000u);
     high -= as_float(as_bits(high) & 0xFFFF0000u);
   }
+}
+
+// fragments[p][j]: part p of the pair in place j.
+template <int parts>
+__device__ inline void split(float low, float high, int j, uint32_t (&fragments)[parts][4]) {
+  uint32_t pair[parts];
+  cut(low, high, pair);
+#pragma unroll
+  for (int p = 0; p < parts; ++p) fragments[p][j] = pair[p];
 }
 
 // 16 x 16 elements (i, k) of an operand, i counting the product's rows or columns and k what is
@@ -87,6 +96,70 @@ struct Operand {
   }
 };
 
+// Like Operand, for numbers that were cut beforehand: part p lies `plane` elements further on.
+template <typename T, int pitch_, bool transposed_, int parts_, int plane>
+struct CutOperand {
+  static constexpr int parts = parts_;
+  const T* tile;
+
+  __device__ void load(int i, int k, uint32_t (&fragments)[parts][4]) const {
+    const T* first = transposed_ ? tile + k * pitch_ + i : tile + i * pitch_ + k;
+    uint32_t one[1][4];
+#pragma unroll
+    for (int p = 0; p < parts; ++p) {
+      load_fragment<transposed_, pitch_>(first + p * plane, one);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) fragments[p][j] = one[0][j];
+    }
+  }
+};
+
+// A tile of float32 numbers cut into `parts` bfloat16 parts each, in planes of shared memory. It
+// comes by way of registers: load() what store() then cuts.
+template <int tile_rows, int tile_cols, int threads, int parts>
+struct CutTile {
+  using Geometry = Tile<float, tile_rows, tile_cols, threads>;
+  static constexpr int pitch = Geometry::pitch, plane = tile_rows * pitch;
+  static constexpr int bytes = parts * plane * static_cast<int>(sizeof(__nv_bfloat16));
+
+  struct Held {
+    Piece<float> pieces[Geometry::each];
+  };
+
+  __device__ static void load(Held& held, const Part<float>& part) {
+    const int row = Geometry::first_row(), col = Geometry::first_col();
+    const int rows = clamped(part.matrix.rows - part.row, tile_rows);
+    const int count = clamped(part.matrix.cols - part.col - col, piece);
+    const float* from = part.matrix.data + (part.row + row) * part.matrix.stride + part.col + col;
+    const int64_t step = Geometry::row_step * part.matrix.stride;
+#pragma unroll
+    for (int i = 0; i < Geometry::each; ++i) {
+      const bool valid = Geometry::has(i) && row + i * Geometry::row_step < rows;
+      held.pieces[i].load(from, valid ? count : 0, part.matrix.alignment);
+      from += step;
+    }
+  }
+
+  __device__ static void store(__nv_bfloat16* planes, const Held& held) {
+    const int row = Geometry::first_row(), col = Geometry::first_col();
+    __nv_bfloat16* to = planes + row * pitch + col;
+#pragma unroll
+    for (int i = 0; i < Geometry::each; ++i) {
+      if (!Geometry::has(i)) continue;
+      uint32_t pairs[piece / 2][parts];
+#pragma unroll
+      for (int j = 0; j < piece / 2; ++j) {
+        cut(held.pieces[i].value[2 * j], held.pieces[i].value[2 * j + 1], pairs[j]);
+      }
+#pragma unroll
+      for (int p = 0; p < parts; ++p) {
+        *reinterpret_cast<uint4*>(to + p * plane + i * Geometry::row_step * pitch) =
+            make_uint4(pairs[0][p], pairs[1][p], pairs[2][p], pairs[3][p]);
+      }
+    }
+  }
+};
+
 // sums[n] += a b for column n of 8 of b, smallest products first.
 template <typename Mma, int parts_a, int parts_b>
 __device__ inline void multiply_fragments(float (&sums)[4], const uint32_t (&a)[parts_a][4],
@@ -105,8 +178,8 @@ __device__ inline void multiply_fragments(float (&sums)[4], const uint32_t (&a)[
 // sums[i][n] += rows 16 i.. of a times columns 8 n.. of b, over k below `depth`, for the columns
 // below `cols`. A warp's sums: lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the
 // next one.
-template <typename Mma, typename A, typename B, int groups, int columns>
-__device__ inline void multiply_tiles(const A& a, const B& b, int depth, int cols,
+template <typename Mma, int depth, typename A, typename B, int groups, int columns>
+__device__ inline void multiply_tiles(const A& a, const B& b, int cols,
                                       float (&sums)[groups][columns][4]) {
 #pragma unroll
   for (int k = 0; k < depth; k += 16) {
@@ -121,9 +194,7 @@ __device__ inline void multiply_tiles(const A& a, const B& b, int depth, int col
 #pragma unroll
       for (int i = 0; i < groups; ++i) {
         multiply_fragments<Mma>(sums[i][n], rows_of_a[i], columns_of_b, 0);
-        if (n + 1 < columns && 8 * n + 8 < cols) {
-          multiply_fragments<Mma>(sums[i][n + 1], rows_of_a[i], columns_of_b, 1);
-        }
+        if (n + 1 < columns) multiply_fragments<Mma>(sums[i][n + 1], rows_of_a[i], columns_of_b, 1);
       }
     }
   }
@@ -131,18 +202,63 @@ __device__ inline void multiply_tiles(const A& a, const B& b, int depth, int col
 
 // The same, summed apart where operands have parts: in one long sum the tensor core would lose more
 // than float32 does.
-template <typename Mma, typename A, typename B, int groups, int columns>
-__device__ inline void add_product(const A& a, const B& b, int depth, int cols,
+template <typename Mma, int depth, typename A, typename B, int groups, int columns>
+__device__ inline void add_product(const A& a, const B& b, int cols,
                                    float (&sums)[groups][columns][4]) {
   if constexpr (B::parts == 1) {
-    multiply_tiles<Mma>(a, b, depth, cols, sums);
+    multiply_tiles<Mma, depth>(a, b, cols, sums);
   } else {
-    float product[groups][columns][4] = {};
-    multiply_tiles<Mma>(a, b, depth, cols, product);
+    constexpr int step = columns < 2 ? 1 : 2;
 #pragma unroll
-    for (int i = 0; i < groups * columns * 4; ++i) {
-      sums[i / 4 / columns][i / 4 % columns][i % 4] +=
-          product[i / 4 / columns][i / 4 % columns][i % 4];
+    for (int n = 0; n < columns; n += step) {
+      if (8 * n >= cols) continue;
+      float product[groups][step][4] = {};
+#pragma unroll
+      for (int k = 0; k < depth; k += 16) {
+        uint32_t columns_of_b[B::parts][4];
+        b.load(8 * n, k, columns_of_b);
+#pragma unroll
+        for (int i = 0; i < groups; ++i) {
+          uint32_t rows_of_a[A::parts][4];
+          a.load(16 * i, k, rows_of_a);
+#pragma unroll
+          for (int j = 0; j < step; ++j) {
+            multiply_fragments<Mma>(product[i][j], rows_of_a, columns_of_b, j);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < groups * step * 4; ++i) {
+        sums[i / 4 / step][n + i / 4 % step][i % 4] += product[i / 4 / step][i / 4 % step][i % 4];
+      }
+    }
+  }
+}
+
+// Adds the sums of `others` further warps, `warps` apart, to each of the first `warps` warps', in
+// order. `room` has (others) * warps * 32 * count floats, and nothing else is done with it.
+template <int warps, int others, int groups, int columns>
+__device__ inline void gather_sums(float* room, float (&sums)[groups][columns][4]) {
+  if constexpr (others > 0) {
+    constexpr int count = groups * columns * 4;
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    if (warp >= warps) {
+      float* to = room + (warp - warps) * count * 32 + lane;
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        to[32 * i] = sums[i / 4 / columns][i / 4 % columns][i % 4];
+      }
+    }
+    __syncthreads();
+    if (warp < warps) {
+#pragma unroll
+      for (int other = 0; other < others; ++other) {
+        const float* from = room + (other * warps + warp) * count * 32 + lane;
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+          sums[i / 4 / columns][i / 4 % columns][i % 4] += from[32 * i];
+        }
+      }
     }
   }
 }

@@ -15,6 +15,17 @@ struct Philox {
   uint32_t word[4];
 };
 
+// All 64 bits of a product. nvcc makes more than one instruction of the plain expression.
+RANKWISE_HOST_DEVICE inline uint64_t multiply_wide(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
 // The four output words for a 64-bit counter and a 64-bit key (low word first; the counter's high
 // half of 128 bits is zero unless given).
 RANKWISE_HOST_DEVICE inline Philox philox(uint64_t counter, uint64_t key,
@@ -23,8 +34,8 @@ RANKWISE_HOST_DEVICE inline Philox philox(uint64_t counter, uint64_t key,
   auto c2 = static_cast<uint32_t>(counter_high), c3 = static_cast<uint32_t>(counter_high >> 32);
   auto k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < Philox::rounds; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(Philox::multiplier0) * c0;
-    const uint64_t p1 = static_cast<uint64_t>(Philox::multiplier1) * c2;
+    const uint64_t p0 = multiply_wide(Philox::multiplier0, c0);
+    const uint64_t p1 = multiply_wide(Philox::multiplier1, c2);
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
     c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
     c1 = static_cast<uint32_t>(p1);

@@ -86,8 +86,8 @@ Chunks column_product_chunks(const ColumnProducts& problem);
 int launch_column_products(const ColumnProducts& problem, float* partial, void* stream);
 
 // RowProducts with B and ColumnProducts with hidden in one read of dy, for 16-bit dy and up to 32
-// directions. `of_rows` counts the slices of the column products, `of_columns` those of the row
-// products.
+// directions of its type or 16 of float32. `of_rows` counts the slices of the column products,
+// `of_columns` those of the row products.
 struct OutputProducts {
   Type wide_type, factor_type;
   int64_t rows, cols, rank;

@@ -18,14 +18,14 @@ from rankwise._library import library
 ARCHITECTURES = {"sm_80", "sm_90"}  # RANKWISE_CUDA_ARCHITECTURES
 
 # kernel -> (instances, most registers of a thread, most bytes of static shared memory). Registers:
-# 168 let three blocks of 128 threads run on one multiprocessor, 128 two of 256.
+# 128 let two blocks of 256 threads run on one multiprocessor.
 PLAN = {
     "check_gradients": (1, 48, 0),
-    "column_products": (10, 168, 0),
+    "column_products": (10, 128, 0),
     "column_sums": (5, 64, 0),
     "dropout_mask_kernel": (4, 32, 0),
-    "expand": (15, 168, 0),
-    "finish_columns": (3, 40, 0),
+    "expand": (30, 128, 0),
+    "finish_columns": (3, 48, 4096),
     "finish_rows": (3, 40, 0),
     "gate_gradient": (3, 40, 1024),
     "gather": (3, 32, 0),
@@ -36,14 +36,18 @@ PLAN = {
     "order_triplets": (1, 48, 4096),
     "orthogonality_gradient": (4, 64, 10752),
     "orthogonality_terms": (2, 40, 2048),
-    "output_products": (8, 128, 0),
+    "output_products": (6, 128, 0),
     "probe_kernel": (1, 32, 0),
     "record_choice": (1, 64, 8832),
-    "row_products": (20, 168, 0),
+    "row_products": (20, 128, 0),
     "schedule_step": (1, 32, 0),
     "spend_budget": (1, 40, 4616),
     "sum_of_terms": (2, 40, 2048),
 }
+
+# kernel -> most bytes of a thread's registers that lie in memory: of float32 factors with more than
+# 16 directions, and of sums on a table's rows. Fewer warps at a time would cost more.
+SPILLED = {"column_products": 64, "expand": 112, "row_products": 40}
 
 
 def cuobjdump() -> str | None:
@@ -102,8 +106,9 @@ def test_every_kernel_is_there_for_every_architecture(usage):
     }
 
 
-def test_nothing_spills(usage):
-    assert [entry for entry in usage if entry["stack"] or entry["local"]] == []
+def test_little_spills(usage):
+    beyond = [e for e in usage if e["stack"] > SPILLED.get(e["name"], 0) or e["local"]]
+    assert beyond == []
 
 
 def test_registers_and_shared_memory_keep_to_the_plan(usage):
