@@ -1,5 +1,5 @@
-// scale * H F for H [rows, rank] and F [rank, cols], masked or added to rows of a table: what is
-// written is touched once.
+// scale * H F for H [rows, rank] and F [rank, cols], masked or added to a bias or to rows of a
+// table: what is written is touched once, and rounded once.
 #include "fragments.h"
 #include "skinny_products.h"
 #include "table_row.h"
@@ -17,6 +17,12 @@ constexpr int parts_for = std::is_same_v<Wide, Factor> && sizeof(Wide) == 2 ? 1
 // out = scale * mask(sum).
 struct Masked {
   DropoutMask dropout;
+};
+
+// out = the bias + scale * sum.
+template <typename Wide>
+struct OnBias {
+  View<Wide> bias;  // one row
 };
 
 // out = the row's row of the table + scale * sum.
@@ -243,6 +249,7 @@ __device__ inline void round_pair(float low, float high, int i, Piece<Wide>& to)
 template <typename P>
 struct Result {
   using Wide = typename P::Wide;
+  using Sums = float[P::warp_rows / 16][P::warp_cols / 8][4];
   static constexpr int down = P::warp_rows / 8, across = P::warp_cols / 32;
   const View<Wide>& shape;
   int64_t row, col;
@@ -262,32 +269,30 @@ struct Result {
     return row + 8 * i < shape.rows ? clamped(shape.cols - col - 32 * j, piece) : 0;
   }
 
-  // Row i of the sums, scaled, on top of what was read or alone, and rounded.
-  template <bool on_table>
-  __device__ void take(const float (&sums)[P::warp_rows / 16][P::warp_cols / 8][4], float scale,
-                       int i) {
+  __device__ void take(const Sums& sums, float scale, const Masked&) {
 #pragma unroll
-    for (int j = 0; j < across; ++j) {
+    for (int i = 0; i < down; ++i) {
 #pragma unroll
-      for (int k = 0; k < piece / 2; ++k) {
-        float low = scale * sums[i / 2][4 * j + k][i % 2 * 2];
-        float high = scale * sums[i / 2][4 * j + k][i % 2 * 2 + 1];
-        if constexpr (on_table) {
-          low += static_cast<float>(pieces[i][j].value[2 * k]);
-          high += static_cast<float>(pieces[i][j].value[2 * k + 1]);
-        }
-        round_pair(low, high, k, pieces[i][j]);
-      }
+      for (int j = 0; j < across; ++j) round<false>(sums, scale, i, j, pieces[i][j]);
     }
   }
 
-  __device__ void read(const OnTable<Wide>& from, int i) {
-    if (row + 8 * i >= shape.rows) return;
-    const Wide* start = from.table.data + row_at(from.rows, row + 8 * i) * from.table.stride + col;
+  __device__ void take(const Sums& sums, float scale, const OnBias<Wide>& from) {
 #pragma unroll
     for (int j = 0; j < across; ++j) {
-      pieces[i][j].load(start + 32 * j, count(i, j), from.table.alignment);
+      Piece<Wide> bias;
+      bias.load(from.bias.data + col + 32 * j, clamped(shape.cols - col - 32 * j, piece),
+                from.bias.alignment);
+#pragma unroll
+      for (int i = 0; i < down; ++i) round<true>(sums, scale, i, j, bias);
     }
+  }
+
+  // Row i alone: it is written before the next one is read.
+  __device__ void take(const Sums& sums, float scale, const OnTable<Wide>& from, int i) {
+    read(from, i);
+#pragma unroll
+    for (int j = 0; j < across; ++j) round<true>(sums, scale, i, j, pieces[i][j]);
   }
 
   __device__ void drop(uint64_t seed, uint32_t limit) {
@@ -343,6 +348,31 @@ struct Result {
       for (int i = 0; i < down; ++i) write(out, i);
     }
   }
+
+ private:
+  __device__ void read(const OnTable<Wide>& from, int i) {
+    if (row + 8 * i >= shape.rows) return;
+    const Wide* start = from.table.data + row_at(from.rows, row + 8 * i) * from.table.stride + col;
+#pragma unroll
+    for (int j = 0; j < across; ++j) {
+      pieces[i][j].load(start + 32 * j, count(i, j), from.table.alignment);
+    }
+  }
+
+  // Piece (i, j) of the sums, scaled, on top of `base` or alone.
+  template <bool on_top>
+  __device__ void round(const Sums& sums, float scale, int i, int j, const Piece<Wide>& base) {
+#pragma unroll
+    for (int k = 0; k < piece / 2; ++k) {
+      float low = scale * sums[i / 2][4 * j + k][i % 2 * 2];
+      float high = scale * sums[i / 2][4 * j + k][i % 2 * 2 + 1];
+      if constexpr (on_top) {
+        low += static_cast<float>(base.value[2 * k]);
+        high += static_cast<float>(base.value[2 * k + 1]);
+      }
+      round_pair(low, high, k, pieces[i][j]);
+    }
+  }
 };
 
 template <typename Types, int rank_tile, bool by_column, typename Source>
@@ -351,7 +381,8 @@ __global__ void __launch_bounds__(Plan<Types, rank_tile>::threads,
     expand(View<typename Types::Factor> hidden, View<typename Types::Factor> factor, float scale,
            Source source, View<typename Types::Wide> shape, typename Types::Wide* out) {
   using P = Plan<Types, rank_tile>;
-  constexpr bool on_table = !std::is_same_v<Source, Masked>;
+  constexpr bool masked = std::is_same_v<Source, Masked>;
+  constexpr bool on_table = std::is_same_v<Source, OnTable<typename Types::Wide>>;
   auto* hidden_tile = dynamic_shared<typename P::Number>();
   auto* factor_tile = hidden_tile + P::parts * P::hidden_plane;
   const auto across = static_cast<unsigned>((shape.cols + P::col_tile - 1) / P::col_tile);
@@ -361,7 +392,7 @@ __global__ void __launch_bounds__(Plan<Types, rank_tile>::threads,
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int warp_col = warp % P::col_warps * P::warp_cols;
   uint64_t seed = 0;
-  if constexpr (!on_table) {
+  if constexpr (masked) {
     if (source.dropout.threshold > 0) seed = static_cast<uint64_t>(*source.dropout.seed);
   }
 
@@ -390,14 +421,17 @@ __global__ void __launch_bounds__(Plan<Types, rank_tile>::threads,
                   clamped(rank - first, rank_tile), sums);
     }
     Result<P> result(shape, first_row + warp_row, first_col + warp_col);
+    if constexpr (on_table) {
 #pragma unroll
-    for (int i = 0; i < result.down; ++i) {
-      if constexpr (on_table) result.read(source, i);
-      result.template take<on_table>(sums, scale, i);
-      if constexpr (on_table) result.write(out, i);
-    }
-    if constexpr (!on_table) {
-      if (source.dropout.threshold > 0) result.drop(seed, (source.dropout.threshold << 16) - 1);
+      for (int i = 0; i < result.down; ++i) {
+        result.take(sums, scale, source, i);
+        result.write(out, i);
+      }
+    } else {
+      result.take(sums, scale, source);
+      if constexpr (masked) {
+        if (source.dropout.threshold > 0) result.drop(seed, (source.dropout.threshold << 16) - 1);
+      }
       result.write(out);
     }
   }
@@ -430,12 +464,18 @@ int launch_by_rank(const Expand& problem, const Source& source, void* stream) {
 }  // namespace
 
 int launch_expand(const Expand& problem, void* stream) {
+  if (problem.bias && (!problem.transposed || problem.dropout.threshold > 0)) {
+    return cudaErrorInvalidValue;
+  }
   if (problem.rows == 0 || problem.cols == 0) return cudaSuccess;
-  const Masked result{problem.dropout};
+  const Masked masked{problem.dropout};
   return with_types(problem.wide_type, problem.factor_type, [&](auto types) {
     using Types = decltype(types);
-    return problem.transposed ? launch_by_rank<Types, true>(problem, result, stream)
-                              : launch_by_rank<Types, false>(problem, result, stream);
+    using Wide = typename Types::Wide;
+    if (!problem.transposed) return launch_by_rank<Types, false>(problem, masked, stream);
+    if (!problem.bias) return launch_by_rank<Types, true>(problem, masked, stream);
+    const OnBias<Wide> result{view<Wide>(problem.bias, 1, problem.cols, 0)};
+    return launch_by_rank<Types, true>(problem, result, stream);
   });
 }
 

@@ -6,7 +6,7 @@
 //   output_gradient  dh = scaling * keep_scale * (dy B) o E^T
 //                    g = scaling * hidden^T dy,   dB = (g o E)^T,   dE_i = sum_n B[n, i] g[i, n]
 //   input_factor_gradient   dA = dh^T mask(x)
-//   expand           out = scale * mask(H A)   or   scale * mask(H B^T)
+//   expand           out = scale * mask(H A),   scale * mask(H B^T)   or   scale * H B^T + bias
 //
 // Types: a wide matrix is bfloat16, float16 or float32; the factors (A, B, E), hidden, gated, dh
 // and the factors' gradients share one type, that of the wide matrix or float32. Products are
@@ -95,6 +95,7 @@ struct Expand {
   DropoutMask dropout;
   void* out;  // written, [rows, cols]
   int64_t out_stride;
+  const void* bias = nullptr;  // [cols] of wide_type, or null; for `transposed` without dropout
 };
 int launch_expand(const Expand& problem, void* stream);
 

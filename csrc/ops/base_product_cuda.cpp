@@ -1,9 +1,9 @@
-// cuBLASLt with beta = 1 and the bias in its epilogue. It works on column-major matrices, so a
-// row-major out = left right is computed as out^T = right^T left^T.
+// cuBLASLt with beta = 1, or with the bias in its epilogue: of both at once it makes two roundings.
+// It works on column-major matrices, so a row-major out = left right is computed as
+// out^T = right^T left^T.
 #include "base_product_cuda.h"
 
 #include <ATen/Context.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAStream.h>
@@ -256,20 +256,14 @@ Plan plan(const Problem& problem) {
 
 void multiply_aten(at::Tensor out, const at::Tensor& left, const at::Tensor& right,
                    const at::Tensor& bias, bool accumulate) {
-  at::addmm_out(out, out, left, right, /*beta=*/accumulate);
-  if (bias.defined()) at::add_out(out, out, bias);
+  const double beta = accumulate || bias.defined() ? 1.0 : 0.0;
+  at::addmm_out(out, bias.defined() ? bias : out, left, right, beta);
 }
 
-}  // namespace
-
-void multiply_base(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right_view,
-                   const std::optional<at::Tensor>& bias_view, bool accumulate) {
+// out = left right + bias where there is a bias, or out += left right.
+void multiply(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right_view,
+              const at::Tensor& bias, bool accumulate) {
   const at::Tensor right = has_layout(right_view) ? right_view : right_view.contiguous();
-  at::Tensor bias;
-  if (has(bias_view)) {
-    bias = bias_view->contiguous();
-    if (alignment(bias) < bias_alignment) bias = bias.clone();
-  }
   const Problem problem = describe(out, left, right, bias.defined());
   Plan found = plan(problem);
   auto& [of, algorithm] = found;
@@ -286,6 +280,22 @@ void multiply_base(const at::Tensor& out, const at::Tensor& left, const at::Tens
                               result, &of.out, &algorithm.value, workspace.mutable_data_ptr(),
                               algorithm.workspace, c10::cuda::getCurrentCUDAStream().stream()),
                "cublasLtMatmul");
+}
+
+}  // namespace
+
+void multiply_base(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right,
+                   const std::optional<at::Tensor>& bias_view) {
+  at::Tensor bias;
+  if (has(bias_view)) {
+    bias = bias_view->contiguous();
+    if (alignment(bias) < bias_alignment) bias = bias.clone();
+  }
+  multiply(out, left, right, bias, /*accumulate=*/false);
+}
+
+void add_base(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right) {
+  multiply(out, left, right, {}, /*accumulate=*/true);
 }
 
 }  // namespace rankwise

@@ -1,4 +1,4 @@
-// The large product of a layer on the device, accumulated onto what a kernel has written.
+// The large product of a layer on the device, alone or added to what a kernel has written.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,12 +7,14 @@
 
 namespace rankwise {
 
-// out = left right + bias, or out += left right + bias with `accumulate`: cuBLASLt, sums in
-// float32, rounded once, on the current stream. out [m, n] and left [m, k] have unit column stride,
-// right [k, n] any strides, bias is [n]; no size is 0; one dtype (bfloat16, float16, float32; TF32
-// only where PyTorch's settings allow it). The same shapes, strides and alignments give the same
-// bits.
+// out = left right + bias: cuBLASLt, sums in float32, rounded once, on the current stream.
+// out [m, n] and left [m, k] have unit column stride, right [k, n] any strides, bias is [n]; no
+// size is 0; one dtype (bfloat16, float16, float32; TF32 only where PyTorch's settings allow it).
+// The same shapes, strides and alignments give the same bits.
 void multiply_base(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right,
-                   const std::optional<at::Tensor>& bias, bool accumulate);
+                   const std::optional<at::Tensor>& bias);
+
+// out += left right, likewise.
+void add_base(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
 
 }  // namespace rankwise

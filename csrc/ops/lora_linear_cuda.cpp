@@ -1,5 +1,6 @@
-// lora_linear on CUDA: the LoRA term is written first, by a kernel, and the base product added to
-// it (beta = 1), so y and dx are written once, read once more and the larger term is rounded last.
+// lora_linear on CUDA: the LoRA term is written first, by a kernel and with the bias in it, and the
+// base product added to it (beta = 1), so y and dx are written once, read once more and the larger
+// term is rounded last.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
@@ -45,20 +46,23 @@ void shrink(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& h
   check_launch(kernels::launch_shrink(problem, partial.mutable_data_ptr(), current_stream()));
 }
 
-// y = scaling * gated B^T + bias + x W0^T.
+// y = (scaling * gated B^T + bias) + x W0^T, rounded after each of the two sums.
 at::Tensor expand_and_accumulate(const CudaAdapter& adapter, const at::Tensor& x,
                                  const at::Tensor& w, const std::optional<at::Tensor>& bias,
                                  const at::Tensor& gated) {
   const at::Tensor y = at::empty({x.size(0), w.size(0)}, x.options());
-  if (adapter.rank() > 0) {
-    check_launch(kernels::launch_expand(
-        {y.size(0), y.size(1), adapter.rank(), kernel_type(y), adapter.type(),
-         gated.const_data_ptr(), adapter.B.const_data_ptr(), adapter.B.stride(0),
-         /*transposed=*/true, static_cast<float>(adapter.scaling), kernels::DropoutMask{},
-         y.mutable_data_ptr(), y.stride(0)},
-        current_stream()));
+  if (adapter.rank() == 0) {
+    multiply_base(y, x, w.t(), bias);
+    return y;
   }
-  multiply_base(y, x, w.t(), bias, /*accumulate=*/adapter.rank() > 0);
+  const at::Tensor own_bias = has(bias) ? bias->contiguous() : at::Tensor();
+  check_launch(kernels::launch_expand(
+      {y.size(0), y.size(1), adapter.rank(), kernel_type(y), adapter.type(), gated.const_data_ptr(),
+       adapter.B.const_data_ptr(), adapter.B.stride(0), /*transposed=*/true,
+       static_cast<float>(adapter.scaling), kernels::DropoutMask{}, y.mutable_data_ptr(),
+       y.stride(0), own_bias.defined() ? own_bias.const_data_ptr() : nullptr},
+      current_stream()));
+  add_base(y, x, w.t());
   return y;
 }
 
@@ -102,14 +106,16 @@ void input_factor_gradient(const CudaAdapter& adapter, const at::Tensor& x, cons
 at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
                           const at::Tensor& dh) {
   const at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
-  if (adapter.rank() > 0) {
-    check_launch(kernels::launch_expand(
-        {dx.size(0), dx.size(1), adapter.rank(), kernel_type(dx), adapter.type(),
-         dh.const_data_ptr(), adapter.A.const_data_ptr(), adapter.A.stride(0),
-         /*transposed=*/false, 1.0f, adapter.mask(), dx.mutable_data_ptr(), dx.stride(0)},
-        current_stream()));
+  if (adapter.rank() == 0) {
+    multiply_base(dx, dy, w, {});
+    return dx;
   }
-  multiply_base(dx, dy, w, {}, /*accumulate=*/adapter.rank() > 0);
+  check_launch(kernels::launch_expand(
+      {dx.size(0), dx.size(1), adapter.rank(), kernel_type(dx), adapter.type(), dh.const_data_ptr(),
+       adapter.A.const_data_ptr(), adapter.A.stride(0), /*transposed=*/false, 1.0f, adapter.mask(),
+       dx.mutable_data_ptr(), dx.stride(0)},
+      current_stream()));
+  add_base(dx, dy, w);
   return dx;
 }
 

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <string>
 
 #include "kernel_checks.h"
@@ -137,22 +138,24 @@ class Problem {
   }
 
   void expand(bool transposed) {
-    Matrix<Wide> out(c_.rows, c_.cols, c_.result);
     const Matrix<Factor>& factor = transposed ? B_ : A_;
-    Expand p{c_.rows,        c_.cols,       c_.rank,       type_of<Wide>, type_of<Factor>,
-             skinny_.data(), factor.data(), factor.stride, transposed,    scaling,
-             dropout(),      out.data(),    out.stride};
-    ASSERT_EQ(launch_expand(p, nullptr), 0);
-    // Factors of float32 keep 16 bits of each number beside results of 16 bits.
-    constexpr bool cut = sizeof(Wide) == 2 && sizeof(Factor) == 4;
-    expect_close("expand", out, cut ? c_.rank + 2 * 256 : c_.rank, [&](int64_t i, int64_t j) {
+    expand(factor, transposed, dropout(), nullptr, [&](int64_t i, int64_t j) {
       Expected e;
       for (int64_t r = 0; r < c_.rank; ++r) {
         e.add(kept(i, j) * scaling * skinny_.at(i, r) * (transposed ? B_.at(j, r) : A_.at(r, j)));
       }
       return e;
     });
-    keep(out.bytes());
+  }
+
+  void expand_on_bias() {
+    const auto bias = Matrix<Wide>::random(1, c_.cols, random_, {0, c_.wide.offset, c_.wide.flush});
+    expand(B_, /*transposed=*/true, {}, bias.data(), [&](int64_t i, int64_t j) {
+      Expected e;
+      for (int64_t r = 0; r < c_.rank; ++r) e.add(scaling * skinny_.at(i, r) * B_.at(j, r));
+      e.add(bias.at(0, j));
+      return e;
+    });
   }
 
   void everything() {
@@ -161,12 +164,27 @@ class Problem {
     input_factor_gradient();
     expand(false);
     expand(true);
+    expand_on_bias();
   }
 
   // All that was written so far, as bytes.
   const std::vector<unsigned char>& written() const { return written_; }
 
  private:
+  void expand(const Matrix<Factor>& factor, bool transposed, const DropoutMask& dropout,
+              const void* bias, const std::function<Expected(int64_t, int64_t)>& expected) {
+    Matrix<Wide> out(c_.rows, c_.cols, c_.result);
+    Expand p{c_.rows,        c_.cols,       c_.rank,       type_of<Wide>, type_of<Factor>,
+             skinny_.data(), factor.data(), factor.stride, transposed,    scaling,
+             dropout,        out.data(),    out.stride,    bias};
+    ASSERT_EQ(launch_expand(p, nullptr), 0);
+    // Factors of float32 keep 16 bits of each number beside results of 16 bits.
+    constexpr bool cut = sizeof(Wide) == 2 && sizeof(Factor) == 4;
+    expect_close(bias ? "expand on bias" : "expand", out, cut ? c_.rank + 2 * 256 : c_.rank,
+                 expected);
+    keep(out.bytes());
+  }
+
   const void* E() const { return c_.gate ? E_.data() : nullptr; }
   DropoutMask dropout() const { return {c_.threshold > 0 ? seed_.data() : nullptr, c_.threshold}; }
   double kept(int64_t i, int64_t j) const { return mask_[i * c_.cols + j]; }

@@ -194,5 +194,43 @@ TEST(LoraLinearTypes, OthersAreRefused) {
   EXPECT_EQ(launch_shrink(p, nullptr, nullptr), static_cast<int>(cudaErrorInvalidValue));
 }
 
+// A sum far smaller than the bias changes it by what one rounding leaves of it.
+TEST(LoraLinearBias, IsAddedBeforeTheRounding) {
+  cuda_model::set_schedule({});
+  constexpr int64_t rows = 2, cols = 24;
+  const DeviceArray<__nv_bfloat16> hidden(std::vector(rows, __nv_bfloat16(1.0f)));
+  // 1 + 2^-8 is halfway to the next bfloat16: a little more decides, which 16 bits of the sum lose.
+  const DeviceArray<__nv_bfloat16> factor(std::vector(cols, __nv_bfloat16(0x1p-8f)));
+  const DeviceArray<__nv_bfloat16> bias(std::vector(cols, __nv_bfloat16(1.0f)));
+  const DeviceArray<__nv_bfloat16> out(rows * cols);
+  const Expand p{rows,
+                 cols,
+                 1,
+                 Type::bfloat16,
+                 Type::bfloat16,
+                 hidden.data(),
+                 factor.data(),
+                 1,
+                 true,
+                 1.0f + 0x1p-12f,
+                 {},
+                 out.data(),
+                 cols,
+                 bias.data()};
+  ASSERT_EQ(launch_expand(p, nullptr), 0);
+  for (int64_t i = 0; i < rows * cols; ++i) ASSERT_EQ(__bfloat162float(out[i]), 1.0f + 0x1p-7f);
+}
+
+TEST(LoraLinearBias, IsRefusedWhereElementsAreDroppedAndForA) {
+  Expand p{};
+  p.rows = p.cols = p.rank = 1;
+  p.wide_type = p.factor_type = Type::float32;
+  p.bias = &p;
+  EXPECT_EQ(launch_expand(p, nullptr), static_cast<int>(cudaErrorInvalidValue));
+  p.transposed = true;
+  p.dropout.threshold = 1;
+  EXPECT_EQ(launch_expand(p, nullptr), static_cast<int>(cudaErrorInvalidValue));
+}
+
 }  // namespace
 }  // namespace rankwise::kernels

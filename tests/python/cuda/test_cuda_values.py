@@ -79,6 +79,16 @@ def test_inactive_directions_are_not_read(dtype):
         assert_same_bits(got, expected, "a result with NaN behind the rank")
 
 
+@pytest.mark.parametrize("dtype, digits", [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_the_base_product_is_rounded_with_all_that_is_added_to_it(dtype, digits):
+    """1 + half a unit in the last place, from the bias, and a little more, from the adapter."""
+    x, weight = torch.eye(32, 8).to(DEVICE, dtype), torch.eye(16, 8).to(DEVICE, dtype)
+    bias = torch.full((16,), 2.0**-digits).to(DEVICE, dtype)
+    A, B = torch.ones(1, 8).to(DEVICE, dtype), torch.full((16, 1), 2.0**-13).to(DEVICE, dtype)
+    y = rankwise.ops.lora_linear(x, weight, bias, A, B, scaling=1.0)
+    assert y.diagonal()[:8].tolist() == [1.0 + 2.0 ** (1 - digits)] * 8
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nan_and_inf_pass_through(dtype):
     x, weight = torch.ones(3, 4).to(DEVICE, dtype), torch.ones(5, 4).to(DEVICE, dtype)

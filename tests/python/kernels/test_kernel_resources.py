@@ -24,7 +24,7 @@ PLAN = {
     "column_products": (10, 128, 0),
     "column_sums": (5, 64, 0),
     "dropout_mask_kernel": (4, 32, 0),
-    "expand": (30, 128, 0),
+    "expand": (40, 128, 0),
     "finish_columns": (3, 48, 4096),
     "finish_rows": (3, 40, 0),
     "gate_gradient": (3, 40, 1024),
