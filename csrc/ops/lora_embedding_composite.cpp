@@ -57,6 +57,10 @@ EmbeddingBackwardResult lora_embedding_backward_composite(
   const at::Tensor dy_adapter = dy.to(lora_A.scalar_type());
   const at::Tensor dh_raw = dy_adapter.matmul(f.B) * scaling;
   const auto to_table = [&](const at::Tensor& rows) {
+    // ATen's CUDA kernel reads out of bounds for rows of width 0. All their sums are alike.
+    if (TORCH_GUARD_OR_FALSE(rows.sym_size(1).sym_eq(0))) {
+      return rows.sum(0, /*keepdim=*/true).expand_symint({weight.sym_size(0), 0});
+    }
     return at::embedding_dense_backward_symint(rows, flat, weight.sym_size(0), padding_idx,
                                                /*scale_grad_by_freq=*/false);
   };

@@ -10,6 +10,7 @@ from recorded_graphs import recording_backend
 from samples import DTYPES, subsets
 from tolerances import assert_close, assert_same_bits
 from torch.func import jacfwd, jacrev, vmap
+from torch.profiler import ProfilerActivity, profile
 
 import rankwise
 
@@ -81,6 +82,27 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_and_gradients(dtype, shape, rank, capacity, gated, padding_idx):
     check(INDICES[shape], tensors(dtype, capacity, gated), rank, padding_idx)
+
+
+@pytest.mark.parametrize("rank, dim", [(0, DIM), (4, 0)])
+def test_rows_without_width_are_not_summed_by_aten(rank, dim):
+    """ATen's CUDA kernel for embedding_dense_backward reads out of bounds for them."""
+    tensor = tensors("float32", 4, True, (NUM, dim))
+    y = embed(tensor, rank=rank)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as seen:
+        gradients = torch.autograd.grad(y, list(tensor.values()), torch.ones_like(y))
+    calls = [e for e in seen.events() if e.name == "aten::embedding_dense_backward"]
+    assert [call.input_shapes[0] for call in calls] == [[6, dim or rank]]
+    for gradient, of in zip(gradients, tensor.values(), strict=True):
+        assert gradient.shape == of.shape
+        assert of is tensor["weight"] or not gradient.any()
+
+
+def test_second_order_gradients_without_directions():
+    tensor = tensors("float64", 2, True)
+    y = embed(tensor, rank=0)
+    gradients = torch.autograd.grad(y.sum(), list(tensor.values()), create_graph=True)
+    assert all(gradient.requires_grad for gradient in gradients[1:])
 
 
 @pytest.mark.parametrize("gated", [True, False])
