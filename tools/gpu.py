@@ -115,7 +115,9 @@ def pytest(*arguments: str) -> list[str]:
 def test(stages: Stages, env: dict[str, str], name: str, tests: list[str], workers: int) -> dict:
     """Numbers of tests by result."""
     results = OUTPUT / f"{name}.xml"
-    spread = ["-n", str(workers)] if find_spec("xdist") else []
+    # A worker ends with its CUDA context; of the schedulers, load alone goes on with the next test.
+    spread = ["-n", str(workers), "--dist=load", "--max-worker-restart=100"]
+    spread = spread if find_spec("xdist") else []
     stages.run(name, pytest(*tests, f"--junitxml={results}", "-rs", *spread), 180, env)
     if not results.exists():
         return {}
