@@ -1,23 +1,30 @@
-"""Checks who includes and imports whom (README, Architecture): prints breaches, exits 1 if any."""
+"""Checks who includes and imports whom (docs/architecture.md): prints breaches, exits 1 if any."""
 
 from __future__ import annotations
 
+import posixpath
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# folder -> (what an include may match, what it may not)
-CPP_RULES = {
-    "csrc/kernels": r"^<(ATen|torch|c10|pybind11|Python)",
-    "csrc/io": r"^(<(pybind11|Python|torch/)|\"\.\./(ops|kernels|bindings|nn))",
-    "csrc/ops": r"^(<(pybind11|Python)|\"\.\./(io|bindings|nn|allocation))",
-    "csrc/nn": r"^(<(pybind11|Python)|\"\.\./)",
-    "csrc/allocation": r"^(<(pybind11|Python)|\"\.\./(?!ops/importance\.h))",
-    "csrc/bindings": r"^\"\.\./(ops|kernels)",
-    "csrc/include": r"^(<(pybind11|Python)|\")",
+PYTHON = r"pybind11|Python\.h"
+TORCH = r"ATen|torch|c10"
+# room -> (own files it may include by path, beside its own; libraries it may not). The innermost
+# room counts: csrc/ops says nothing of csrc/ops/cpu.
+ROOMS = {
+    "csrc/include": (r"", PYTHON),
+    "csrc/kernels": (r"", rf"{PYTHON}|{TORCH}"),
+    "csrc/ops": (r"kernels/[^/]+\.h|ops/cpu/blocks\.h", PYTHON),
+    "csrc/ops/cpu": (r"kernels/[^/]+\.h|ops/[^/]+\.h", PYTHON),
+    "csrc/ops/cuda": (r"kernels/[^/]+\.h|ops/[^/]+\.h", PYTHON),
+    "csrc/allocation": (r"ops/importance\.h", PYTHON),
+    "csrc/io": (r"", rf"{PYTHON}|torch/"),
+    "csrc/nn": (r"", PYTHON),
+    "csrc/bindings": (r"", r"ATen/native"),
 }
+PRIVATE = re.compile(r"(\.\./|allocation|bindings|io|kernels|nn|ops)(/.*|$)")  # never in <>
 TORCH_FREE = re.compile(r"csrc/io/(?!adapter_(file|fold|tensors)\.).*")
 # Python files that may reach the binary library directly.
 LIBRARY_USERS = {
@@ -31,23 +38,50 @@ LIBRARY_USERS = {
 }
 
 
-def cpp_breaches() -> list[str]:
+def room_of(name: str) -> str:
+    return max((room for room in ROOMS if name.startswith(f"{room}/")), key=len)
+
+
+def cpp_breach(name: str, quote: str, target: str) -> str | None:
+    """What is wrong with an include of `target`, quoted as it stands ("<" or '"'), in `name`."""
+    room = room_of(name)
+    own, libraries = ROOMS[room]
+    if quote == "<":
+        if PRIVATE.fullmatch(target):
+            return "a private header is included by its path, in quotes"
+        if re.match(libraries, target):
+            return f"{room} may not include it"
+        if TORCH_FREE.fullmatch(name) and re.match(r"ATen|c10", target):
+            return "this file is free of torch"
+        return None
+    if room == "csrc/include":
+        return "a public header includes public headers alone, as <rankwise/...>"
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    if room_of_file(path) == room or re.fullmatch(rf"csrc/({own})", path):
+        return None
+    return f"{room} may not include it"
+
+
+def room_of_file(path: str) -> str | None:
+    return room_of(path) if any(path.startswith(f"{room}/") for room in ROOMS) else None
+
+
+def cpp_breaches(root: Path) -> list[str]:
     breaches = []
-    for folder, forbidden in CPP_RULES.items():
-        for path in sorted((ROOT / folder).rglob("*.[hc]*")):
-            name = path.relative_to(ROOT).as_posix()
-            for number, line in enumerate(path.read_text().splitlines(), 1):
-                match = re.match(r"\s*#\s*include\s+([<\"].*)", line)
-                if match and re.match(forbidden, match[1]):
-                    breaches.append(f"{name}:{number}: {folder} may not include {match[1]}")
-                if match and TORCH_FREE.fullmatch(name) and re.match(r"<(ATen|c10)", match[1]):
-                    breaches.append(f"{name}:{number}: this file is torch-free, not {match[1]}")
+    for path in sorted((root / "csrc").rglob("*.[hc]*")):
+        name = path.relative_to(root).as_posix()
+        if room_of_file(name) is None or not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if match := re.match(r"\s*#\s*include\s+([<\"])([^>\"]+)", line):
+                if wrong := cpp_breach(name, match[1], match[2]):
+                    breaches.append(f"{name}:{number}: {match[2]}: {wrong}")
     return breaches
 
 
-def python_breaches() -> list[str]:
+def python_breaches(root: Path) -> list[str]:
     breaches = []
-    for path in sorted((ROOT / "python" / "rankwise").rglob("*.py")):
+    for path in sorted((root / "python" / "rankwise").rglob("*.py")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             direct = re.search(r"torch\.ops|rankwise\._C|from \._library import library", line)
             if direct and path.name not in LIBRARY_USERS:
@@ -56,6 +90,7 @@ def python_breaches() -> list[str]:
 
 
 if __name__ == "__main__":
-    found = cpp_breaches() + python_breaches()
+    where = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
+    found = cpp_breaches(where) + python_breaches(where)
     print("\n".join(found) if found else "include rules: ok")
     sys.exit(bool(found))

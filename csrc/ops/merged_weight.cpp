@@ -5,7 +5,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
-#include "cpu_blocks.h"
+#include "cpu/blocks.h"
 
 namespace rankwise {
 namespace {

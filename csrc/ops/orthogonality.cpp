@@ -13,7 +13,7 @@
 
 #include <algorithm>
 
-#include "cpu_blocks.h"
+#include "cpu/blocks.h"
 #include "find_op.h"
 
 namespace rankwise {

@@ -1,7 +1,7 @@
 // What the allocator computes in parallel: the same bits on eight threads as on one, and no race.
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
-#include <ops/cpu_blocks.h>
+#include <ops/cpu/blocks.h>
 #include <ops/importance.h>
 #include <rankwise/ops.h>
 #include <torch/torch.h>

@@ -4,7 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ops/cpu_blocks.h>
+#include <ops/cpu/blocks.h>
 
 #include <atomic>
 #include <thread>

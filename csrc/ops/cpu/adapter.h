@@ -1,0 +1,55 @@
+// A call's active factors and the dropout of its input, as the CPU's implementations take them.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "../checks.h"
+#include "../dropout.h"
+#include "blocks.h"
+#include "dropout.h"
+
+namespace rankwise {
+
+struct ActiveAdapter {
+  at::Tensor A, B, E;  // [rank, in], [out, rank], [rank, 1] or undefined
+  double scaling;
+  Dropout dropout;
+  int64_t seed;
+
+  ActiveAdapter(const at::Tensor& lora_A, const at::Tensor& lora_B,
+                const std::optional<at::Tensor>& lora_E, double scaling_, double dropout_p,
+                const at::Tensor& seed_tensor, int64_t rank)
+      : A(leading(lora_A, 0, rank)),
+        B(leading(lora_B, 1, rank)),
+        E(has(lora_E) ? leading(*lora_E, 0, rank) : at::Tensor()),
+        scaling(scaling_),
+        dropout(dropout_p),
+        seed(dropout.active() ? *seed_tensor.const_data_ptr<int64_t>() : 0) {}
+
+  at::ScalarType dtype() const { return A.scalar_type(); }
+  int64_t rank() const { return A.size(0); }
+
+  // The block in the adapter's dtype: a view where it is that already.
+  at::Tensor cast(const at::Tensor& block) const { return block.to(dtype()); }
+
+  // The block of x with dropped elements zero, unscaled.
+  at::Tensor dropped(const at::Tensor& x, const Tile& tile) const {
+    const at::Tensor block = tile.of(x);
+    if (!dropout.active()) return cast(block);
+    const at::Tensor masked = at::empty(block.sizes(), block.options().dtype(dtype()));
+    dropout_copy(block, masked, {tile.row.start, tile.col.start, x.size(1)}, seed,
+                 dropout.threshold());
+    return masked;
+  }
+
+  static at::Tensor leading(const at::Tensor& factor, int64_t dim, int64_t rank) {
+    return factor.size(dim) == rank ? factor : factor.narrow(dim, 0, rank);
+  }
+
+  double keep_scale() const { return dropout.active() ? dropout.keep_scale() : 1.0; }
+};
+
+}  // namespace rankwise

@@ -1,0 +1,254 @@
+// lora_linear's products on the micro-kernel. T is the type of x, W0 and y, F that of the factors;
+// sums are float32 and stay in the core's cache until a result is complete and rounded once.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <bit>
+#include <type_traits>
+
+#include "adapter.h"
+#include "blocks.h"
+#include "conversions.h"
+#include "dropout.h"
+#include "micro_kernel.h"
+#include "panels.h"
+
+namespace rankwise {
+
+constexpr int64_t token_run = block_rows;  // tokens of a block of a sum over tokens
+
+// Columns of a block of a sum over tokens: of one run, what the call costs counts.
+inline Split token_blocks(int64_t tokens, int64_t cols) {
+  return {cols, tokens > token_run ? 128 : 384};
+}
+
+// A matrix of m's type; without the dispatcher, whose work is a tenth of a small layer's.
+inline at::Tensor empty_like(const at::Tensor& m, int64_t rows, int64_t cols) {
+  return at::detail::empty_cpu({rows, cols}, m.scalar_type());
+}
+
+// The bits of an input's dropout, a row of words for each of its rows; nothing without dropout.
+class Kept {
+ public:
+  Kept() = default;
+  Kept(const ActiveAdapter& adapter, const at::Tensor& x)
+      : adapter_(adapter.dropout.active() ? &adapter : nullptr), cols_(x.size(1)) {
+    if (active()) bits_ = at::empty({x.size(0), kept_words(cols_)}, x.options().dtype(at::kLong));
+  }
+
+  bool active() const { return adapter_ != nullptr; }
+  void draw(Range rows) const {
+    if (!active()) return;
+    draw_kept(adapter_->seed, adapter_->dropout.threshold(), {rows.start, 0, cols_}, rows.size,
+              cols_, {bits()[rows.start], bits_.size(1)});
+  }
+  // Of the block from (row, col) on, for col a multiple of kept_word.
+  KeptBits from(int64_t row, int64_t col) const {
+    return {bits()[row] + col / kept_word, bits_.size(1)};
+  }
+
+ private:
+  Rows<uint64_t> bits() const {
+    return {reinterpret_cast<uint64_t*>(bits_.mutable_data_ptr<int64_t>()), bits_.size(1)};
+  }
+
+  const ActiveAdapter* adapter_ = nullptr;
+  int64_t cols_ = 0;
+  at::Tensor bits_;
+};
+
+// A block of m as `F` with dropped elements zero: m's own memory where that is it.
+template <typename F, typename T>
+Rows<const F> load(const at::Tensor& m, Range rows, Range cols, const Kept& kept) {
+  const Elements<T> from = Elements<T>(m).from(rows.start, cols.start);
+  const Rows<const T> whole{from.data, from.down};
+  if constexpr (std::is_same_v<F, T>)
+    if (!kept.active()) return whole;
+  const Rows<F> to{scratch<F>(Slot::rows, rows.size * cols.size), cols.size};
+  if (kept.active()) {
+    copy_kept<T, F>(whole, kept.from(rows.start, cols.start), rows.size, cols.size, to);
+  } else if constexpr (!std::is_same_v<F, T>) {
+    for (int64_t i = 0; i < rows.size; ++i) widen_row(whole[i], to[i], cols.size);
+  }
+  return to;
+}
+
+// m factor, [tokens, rank]: calls use(rows, sums) for each block of block_rows, and first draws the
+// bits of those rows that `drawn` is for; m's own dropout is `kept`.
+template <typename T, typename F, typename Use>
+void shrink(const at::Tensor& m, Elements<F> factor, int64_t rank, const Kept& kept,
+            const Kept& drawn, const Use& use) {
+  if (rank == 0) return;
+  const int64_t inner = m.size(1);
+  F* const packed = scratch<F>(Slot::factor, inner_padded<F>(inner) * rank);
+  pack<F>(factor, inner, rank, packed, rank);
+  const Split blocks(m.size(0), block_rows);
+  run_products(blocks.count(), block_rows * inner * rank, [&](int64_t i) {
+    const MicroKernelUse<F> use_of_kernel;
+    drawn.draw(blocks[i]);
+    const Rows<const F> rows = load<F, T>(m, blocks[i], {0, inner}, kept);
+    float* const sums = scratch<float>(Slot::sums, block_rows * rank);
+    multiply_block<F>(blocks[i].size, rank, inner, rows.data, rows.stride, packed, rank, sums, rank,
+                      /*accumulate=*/false);
+    use(blocks[i], sums);
+  });
+}
+
+// Cuts the tiles that are left for fewer than all threads, so that these have work too. Where it
+// cuts depends on the threads; results do not, since a row's blocks of block_rows stay as they are.
+inline void share_last(std::vector<Tile>& tiles, int64_t threads) {
+  const auto count = static_cast<int64_t>(tiles.size()), last = count % threads;
+  if (last == 0) return;
+  const std::vector<Tile> whole(tiles.end() - last, tiles.end());
+  tiles.resize(count - last);
+  for (const Tile& tile : whole) {
+    const int64_t blocks = Split(tile.row.size, block_rows).count(), parts = threads / last;
+    const Split rows(tile.row.size, Split(blocks, parts).count() * block_rows);
+    for (int64_t i = 0; i < rows.count(); ++i)
+      tiles.push_back({{tile.row.start + rows[i].start, rows[i].size}, tile.col});
+  }
+}
+
+// A result of base and LoRA: out = base weight + kept(lora factor) + bias.
+template <typename T, typename F>
+struct Sum {
+  at::Tensor out;      // [tokens, features]
+  at::Tensor base;     // [tokens, inner]
+  Elements<T> weight;  // [inner, features]
+  at::Tensor lora;     // [tokens, rank], rows padded to inner_multiple by zeros
+  Elements<F> factor;  // [rank, features]
+  int64_t rank;
+  at::Tensor bias;  // [features], float32, or undefined
+  Kept kept;
+
+  std::vector<Tile> tiles() const;
+  // The longest tile's time, in multiplications: reading a weight takes as long as eight.
+  int64_t products_of(const std::vector<Tile>& tiles) const {
+    return (tiles[0].row.size + 8) * tiles[0].col.size * base.size(1);
+  }
+  void compute(const Tile& tile) const;
+};
+
+// Rows so few that reading the weight is what takes the time.
+constexpr int64_t few_rows = block_rows / 2;
+
+template <typename T, typename F>
+std::vector<Tile> Sum<T, F>::tiles() const {
+  constexpr int64_t rows_a_panel = 1024;
+  const int64_t width = out.size(0) > few_rows ? panel_cols : 3 * panel_cols;
+  const Split rows(out.size(0), rows_a_panel), cols(out.size(1), width);
+  std::vector<Tile> result;
+  for (int64_t j = 0; j < cols.count(); ++j)
+    for (int64_t i = 0; i < rows.count(); ++i) result.push_back({rows[i], cols[j]});
+  share_last(result, at::get_num_threads());
+  return result;
+}
+
+template <typename T, typename F>
+void Sum<T, F>::compute(const Tile& tile) const {
+  const MicroKernelUse<T> use_of_kernel;
+  const auto [first_col, width] = tile.col;
+  constexpr bool in_place = std::is_same_v<T, float>;
+  const bool few = in_place && tile.row.size <= few_rows;
+  // What many blocks of rows read stays in the core's cache. Sums of float32 are made of runs, so
+  // that smaller chunks, which are read once and at once, give the same bits.
+  const int64_t chunk = few ? 256 : (int64_t{1} << 18) / (panel_cols * int64_t{sizeof(T)});
+  const Split blocks(tile.row.size, block_rows), chunks(base.size(1), chunk);
+  const bool in_one = chunks.count() == 1;
+  T* const panel = scratch<T>(Slot::panel, inner_padded<T>(std::min(chunk, base.size(1))) * width);
+  F* const lora_panel = scratch<F>(Slot::lora_panel, inner_padded<F>(rank) * width);
+  pack<F>(factor.from(0, first_col), rank, width, lora_panel, width);
+  // Sums grow where the result lies if that has their type, else in the thread's memory.
+  const int64_t stride = in_place ? out.size(1) : width;
+  float* const memory =
+      in_place ? nullptr
+               : scratch<float>(Slot::sums, (in_one ? block_rows : tile.row.size) * width);
+  const auto sums_of = [&](int64_t block, T* to) -> float* {
+    if constexpr (in_place) return to;
+    return memory + (in_one ? 0 : blocks[block].start * width);
+  };
+  const bool masked = kept.active() && rank > 0;
+  float* const update = masked ? scratch<float>(Slot::rows, block_rows * width) : nullptr;
+  const float* const row = bias.defined() ? bias.const_data_ptr<float>() + first_col : nullptr;
+  const Elements<T> left(base);
+  for (int64_t c = 0; c < chunks.count(); ++c) {
+    const bool last = c + 1 == chunks.count();
+    const Elements<T> part = weight.from(chunks[c].start, first_col);
+    const bool as_it_is = few && part.across == 1;
+    if (!as_it_is) pack<T>(part, chunks[c].size, width, panel, width);
+    for (int64_t b = 0; b < blocks.count(); ++b) {
+      const int64_t first = tile.row.start + blocks[b].start, count = blocks[b].size;
+      T* const to = out.mutable_data_ptr<T>() + first * out.size(1) + first_col;
+      float* const sums = sums_of(b, to);
+      if (last || in_place) prefetch_rows(to, count, width, out.size(1));  // else storing waits
+      multiply_block<T>(count, width, chunks[c].size, &left(first, chunks[c].start), left.down,
+                        as_it_is ? part.data : panel, as_it_is ? part.down : width, sums, stride,
+                        /*accumulate=*/c > 0);
+      if (!last) continue;
+      // Last, because a sum that starts from zero rounds less on its way.
+      if (rank > 0) {
+        multiply_block<F>(count, width, inner_padded<F>(rank),
+                          lora.const_data_ptr<F>() + first * lora.size(1), lora.size(1), lora_panel,
+                          width, masked ? update : sums, masked ? width : stride,
+                          /*accumulate=*/!masked);
+      }
+      const Rows<T> result{to, out.size(1)};
+      if (masked) {
+        add_kept<T>({sums, stride}, {update, width}, kept.from(first, first_col), count, width,
+                    result);
+      } else if (!in_place || row != nullptr) {
+        add_row<T>({sums, stride}, row, count, width, result);
+      }
+    }
+  }
+}
+
+// The left operand of a sum over tokens: of m [tokens, rank] blocks [rank, token_run] of transposed
+// rows, the last one padded by zeros.
+inline at::Tensor empty_blocks(const at::Tensor& m, int64_t tokens, int64_t rank) {
+  return empty_like(m, Split(tokens, token_run).count() * rank, token_run);
+}
+
+// Fills the block of `rows` of m; nothing where `blocks` is undefined.
+template <typename F>
+void transpose_block(const at::Tensor& m, Range rows, int64_t rank, const at::Tensor& blocks) {
+  if (!blocks.defined()) return;
+  const Elements<F> from(m);
+  F* row = blocks.mutable_data_ptr<F>() + rows.start * rank;
+  for (int64_t i = 0; i < rank; ++i, row += token_run) {
+    for (int64_t k = 0; k < rows.size; ++k) row[k] = from(rows.start + k, i);
+    std::fill(row + rows.size, row + token_run, F(0));
+  }
+}
+
+// left^T m[:, cols], [rank, cols.size], for `left` in transposed blocks; the thread's memory.
+template <typename T, typename F>
+float* sum_over_tokens(const at::Tensor& left, int64_t rank, const at::Tensor& m, Range cols,
+                       const Kept& kept) {
+  const MicroKernelUse<F> use_of_kernel;
+  const int64_t width = cols.size;
+  const Split blocks(m.size(0), token_run);
+  float* const sums = scratch<float>(Slot::sums, rank * width);
+  if (blocks.count() == 0) std::fill_n(sums, rank * width, 0.0F);
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    const int64_t count = blocks[b].size;
+    const auto inner = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(count)));
+    const int64_t padded = inner_padded<F>(inner);  // of few values: each has its own kernel
+    Rows<const F> right = load<F, T>(m, blocks[b], cols, kept);
+    if (sizeof(F) == 2 || count < padded) {
+      F* const panel = scratch<F>(Slot::panel, padded * width);
+      pack<F>({right.data, right.stride, 1}, count, width, panel, width);
+      std::fill(panel + inner_padded<F>(count) * width, panel + padded * width, F(0));
+      right = {panel, width};
+    }
+    multiply_block<F>(rank, width, padded, left.const_data_ptr<F>() + b * rank * token_run,
+                      token_run, right.data, right.stride, sums, width, /*accumulate=*/b > 0);
+  }
+  return sums;
+}
+
+}  // namespace rankwise

@@ -1,0 +1,28 @@
+// Whether a call of lora_linear on a CPU is served in panels or by ATen's products.
+#pragma once
+
+#include <rankwise/cpu_path.h>
+
+#include <functional>
+
+#include "adapter.h"
+#include "lora_linear_panels.h"
+
+namespace rankwise {
+
+enum class Pass { forward, backward };
+
+// The path's choice for a call that panels can serve. run(panels) computes the call; it is called
+// only to be timed, where the path is `measured` and no call like this one was timed before.
+bool panels_chosen(Pass pass, const ActiveAdapter& adapter, const at::Tensor& x,
+                   const at::Tensor& weight, const std::function<void(bool)>& run);
+
+// run(panels) on the chosen path.
+template <typename Run>
+auto on_cpu_path(Pass pass, const ActiveAdapter& adapter, const at::Tensor& x,
+                 const at::Tensor& weight, const Run& run) {
+  return run(in_panels(x, weight, adapter) &&
+             panels_chosen(pass, adapter, x, weight, [&](bool panels) { run(panels); }));
+}
+
+}  // namespace rankwise

@@ -1,0 +1,61 @@
+// One call's adapter as the CUDA kernels take it, and its gradients from one pass over dy.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+#include "../../kernels/lora_linear.h"
+#include "../checks.h"
+#include "../dropout.h"
+#include "../matrices.h"
+
+namespace rankwise {
+
+kernels::Type kernel_type(const at::Tensor& tensor);
+
+at::Tensor scratch(int64_t bytes, const at::Tensor& like);
+
+// One call's active factors as the kernels take them, and the dropout of its input.
+struct CudaAdapter {
+  at::Tensor A, B, E;  // [rank, in], [out, rank], [rank] or undefined; unit column strides
+  double scaling;
+  Dropout dropout;
+  at::Tensor seed;
+
+  CudaAdapter(const at::Tensor& lora_A, const at::Tensor& lora_B,
+              const std::optional<at::Tensor>& lora_E, double scaling_, double dropout_p,
+              const at::Tensor& seed_, int64_t rank)
+      : A(matrix(lora_A.narrow(0, 0, rank))),
+        B(rank > 0 ? matrix(lora_B.narrow(1, 0, rank)) : at::Tensor()),
+        E(has(lora_E) ? lora_E->narrow(0, 0, rank).select(1, 0).contiguous() : at::Tensor()),
+        scaling(scaling_),
+        dropout(dropout_p),
+        seed(seed_) {}
+
+  int64_t rank() const { return A.size(0); }
+  kernels::Type type() const { return kernel_type(A); }
+  const void* gate() const { return E.defined() ? E.const_data_ptr() : nullptr; }
+
+  float keep_scale() const {
+    return dropout.active() ? static_cast<float>(dropout.keep_scale()) : 1.0f;
+  }
+
+  kernels::DropoutMask mask() const {
+    if (!dropout.active()) return {};
+    return {seed.const_data_ptr<int64_t>(), dropout.threshold()};
+  }
+};
+
+// A factor's gradient to write the active part of: the other directions are zero already.
+at::Tensor gradient_of(const at::Tensor& factor, int64_t capacity, int64_t rank);
+
+struct OutputGradients {
+  at::Tensor dh, dB, dE;  // undefined where not asked for
+};
+
+// dh = scaling * keep_scale * (dy B) o E^T, the gradient of mask(x) A^T; dB and dE from `hidden`.
+void output_gradients(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& hidden,
+                      const OutputGradients& out);
+
+}  // namespace rankwise

@@ -1,0 +1,167 @@
+// lora_linear on CUDA: the LoRA term is written first, by a kernel and with the bias in it, and the
+// base product added to it (beta = 1), so y and dx are written once, read once more and the larger
+// term is rounded last.
+#include "../../kernels/lora_linear.h"
+
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "../dispatch.h"
+#include "../dropout.h"
+#include "../lora_linear_composite.h"
+#include "../matrices.h"
+#include "adapter.h"
+#include "base_product.h"
+#include "launch.h"
+#include "path.h"
+
+namespace rankwise {
+namespace {
+
+// Everything else takes the composite form, which launches nothing for empty results.
+bool kernels_serve(const at::Tensor& input, const at::Tensor& weight, int64_t rank) {
+  return input.numel() > 0 && weight.numel() > 0 && rank <= kernels::max_rank &&
+         composite_reason(input.scalar_type(), input.device()).empty();
+}
+
+// hidden = drop(x) A^T, and gated = hidden o E^T where there is an E.
+void shrink(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& hidden,
+            const at::Tensor& gated) {
+  const kernels::Shrink problem{x.size(0),
+                                x.size(1),
+                                adapter.rank(),
+                                kernel_type(x),
+                                adapter.type(),
+                                x.const_data_ptr(),
+                                x.stride(0),
+                                adapter.A.const_data_ptr(),
+                                adapter.A.stride(0),
+                                adapter.gate(),
+                                adapter.keep_scale(),
+                                adapter.mask(),
+                                hidden.mutable_data_ptr(),
+                                adapter.E.defined() ? gated.mutable_data_ptr() : nullptr};
+  const at::Tensor partial = scratch(kernels::shrink_scratch_bytes(problem), x);
+  check_launch(kernels::launch_shrink(problem, partial.mutable_data_ptr(), current_stream()));
+}
+
+// y = (scaling * gated B^T + bias) + x W0^T, rounded after each of the two sums.
+at::Tensor expand_and_accumulate(const CudaAdapter& adapter, const at::Tensor& x,
+                                 const at::Tensor& w, const std::optional<at::Tensor>& bias,
+                                 const at::Tensor& gated) {
+  const at::Tensor y = at::empty({x.size(0), w.size(0)}, x.options());
+  if (adapter.rank() == 0) {
+    multiply_base(y, x, w.t(), bias);
+    return y;
+  }
+  const at::Tensor own_bias = has(bias) ? bias->contiguous() : at::Tensor();
+  check_launch(kernels::launch_expand(
+      {y.size(0), y.size(1), adapter.rank(), kernel_type(y), adapter.type(), gated.const_data_ptr(),
+       adapter.B.const_data_ptr(), adapter.B.stride(0), /*transposed=*/true,
+       static_cast<float>(adapter.scaling), kernels::DropoutMask{}, y.mutable_data_ptr(),
+       y.stride(0), own_bias.defined() ? own_bias.const_data_ptr() : nullptr},
+      current_stream()));
+  add_base(y, x, w.t());
+  return y;
+}
+
+ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor& weight,
+                                       const std::optional<at::Tensor>& bias,
+                                       const at::Tensor& lora_A, const at::Tensor& lora_B,
+                                       const std::optional<at::Tensor>& lora_E, double scaling,
+                                       double dropout_p, int64_t rank) {
+  check_lora_linear("lora_linear", input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p,
+                    rank);
+  const c10::cuda::CUDAGuard guard(input.device());
+  if (!kernels_serve(input, weight, rank)) {
+    return lora_linear_forward_composite(input, weight, bias, lora_A, lora_B, lora_E, scaling,
+                                         dropout_p, rank);
+  }
+  const at::Tensor seed = Dropout(dropout_p).draw_seed(input);
+  const CudaAdapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  const at::Tensor x = matrix(input);
+  const at::Tensor hidden = at::empty({x.size(0), rank}, lora_A.options());
+  const at::Tensor gated = adapter.E.defined() ? at::empty_like(hidden) : hidden;
+  if (rank > 0) shrink(adapter, x, hidden, gated);
+  const at::Tensor y = expand_and_accumulate(adapter, x, weight, bias, gated);
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = weight.size(0);
+  return {y.view(shape), hidden, seed};
+}
+
+// dA = dh^T mask(x).
+void input_factor_gradient(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& dh,
+                           const at::Tensor& dA) {
+  const kernels::InputFactorGradient problem{
+      x.size(0),          x.size(1),   adapter.rank(),      kernel_type(x), adapter.type(),
+      x.const_data_ptr(), x.stride(0), dh.const_data_ptr(), adapter.mask(), dA.mutable_data_ptr(),
+      dA.stride(0)};
+  const at::Tensor partial = scratch(kernels::input_factor_gradient_scratch_bytes(problem), x);
+  check_launch(
+      kernels::launch_input_factor_gradient(problem, partial.mutable_data_ptr(), current_stream()));
+}
+
+// dx = mask(dh A) + dy W0.
+at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
+                          const at::Tensor& dh) {
+  const at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
+  if (adapter.rank() == 0) {
+    multiply_base(dx, dy, w, {});
+    return dx;
+  }
+  check_launch(kernels::launch_expand(
+      {dx.size(0), dx.size(1), adapter.rank(), kernel_type(dx), adapter.type(), dh.const_data_ptr(),
+       adapter.A.const_data_ptr(), adapter.A.stride(0), /*transposed=*/false, 1.0f, adapter.mask(),
+       dx.mutable_data_ptr(), dx.stride(0)},
+      current_stream()));
+  add_base(dx, dy, w);
+  return dx;
+}
+
+BackwardResult lora_linear_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input,
+                                         const at::Tensor& weight, const at::Tensor& lora_A,
+                                         const at::Tensor& lora_B,
+                                         const std::optional<at::Tensor>& lora_E,
+                                         const at::Tensor& hidden, const at::Tensor& seed,
+                                         double scaling, double dropout_p, int64_t rank,
+                                         std::array<bool, 6> output_mask) {
+  check_lora_linear("lora_linear", input, weight, {}, lora_A, lora_B, lora_E, scaling, dropout_p,
+                    rank);
+  check_backward("lora_linear", grad_output, input, weight, lora_A, hidden, seed, dropout_p, rank);
+  const c10::cuda::CUDAGuard guard(input.device());
+  if (!kernels_serve(input, weight, rank)) {
+    return lora_linear_backward_composite(grad_output, input, weight, lora_A, lora_B, lora_E,
+                                          hidden, seed, scaling, dropout_p, rank, output_mask);
+  }
+  const CudaAdapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  const at::Tensor dy = matrix(grad_output);
+  const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
+  const int64_t capacity = lora_A.size(0);
+  at::Tensor dx, dw, db, dA;
+  OutputGradients from_dy;
+
+  if (need_B) from_dy.dB = gradient_of(lora_B, capacity, rank);
+  if (need_E) from_dy.dE = gradient_of(*lora_E, capacity, rank);
+  if (need_x || need_A) from_dy.dh = at::empty({dy.size(0), rank}, lora_A.options());
+  if (rank > 0 && (need_x || need_A || need_B || need_E)) {
+    output_gradients(adapter, dy, hidden.contiguous(), from_dy);
+  }
+  if (need_x) dx = input_gradient(adapter, dy, weight, from_dy.dh).view(input.sizes());
+  if (need_A) {
+    dA = gradient_of(lora_A, capacity, rank);
+    if (rank > 0) input_factor_gradient(adapter, matrix(input), from_dy.dh, dA);
+  }
+  if (need_w) dw = at::mm(dy.t(), matrix(input));
+  if (need_b) db = at::sum(dy, 0);
+  return {dx, dw, db, dA, from_dy.dB, from_dy.dE};
+}
+
+}  // namespace
+}  // namespace rankwise
+
+TORCH_LIBRARY_IMPL(rankwise, CUDA, m) {
+  m.impl("_lora_linear_forward", &rankwise::lora_linear_forward_cuda);
+  m.impl("_lora_linear_backward", &rankwise::lora_linear_backward_cuda);
+}
