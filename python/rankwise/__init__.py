@@ -2,11 +2,11 @@
 
 from . import nn, ops
 from ._library import __version__
-from .adapted import MergeReport
 from .allocation import RankAllocator
 from .config import AdaLoRAConfig, LoRAConfig
 from .file_config import adalora_config
 from .files import FileError, LoadReport, export_lora, load_adapter, save_adapter
+from .merging import MergeReport, merge, unmerge
 from .model import (
     activate_adapter,
     adapter_names,
@@ -14,8 +14,6 @@ from .model import (
     apply_lora,
     delete_adapter,
     disable_adapters,
-    merge,
-    unmerge,
 )
 from .report import health_check, summary
 

@@ -1,38 +1,17 @@
-"""What all adapted layers share: named adapters over one frozen base, merge and unmerge, state."""
+"""What all adapted layers share: named adapters over one frozen base, and their state."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .config import AdapterOptions
+from .merging import Mergeable
 
 _FACTORS = ("lora_A", "lora_B", "lora_E")
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """One merge: how far rounding moved the weight, and how much of it changed at all.
-
-    Args:
-        max_rounding_error: largest |rounded - exact| over the weight's elements.
-        changed: elements that differ from the base.
-        total: elements.
-    """
-
-    max_rounding_error: float
-    changed: int
-    total: int
-
-    def __str__(self) -> str:
-        share = 100.0 * self.changed / max(self.total, 1)
-        error = f"rounding error at most {self.max_rounding_error:.2g}"
-        return f"{share:.1f} % of weights changed, {error}"
 
 
 def check_adapter_name(operation: str, name: str) -> None:
@@ -88,27 +67,17 @@ class HeldAdapter:
     rank: int
 
 
-class Adapted:
+class Adapted(Mergeable):
     """Mixin before nn.Linear or nn.Embedding.
 
     At most one adapter is active; its factors are the layer's own parameters, trainable. The others
-    wait in ``adapters``, frozen. The base is never written: merging puts a new parameter in the
-    place of ``weight`` and keeps the old object, so that unmerging restores every bit and tied
-    weights are not touched.
+    wait in ``adapters``, frozen. The base is never written.
     """
-
-    weight: nn.Parameter
-    lora_A: nn.Parameter | None
-    lora_B: nn.Parameter | None
-    lora_E: nn.Parameter | None
 
     def _become_adapted(self, transposed: bool) -> None:
         """The state of a layer without adapters. `transposed`: weight is stored [in, out]."""
-        self.transposed = transposed
+        self._become_mergeable(transposed)
         self.adapters = nn.ModuleDict().train(self.training)
-        self.adapters_enabled = True
-        self._unmerged: tuple[nn.Parameter] | None = None
-        self.in_merged_model = False  # set by merge(model): state_dict() leaves all adapters out
         self._plain_state: str | None = None
         # nn.TransformerEncoderLayer's inference fast path reads weights and would pass the adapter
         # over; PyTorch does not take it when a layer has a hook.
@@ -259,77 +228,7 @@ class Adapted:
         else:
             B.normal_(std=1 / options.rank)
 
-    # Merging
-
-    @property
-    def merged(self) -> bool:
-        """Whether ``weight`` holds the base plus the active adapter's update."""
-        return self._unmerged is not None
-
-    def merge(self) -> MergeReport | None:
-        """Puts round(W0 + scaling * B diag(E) A) in the place of ``weight``.
-
-        The sum is formed in float64 and rounded once. None (with a warning) when merged already.
-
-        Raises:
-            RuntimeError: no adapter is active, or the sum is not finite; nothing is changed.
-        """
-        if self.merged:
-            warnings.warn("merge: the layer is merged already; nothing was done", stacklevel=2)
-            return None
-        if self.adapter is None:
-            raise RuntimeError("merge: no adapter is active")
-        with torch.no_grad():
-            merged, error, changed = ops.merged_weight(
-                self._matrix(self.weight),
-                self.lora_A,
-                self.lora_B,
-                self.lora_E,
-                scaling=self.scaling,
-                rank=self.rank,
-            )
-        report = MergeReport(error.item(), int(changed), merged.numel())
-        if not math.isfinite(report.max_rounding_error):
-            raise RuntimeError("merge: the merged weight would not be finite; nothing was changed")
-        self._unmerged = (self.weight,)
-        self.weight = nn.Parameter(self._matrix(merged), requires_grad=False)
-        return report
-
-    def unmerge(self) -> None:
-        """Puts the base parameter back, bit for bit; when not merged, only warns."""
-        if not self.merged:
-            warnings.warn("unmerge: the layer is not merged; nothing was done", stacklevel=2)
-            return
-        (self.weight,) = self._unmerged
-        self._unmerged = None
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        """weight as [out, in], without a copy; its own inverse."""
-        return weight.t() if self.transposed else weight
-
-    def _base_weight(self) -> nn.Parameter:
-        return self._unmerged[0] if self.merged else self.weight
-
-    def _weight_in_use(self) -> Tensor:
-        return self.weight if self.adapters_enabled else self._base_weight()
-
-    def _check_trainable(self) -> None:
-        if self.merged and self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
-            raise RuntimeError(
-                f"{type(self).__name__}: a merged layer would train nothing; call unmerge() before "
-                "training, or eval() or torch.no_grad() for inference"
-            )
-
     # nn.Module
-
-    def _apply(self, fn, recurse: bool = True):
-        if not self.merged:
-            return super()._apply(fn, recurse)
-        self._parameters["unmerged"] = self._unmerged[0]  # so that the base goes with the rest
-        try:
-            return super()._apply(fn, recurse)
-        finally:
-            self._unmerged = (self._parameters.pop("unmerged"),)
 
     def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
         """While merged a plain layer's state, so that no loader adds the update twice."""

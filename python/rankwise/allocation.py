@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ._library import library
 from .adapted import Adapted
 from .config import AdaLoRAConfig
-from .model import adapted_layers
+from .tree import adapted_layers
 
 PENALTY_FORMS = ("squared_sum", "mean_norm")
 

@@ -12,9 +12,11 @@ from torch import nn
 from ._library import library
 from .adapted import Adapted, HeldAdapter, StoredAdapter
 from .config import AdaLoRAConfig, AdapterOptions
-from .model import ModelAdapters, adapted_layers
+from .model import ModelAdapters
 from .nn import is_adaptable
-from .targets import find_whole, has_suffix, module_paths
+from .targets import has_suffix
+from .tree import adapted_layers, module_paths
+from .whole import find_whole
 
 # A module's adapter in the model (HeldAdapter) or made for it (StoredAdapter): the same attributes.
 Adapters = Mapping[str, HeldAdapter | StoredAdapter]

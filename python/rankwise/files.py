@@ -27,10 +27,10 @@ from .file_config import (
 from .model import (
     ModelAdapters,
     activate_adapter,
-    adapted_layers,
     install_adapter,
     prepare_adapter,
 )
+from .tree import adapted_layers
 
 FileError = library.FileError
 _Key, _Part = library.AdapterKey, library.AdapterKey.Part

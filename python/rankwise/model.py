@@ -1,19 +1,20 @@
-"""Adapters for whole models: apply, add, activate, delete, disable, merge."""
+"""Adapters for whole models: apply, add, activate, delete, disable."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from .adapted import Adapted, MergeReport, StoredAdapter, check_adapter_name
+from .adapted import Adapted, StoredAdapter, check_adapter_name
 from .config import AdapterOptions, TargetConfig
 from .nn import adapt
-from .targets import find_targets, find_whole, lookup, module_paths
+from .targets import find_targets, lookup
+from .tree import adapted_layers, module_paths, replace_module, required_layers
+from .whole import WholeModules, check_apart, find_whole, use_whole
 
 
 @dataclass
@@ -30,7 +31,7 @@ class ModelAdapters:
 
     active: str | None = None
     disabled: int = 0
-    whole: dict[str | None, dict[str, nn.Module]] = field(default_factory=lambda: {None: {}})
+    whole: WholeModules = field(default_factory=lambda: {None: {}})
 
     @property
     def names(self) -> list[str]:
@@ -39,9 +40,7 @@ class ModelAdapters:
     @staticmethod
     def of(model: nn.Module) -> ModelAdapters:
         """The model's state; made from its layers as far as they were put there by hand."""
-        layers = list(adapted_layers(model).values())
-        if not layers:
-            raise ValueError("the model has no adapters: call apply_lora(model, config) first")
+        layers = required_layers(model).values()
         if "_rankwise" not in vars(model):
             active = next((x.adapter for x in layers if x.adapter is not None), None)
             model._rankwise = ModelAdapters(active)
@@ -52,12 +51,7 @@ class ModelAdapters:
 
     def use_whole(self, model: nn.Module) -> None:
         """Puts the active adapter's own whole modules in place, or the base's while disabled."""
-        _use_whole(model, self, None if self.disabled else self.active)
-
-
-def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """{name: layer} of the adapted layers, each once."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
+        use_whole(model, self.whole, None if self.disabled else self.active)
 
 
 def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") -> nn.Module:
@@ -95,13 +89,14 @@ def add_adapter(model: nn.Module, name: str, config: TargetConfig) -> None:
 def plan(model: nn.Module, config: TargetConfig) -> tuple[dict[str, AdapterOptions], list[str]]:
     """({layer: options}, modules trained whole) that a configuration means for a model."""
     paths = module_paths(model)
+    whole = list(find_whole(model, config.modules_to_save))
     options = {
         path: config.options(
             lookup(config.rank_pattern, paths[module]), lookup(config.alpha_pattern, paths[module])
         )
-        for path, module in find_targets(model, config).items()
+        for path, module in find_targets(model, config, whole).items()
     }
-    return options, list(find_whole(model, config.modules_to_save))
+    return options, whole
 
 
 @dataclass
@@ -133,7 +128,7 @@ def prepare_adapter(
         raise ValueError(f"add_adapter: there is an adapter {name!r} already")
     if "" in options:
         raise ValueError("the model itself is a layer; use LoRALinear.from_linear(layer) instead")
-    _check_apart(model, state, options, whole)
+    check_apart(model, state.whole, options, whole)
     layers = {path: _adapted(path, model.get_submodule(path), options[path]) for path in options}
     originals = {**{path: model.get_submodule(path) for path in whole}, **state.whole[None]}
     return PreparedAdapter(
@@ -160,21 +155,6 @@ def _new_adapter(path: str, layer: Adapted, options: AdapterOptions) -> StoredAd
         raise ValueError(f"{path}: {error}") from error
 
 
-def _check_apart(
-    model: nn.Module, state: ModelAdapters, options: dict[str, AdapterOptions], whole: list[str]
-) -> None:
-    """A module trained whole for one adapter cannot hold another's layers: refuses by name."""
-    for path in options:
-        for top in state.whole[None]:
-            if f"{path}.".startswith(f"{top}."):
-                raise ValueError(
-                    f"target_modules: {path!r} is in {top!r}, which another adapter trains whole"
-                )
-    for top in whole:
-        if any(isinstance(module, Adapted) for module in model.get_submodule(top).modules()):
-            raise ValueError(f"modules_to_save: {top!r} holds the layers of another adapter")
-
-
 def install_adapter(
     model: nn.Module, state: ModelAdapters, name: str, prepared: PreparedAdapter
 ) -> None:
@@ -184,7 +164,7 @@ def install_adapter(
         layer.adapters[name] = prepared.adapters[path]
         layer.adapters_enabled = not state.disabled
         for place in paths[model.get_submodule(path)]:
-            _replace(model, place, layer)
+            replace_module(model, place, layer)
     state.whole.update({None: prepared.originals, name: prepared.copies})
     model._rankwise = state
 
@@ -240,83 +220,3 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
         for layer in adapted_layers(model).values():  # also those added in the block
             layer.adapters_enabled = before.get(layer, not state.disabled)
         state.use_whole(model)
-
-
-def merge(model: nn.Module) -> dict[str, MergeReport]:
-    """Merges the active adapter into every layer's weight, all or none; {layer: report}.
-
-    While merged, ``model.state_dict()`` is that of the plain model with merged weights. A model
-    that is merged already is left alone, with a warning.
-    """
-    ModelAdapters.of(model)
-    reports: dict[str, MergeReport] = {}
-    layers = {n: m for n, m in adapted_layers(model).items() if m.adapter is not None}
-    if not layers:
-        raise RuntimeError("merge: no adapter is active")
-    if all(layer.merged for layer in layers.values()):
-        warnings.warn("merge: the model is merged already; nothing was done", stacklevel=2)
-        return reports
-    try:
-        for name, layer in layers.items():
-            if not layer.merged:
-                reports[name] = _merge_layer(name, layer)
-    except BaseException:
-        for name in reports:
-            layers[name].unmerge()
-        raise
-    for layer in adapted_layers(model).values():
-        layer.in_merged_model = True
-    return reports
-
-
-def _merge_layer(name: str, layer: Adapted) -> MergeReport:
-    try:
-        return layer.merge()
-    except RuntimeError as error:
-        raise RuntimeError(f"{name}: {error}") from error
-
-
-def unmerge(model: nn.Module) -> None:
-    """Gives every merged layer its base back, bit for bit; with none merged, only warns."""
-    ModelAdapters.of(model)
-    layers = adapted_layers(model).values()
-    if not any(layer.merged for layer in layers):
-        warnings.warn("unmerge: the model is not merged; nothing was done", stacklevel=2)
-    for layer in layers:
-        layer.in_merged_model = False
-        if layer.merged:
-            layer.unmerge()
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent_path, _, attribute = path.rpartition(".")
-    model.get_submodule(parent_path)._modules[attribute] = module
-    for name, ancestor in model.named_modules():
-        if isinstance(ancestor, nn.TransformerEncoder) and f"{path}.".startswith(name):
-            ancestor.use_nested_tensor = False  # only its layers' fast path can take nested tensors
-
-
-def _use_whole(model: nn.Module, state: ModelAdapters, name: str | None) -> None:
-    """Puts the adapter's own copies of whole modules in place, and the originals elsewhere."""
-    paths = module_paths(model)
-    by_name = {place: module for module, places in paths.items() for place in places}
-    for path, original in state.whole[None].items():
-        chosen = state.whole.get(name, {}).get(path, original)
-        current = by_name[path]
-        if chosen is current:
-            continue
-        _follow(chosen, current)
-        chosen.requires_grad_(chosen is not original)
-        for place in paths[current]:
-            _replace(model, place, chosen)
-
-
-def _follow(module: nn.Module, current: nn.Module) -> None:
-    """Gives a module that was not in place the devices, dtypes and modes of its twin that was."""
-    for mine, twin in zip(module.parameters(), current.parameters(), strict=True):
-        mine.data = mine.data.to(twin)
-    for mine, twin in zip(module.modules(), current.modules(), strict=True):
-        mine.training = twin.training
-        for name, buffer in mine._buffers.items():
-            if buffer is not None:
-                mine._buffers[name] = buffer.to(twin._buffers[name])

@@ -10,7 +10,8 @@ from torch import nn
 
 from . import ops
 from .adapted import Adapted
-from .model import ModelAdapters, adapted_layers
+from .model import ModelAdapters
+from .tree import adapted_layers
 
 
 @dataclass(frozen=True)

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from .adapted import Adapted
 from .config import TargetConfig
 from .nn import is_adaptable
+from .tree import AdaptedLayer, module_paths
 
 ALL_LINEAR = "all-linear"
-
-
-def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module with all its names; a module used at two places has two.
-
-    What is inside of adapted layers is left out: adapters' names are no modules' names.
-    """
-    paths: dict[nn.Module, list[str]] = {}
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if inside and name.startswith(inside):
-            continue
-        paths.setdefault(module, []).append(name)
-        if isinstance(module, Adapted):
-            inside = (f"{name}." if name else "adapters",)
-    return paths
 
 
 def has_suffix(name: str, suffix: str) -> bool:
@@ -55,8 +39,12 @@ def _compiled(field: str, pattern: str) -> re.Pattern:
         raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from error
 
 
-def find_targets(model: nn.Module, config: TargetConfig) -> dict[str, nn.Module]:
+def find_targets(
+    model: nn.Module, config: TargetConfig, whole: Collection[str] = ()
+) -> dict[str, nn.Module]:
     """{first name: module} of the layers that get an adapter, in the model's order.
+
+    What is inside of `whole`, modules trained whole, gets none.
 
     Raises:
         ValueError: a pattern matches nothing, or something that is no linear or embedding layer;
@@ -67,7 +55,6 @@ def find_targets(model: nn.Module, config: TargetConfig) -> dict[str, nn.Module]
     if config.exclude_modules:
         excluded = _selected(model, paths, config.exclude_modules, "exclude_modules")
         chosen = [module for module in chosen if module not in set(excluded)]
-    whole = find_whole(model, config.modules_to_save)
     chosen = [
         module
         for module in chosen
@@ -75,46 +62,27 @@ def find_targets(model: nn.Module, config: TargetConfig) -> dict[str, nn.Module]
     ]
     targets = {paths[module][0]: module for module in chosen}
     for name, module in targets.items():
-        if not (is_adaptable(module) or isinstance(module, Adapted)):
+        if not (is_adaptable(module) or isinstance(module, AdaptedLayer)):
             raise ValueError(_not_adaptable("target_modules", name, module))
     if not targets:
         raise ValueError(f"target_modules: {config.target_modules!r} leaves no module to adapt")
     for name, module in targets.items():
-        _check_ties("target_modules", name, module, paths, {module})
+        check_ties("target_modules", name, module, paths, {module})
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
             _compiled(field, pattern)
             if all(lookup({pattern: True}, paths[m]) is None for m in targets.values()):
                 raise ValueError(
                     f"{field}: {pattern!r} matches none of the {len(targets)} targets"
-                    + _near_misses(pattern, targets)
+                    + near_misses(pattern, targets)
                 )
     return targets
-
-
-def find_whole(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """{first name: module} of the modules to train whole."""
-    found: dict[str, nn.Module] = {}
-    paths = module_paths(model)
-    for wanted in names:
-        matches = [m for m, own in paths.items() if any(has_suffix(n, wanted) for n in own)]
-        if not matches:
-            every = [name for own in paths.values() for name in own if name]
-            raise ValueError(
-                f"modules_to_save: {wanted!r} matches no module" + _near_misses(wanted, every)
-            )
-        found.update({paths[module][0]: module for module in matches})
-    for name, module in found.items():
-        inside = set(module.modules())
-        for own in module.modules():
-            _check_ties("modules_to_save", name, own, paths, inside)
-    return found
 
 
 def _selected(
     model: nn.Module, paths: dict[nn.Module, list[str]], wanted: Sequence[str] | str, field: str
 ) -> list[nn.Module]:
-    adaptable = [m for m in paths if is_adaptable(m) or isinstance(m, Adapted)]
+    adaptable = [m for m in paths if is_adaptable(m) or isinstance(m, AdaptedLayer)]
     names = [name for module in adaptable for name in paths[module]]
     if wanted == ALL_LINEAR:
         output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -128,19 +96,19 @@ def _selected(
                     raise ValueError(_not_adaptable(field, name, module))
             raise ValueError(
                 f"{field}: the regular expression {wanted!r} matches no whole name of a layer"
-                + _near_misses(wanted, names)
+                + near_misses(wanted, names)
             )
         return matches
     matches = []
     for suffix in wanted:
         found = [m for m, own in paths.items() if any(has_suffix(n, suffix) for n in own)]
         if not found:
-            raise ValueError(f"{field}: {suffix!r} matches no module" + _near_misses(suffix, names))
+            raise ValueError(f"{field}: {suffix!r} matches no module" + near_misses(suffix, names))
         matches.extend(found)
     return [module for module in paths if module in set(matches)]
 
 
-def _near_misses(wanted: str, names: Iterable[str]) -> str:
+def near_misses(wanted: str, names: Iterable[str]) -> str:
     """; the closest names and suffixes, or else the last parts that occur."""
     suffixes = {".".join(n.split(".")[i:]) for n in names for i in range(n.count(".") + 1)}
     close = difflib.get_close_matches(wanted, sorted(suffixes), n=5, cutoff=0.6)
@@ -157,7 +125,7 @@ def _not_adaptable(field: str, name: str, module: nn.Module) -> str:
     )
 
 
-def _check_ties(
+def check_ties(
     field: str,
     name: str,
     module: nn.Module,

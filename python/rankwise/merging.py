@@ -1,0 +1,171 @@
+"""Merging an adapter into its base and back: one layer, and a whole model."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .config import AdapterOptions
+from .tree import AdaptedLayer, required_layers
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """One merge: how far rounding moved the weight, and how much of it changed at all.
+
+    Args:
+        max_rounding_error: largest |rounded - exact| over the weight's elements.
+        changed: elements that differ from the base.
+        total: elements.
+    """
+
+    max_rounding_error: float
+    changed: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100.0 * self.changed / max(self.total, 1)
+        error = f"rounding error at most {self.max_rounding_error:.2g}"
+        return f"{share:.1f} % of weights changed, {error}"
+
+
+class Mergeable(AdaptedLayer):
+    """Mixin of layers whose ``weight`` can give way to the base plus the active adapter's update.
+
+    The base is never written: merging puts a new parameter in the place of ``weight`` and keeps the
+    old object, so that unmerging restores every bit and tied weights are not touched.
+    """
+
+    weight: nn.Parameter
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    lora_E: nn.Parameter | None
+    adapter: str | None
+    options: AdapterOptions | None
+    rank: int
+    scaling: float
+
+    def _become_mergeable(self, transposed: bool) -> None:
+        """The state of a layer that is not merged. `transposed`: weight is stored [in, out]."""
+        self.transposed = transposed
+        self.adapters_enabled = True
+        self._unmerged: tuple[nn.Parameter] | None = None
+        self.in_merged_model = False  # set by merge(model): state_dict() leaves all adapters out
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` holds the base plus the active adapter's update."""
+        return self._unmerged is not None
+
+    def merge(self) -> MergeReport | None:
+        """Puts round(W0 + scaling * B diag(E) A) in the place of ``weight``.
+
+        The sum is formed in float64 and rounded once. None (with a warning) when merged already.
+
+        Raises:
+            RuntimeError: no adapter is active, or the sum is not finite; nothing is changed.
+        """
+        if self.merged:
+            warnings.warn("merge: the layer is merged already; nothing was done", stacklevel=2)
+            return None
+        if self.adapter is None:
+            raise RuntimeError("merge: no adapter is active")
+        with torch.no_grad():
+            merged, error, changed = ops.merged_weight(
+                self._matrix(self.weight),
+                self.lora_A,
+                self.lora_B,
+                self.lora_E,
+                scaling=self.scaling,
+                rank=self.rank,
+            )
+        report = MergeReport(error.item(), int(changed), merged.numel())
+        if not math.isfinite(report.max_rounding_error):
+            raise RuntimeError("merge: the merged weight would not be finite; nothing was changed")
+        self._unmerged = (self.weight,)
+        self.weight = nn.Parameter(self._matrix(merged), requires_grad=False)
+        return report
+
+    def unmerge(self) -> None:
+        """Puts the base parameter back, bit for bit; when not merged, only warns."""
+        if not self.merged:
+            warnings.warn("unmerge: the layer is not merged; nothing was done", stacklevel=2)
+            return
+        (self.weight,) = self._unmerged
+        self._unmerged = None
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """weight as [out, in], without a copy; its own inverse."""
+        return weight.t() if self.transposed else weight
+
+    def _base_weight(self) -> nn.Parameter:
+        return self._unmerged[0] if self.merged else self.weight
+
+    def _weight_in_use(self) -> Tensor:
+        return self.weight if self.adapters_enabled else self._base_weight()
+
+    def _check_trainable(self) -> None:
+        if self.merged and self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
+            raise RuntimeError(
+                f"{type(self).__name__}: a merged layer would train nothing; call unmerge() before "
+                "training, or eval() or torch.no_grad() for inference"
+            )
+
+    def _apply(self, fn, recurse: bool = True):
+        if not self.merged:
+            return super()._apply(fn, recurse)
+        self._parameters["unmerged"] = self._unmerged[0]  # so that the base goes with the rest
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._unmerged = (self._parameters.pop("unmerged"),)
+
+
+def merge(model: nn.Module) -> dict[str, MergeReport]:
+    """Merges the active adapter into every layer's weight, all or none; {layer: report}.
+
+    While merged, ``model.state_dict()`` is that of the plain model with merged weights. A model
+    that is merged already is left alone, with a warning.
+    """
+    reports: dict[str, MergeReport] = {}
+    every = required_layers(model)
+    layers = {name: layer for name, layer in every.items() if layer.adapter is not None}
+    if not layers:
+        raise RuntimeError("merge: no adapter is active")
+    if all(layer.merged for layer in layers.values()):
+        warnings.warn("merge: the model is merged already; nothing was done", stacklevel=2)
+        return reports
+    try:
+        for name, layer in layers.items():
+            if not layer.merged:
+                reports[name] = _merge_layer(name, layer)
+    except BaseException:
+        for name in reports:
+            layers[name].unmerge()
+        raise
+    for layer in every.values():
+        layer.in_merged_model = True
+    return reports
+
+
+def _merge_layer(name: str, layer: Mergeable) -> MergeReport:
+    try:
+        return layer.merge()
+    except RuntimeError as error:
+        raise RuntimeError(f"{name}: {error}") from error
+
+
+def unmerge(model: nn.Module) -> None:
+    """Gives every merged layer its base back, bit for bit; with none merged, only warns."""
+    layers = required_layers(model).values()
+    if not any(layer.merged for layer in layers):
+        warnings.warn("unmerge: the model is not merged; nothing was done", stacklevel=2)
+    for layer in layers:
+        layer.in_merged_model = False
+        if layer.merged:
+            layer.unmerge()
