@@ -81,11 +81,15 @@ def cpp_breaches(root: Path) -> list[str]:
 
 def python_breaches(root: Path) -> list[str]:
     breaches = []
-    for path in sorted((root / "python" / "rankwise").rglob("*.py")):
+    package = root / "python" / "rankwise"
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            direct = re.search(r"torch\.ops|rankwise\._C|from \._library import library", line)
-            if direct and path.name not in LIBRARY_USERS:
-                breaches.append(f"{path.name}:{number}: only {sorted(LIBRARY_USERS)} reach it")
+            direct = re.search(r"torch\.ops|rankwise\._C|from \.+_library import library", line)
+            if direct and name not in LIBRARY_USERS:
+                breaches.append(
+                    f"{name}:{number}: only {', '.join(sorted(LIBRARY_USERS))} reach it"
+                )
     return breaches
 
 

@@ -9,7 +9,7 @@ def main() -> None:
         print(Path(__file__).parent / "share" / "cmake")
         return
     try:
-        from .cli import app
+        from .commands import app
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in ("typer", "rich"):

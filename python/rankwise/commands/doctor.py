@@ -1,4 +1,4 @@
-"""The command line. Needs typer and rich, which the library does without."""
+"""`rankwise doctor`: what this installation has to work with, as tables."""
 
 from typing import Annotated
 
@@ -6,24 +6,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .doctor import DTYPES, Installation, examine
-from .doctor import measure as measure_paths
-
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+from ..doctor import DTYPES, Installation, examine
+from ..doctor import measure as measure_paths
 
 
-@app.callback()
-def options(
-    cmake_dir: Annotated[
-        bool, typer.Option("--cmake-dir", help="Print where CMake finds the C++ package (alone).")
-    ] = False,
-) -> None:
-    """LoRA and AdaLoRA for PyTorch."""
-    if cmake_dir:
-        raise typer.BadParameter("--cmake-dir stands alone, without a command")
-
-
-@app.command()
 def doctor(
     measure: Annotated[
         bool, typer.Option("--measure", help="Also time lora_linear on the CPU's paths.")
