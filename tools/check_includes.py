@@ -16,9 +16,10 @@ TORCH = r"ATen|torch|c10"
 ROOMS = {
     "csrc/include": (r"", PYTHON),
     "csrc/kernels": (r"", rf"{PYTHON}|{TORCH}"),
-    "csrc/ops": (r"kernels/[^/]+\.h|ops/cpu/blocks\.h", PYTHON),
-    "csrc/ops/cpu": (r"kernels/[^/]+\.h|ops/[^/]+\.h", PYTHON),
-    "csrc/ops/cuda": (r"kernels/[^/]+\.h|ops/[^/]+\.h", PYTHON),
+    "csrc/kernels/allocation": (r"kernels/[^/]+\.h", rf"{PYTHON}|{TORCH}"),
+    "csrc/ops": (r"kernels/.+\.h|ops/cpu/blocks\.h", PYTHON),
+    "csrc/ops/cpu": (r"kernels/.+\.h|ops/[^/]+\.h", PYTHON),
+    "csrc/ops/cuda": (r"kernels/.+\.h|ops/[^/]+\.h", PYTHON),
     "csrc/allocation": (r"ops/importance\.h", PYTHON),
     "csrc/io": (r"", rf"{PYTHON}|torch/"),
     "csrc/nn": (r"", PYTHON),

@@ -1,13 +1,13 @@
 // AdaLoRA's passes over all adapters at once, as typed calls into the dispatcher. Lists hold one
-// tensor for each factor; nothing here needs a gradient. Formulas: kernels/importance.h. On CUDA
-// nothing waits for the device: what a step does depends on `progress` (kernels/progress.h), which
-// lies where the adapters are.
+// tensor for each factor; nothing here needs a gradient. Formulas: kernels/allocation/importance.h.
+// On CUDA nothing waits for the device: what a step does depends on `progress`
+// (kernels/allocation/progress.h), which lies where the adapters are.
 #pragma once
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
-#include "../kernels/progress.h"
+#include "../kernels/allocation/progress.h"
 
 namespace rankwise {
 

@@ -5,7 +5,7 @@
 
 #include <numeric>
 
-#include "../kernels/progress.h"
+#include "../kernels/allocation/progress.h"
 
 namespace rankwise {
 namespace {

@@ -9,7 +9,7 @@
 #include <numeric>
 #include <vector>
 
-#include "../kernels/importance.h"
+#include "../kernels/allocation/importance.h"
 
 namespace rankwise {
 namespace {

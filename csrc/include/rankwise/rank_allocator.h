@@ -135,8 +135,8 @@ class RankAllocator {
   BudgetSchedule schedule_;
   std::vector<at::Tensor> sensitivity_, uncertainty_;  // of A, B, E of each adapter; until frozen
   // Where the adapters are: the kept of all initial directions, bool; where the schedule stands
-  // (kernels/progress.h); the budgets of steps 0, 1, ..., negative where nothing is chosen; and the
-  // history's rows (record_choice_ in ops/importance.h).
+  // (kernels/allocation/progress.h); the budgets of steps 0, 1, ..., negative where nothing is
+  // chosen; and the history's rows (record_choice_ in ops/importance.h).
   at::Tensor kept_, progress_, budgets_, choices_, summaries_;
   at::Tensor heard_;   // on the CPU: progress_, or what has arrived of it
   int64_t calls_ = 0;  // steps, the skipped ones too

@@ -6,7 +6,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "../../kernels/importance.h"
+#include "../../kernels/allocation/importance.h"
 #include "vector_clones.h"
 
 namespace rankwise {

@@ -10,10 +10,9 @@
 #include <cublasLt.h>
 
 #include <algorithm>
-#include <array>
+#include <compare>
 #include <map>
 #include <mutex>
-#include <utility>
 
 #include "../checks.h"
 #include "shape_bucket.h"
@@ -56,22 +55,7 @@ struct Problem {
   int64_t right_row_major, bias, tf32;
   int64_t out_alignment, left_alignment, right_alignment;
 
-  auto key() const {
-    return std::array{device,
-                      m,
-                      n,
-                      k,
-                      dtype,
-                      out_stride,
-                      left_stride,
-                      right_stride,
-                      right_row_major,
-                      bias,
-                      tf32,
-                      out_alignment,
-                      left_alignment,
-                      right_alignment};
-  }
+  auto operator<=>(const Problem&) const = default;
 };
 
 // The largest power of two up to 256 that divides the address.
@@ -227,15 +211,15 @@ class Cache {
  public:
   template <typename Make>
   const Value& get(const Problem& problem, const Make& make) {
-    if (const auto known = values_.find(problem.key()); known != values_.end())
+    if (const auto known = values_.find(problem); known != values_.end())
       return known->second;
     if (values_.size() >= kept) values_.clear();
-    return values_.emplace(problem.key(), make(problem)).first->second;
+    return values_.emplace(problem, make(problem)).first->second;
   }
 
  private:
   static constexpr size_t kept = 4096;
-  std::map<decltype(std::declval<Problem>().key()), Value> values_;
+  std::map<Problem, Value> values_;
 };
 
 // The heuristic is asked once for a bucket, and about its largest problem, so that no earlier call

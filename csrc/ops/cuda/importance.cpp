@@ -6,7 +6,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include "../../kernels/importance_kernels.h"
+#include "../../kernels/allocation/importance_kernels.h"
 #include "../importance_checks.h"
 #include "../importance_composite.h"
 #include "device_table.h"

@@ -1,6 +1,6 @@
 // The orthogonality penalty on CUDA: all factors in three launches, with the gradient in two or
 // three. Nothing waits for the device. A CUDA graph records the composite form.
-#include "../../kernels/orthogonality.h"
+#include "../../kernels/allocation/orthogonality.h"
 
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>

@@ -3,7 +3,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include "../../kernels/progress_kernels.h"
+#include "../../kernels/allocation/progress_kernels.h"
 #include "../importance.h"
 #include "../importance_checks.h"
 #include "../importance_composite.h"

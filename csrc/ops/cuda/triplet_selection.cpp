@@ -1,5 +1,5 @@
 // The choice of triplets and their masks on CUDA. Nothing waits for the device.
-#include "../../kernels/triplet_selection.h"
+#include "../../kernels/allocation/triplet_selection.h"
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAGuard.h>

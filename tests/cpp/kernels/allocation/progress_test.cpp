@@ -3,14 +3,14 @@
 #include <cuda_model/device_memory.h>
 #include <cuda_model/schedule.h>
 #include <gtest/gtest.h>
-#include <kernels/progress_kernels.h>
+#include <kernels/allocation/progress_kernels.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
 
-#include "elements.h"
+#include "../elements.h"
 
 namespace rankwise::kernels {
 namespace {

@@ -1,8 +1,8 @@
 // The importance passes on the device. Compiled without fused multiply-adds (CMakeLists.txt), so
 // that averages have the CPU's bits.
+#include "../with_element_type.h"
 #include "importance.h"
 #include "importance_kernels.h"
-#include "with_element_type.h"
 
 namespace rankwise::kernels {
 namespace {

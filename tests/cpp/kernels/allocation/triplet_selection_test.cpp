@@ -3,7 +3,7 @@
 #include <cuda_model/device_memory.h>
 #include <cuda_model/schedule.h>
 #include <gtest/gtest.h>
-#include <kernels/triplet_selection.h>
+#include <kernels/allocation/triplet_selection.h>
 
 #include <algorithm>
 #include <cmath>

@@ -1,9 +1,9 @@
 // AdaLoRA's schedule and history on the device.
 #include <cmath>
 
+#include "../with_element_type.h"
 #include "progress.h"
 #include "progress_kernels.h"
-#include "with_element_type.h"
 
 namespace rankwise::kernels {
 namespace {

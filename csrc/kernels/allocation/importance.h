@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "host_device.h"
+#include "../host_device.h"
 
 namespace rankwise::kernels {
 

@@ -3,14 +3,14 @@
 #include <cuda_model/device_memory.h>
 #include <cuda_model/schedule.h>
 #include <gtest/gtest.h>
-#include <kernels/importance.h>
-#include <kernels/importance_kernels.h>
+#include <kernels/allocation/importance.h>
+#include <kernels/allocation/importance_kernels.h>
 
 #include <cmath>
 #include <cstring>
 #include <random>
 
-#include "elements.h"
+#include "../elements.h"
 
 namespace rankwise::kernels {
 namespace {

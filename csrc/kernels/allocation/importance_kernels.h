@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "element_type.h"
+#include "../element_type.h"
 #include "progress.h"
 
 namespace rankwise::kernels {

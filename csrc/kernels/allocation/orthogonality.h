@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "element_type.h"
+#include "../element_type.h"
 
 namespace rankwise::kernels {
 

@@ -2,7 +2,7 @@
 // directions.
 #include <cstring>
 
-#include "device.h"
+#include "../device.h"
 #include "triplet_selection.h"
 
 namespace rankwise::kernels {

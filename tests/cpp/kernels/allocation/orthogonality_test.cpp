@@ -2,12 +2,12 @@
 #include <cuda_model/device_memory.h>
 #include <cuda_model/schedule.h>
 #include <gtest/gtest.h>
-#include <kernels/orthogonality.h>
+#include <kernels/allocation/orthogonality.h>
 
 #include <cmath>
 #include <random>
 
-#include "elements.h"
+#include "../elements.h"
 
 namespace rankwise::kernels {
 namespace {

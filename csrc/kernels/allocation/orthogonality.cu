@@ -1,8 +1,8 @@
 // The orthogonality penalty: Gram matrices in tiles of 16 x 16, their norms, and the gradient.
 #include <cmath>
 
+#include "../with_element_type.h"
 #include "orthogonality.h"
-#include "with_element_type.h"
 
 namespace rankwise::kernels {
 namespace {
