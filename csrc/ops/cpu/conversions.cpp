@@ -25,43 +25,46 @@ namespace {
   *to = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);  // NaN
 }
 
-// What is added to a tile of sums: a row, or what is kept of another tile, or nothing.
+// What is added to a row of sums: numbers, or those of them that are kept, or nothing.
+struct RowAddend {
+  const float* numbers;
+  const uint64_t* kept;
+};
+
+// The same of a tile: one row for all, or rows of another tile, or nothing.
 struct Addend {
-  const float* row;
-  Rows<const float> update;
+  Rows<const float> numbers;
   KeptBits kept;
+
+  RowAddend operator[](int64_t i) const {
+    return {numbers.data != nullptr ? numbers[i] : nullptr,
+            kept.data != nullptr ? kept[i] : nullptr};
+  }
 };
 
 template <typename To>
-[[gnu::always_inline]] inline void add_in_loops(Rows<const float> sums, const Addend& addend,
-                                                int64_t rows, int64_t from, int64_t cols,
-                                                Rows<To> to) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* const sum = sums[i];
-    To* const result = to[i];
-    if (addend.update.data != nullptr) {
-      const float* const update = addend.update[i];
-      const uint64_t* const bits = addend.kept[i];
-      for (int64_t j = from; j < cols; ++j)
-        put(sum[j] + (kept_from(bits, j) & 1 ? update[j] : 0.0F), result + j);
-    } else if (addend.row != nullptr) {
-      for (int64_t j = from; j < cols; ++j) put(sum[j] + addend.row[j], result + j);
-    } else {
-      for (int64_t j = from; j < cols; ++j) put(sum[j], result + j);
-    }
+[[gnu::always_inline]] inline void add_columns(const float* sum, const RowAddend& addend,
+                                               int64_t from, int64_t cols, To* to) {
+  if (addend.kept != nullptr) {
+    for (int64_t j = from; j < cols; ++j)
+      put(sum[j] + (kept_from(addend.kept, j) & 1 ? addend.numbers[j] : 0.0F), to + j);
+  } else if (addend.numbers != nullptr) {
+    for (int64_t j = from; j < cols; ++j) put(sum[j] + addend.numbers[j], to + j);
+  } else {
+    for (int64_t j = from; j < cols; ++j) put(sum[j], to + j);
   }
 }
 
 RANKWISE_VECTOR_CLONES
 void add(Rows<const float> sums, const Addend& addend, int64_t rows, int64_t from, int64_t cols,
          Rows<float> to) {
-  add_in_loops(sums, addend, rows, from, cols, to);
+  for (int64_t i = 0; i < rows; ++i) add_columns(sums[i], addend[i], from, cols, to[i]);
 }
 
 RANKWISE_VECTOR_CLONES
 void add(Rows<const float> sums, const Addend& addend, int64_t rows, int64_t from, int64_t cols,
          Rows<uint16_t> to) {
-  add_in_loops(sums, addend, rows, from, cols, to);
+  for (int64_t i = 0; i < rows; ++i) add_columns(sums[i], addend[i], from, cols, to[i]);
 }
 
 #if RANKWISE_X86_DISPATCH
@@ -89,29 +92,30 @@ inline void put(__m512 values, uint16_t* to) {
   std::memcpy(to, &rounded, sizeof rounded);
 }
 
+// add_columns, sixteen at a time.
+template <typename To>
+RANKWISE_BFLOAT16_VECTORS inline void add_vectors(const float* sum, const RowAddend& addend,
+                                                  int64_t cols, To* to) {
+  if (addend.kept != nullptr) {
+    for (int64_t j = 0; j < cols; j += 16) {
+      const auto kept = static_cast<__mmask16>(kept_from(addend.kept, j));
+      const __m512 update = _mm512_maskz_loadu_ps(kept, addend.numbers + j);
+      put(_mm512_add_ps(_mm512_loadu_ps(sum + j), update), to + j);
+    }
+  } else if (addend.numbers != nullptr) {
+    for (int64_t j = 0; j < cols; j += 16)
+      put(_mm512_add_ps(_mm512_loadu_ps(sum + j), _mm512_loadu_ps(addend.numbers + j)), to + j);
+  } else {
+    for (int64_t j = 0; j < cols; j += 16) put(_mm512_loadu_ps(sum + j), to + j);
+  }
+}
+
 // Sixteen columns at a time; returns how many are done.
 template <typename To>
 RANKWISE_BFLOAT16_VECTORS int64_t add_in_vectors(Rows<const float> sums, const Addend& addend,
                                                  int64_t rows, int64_t cols, Rows<To> to) {
   const int64_t done = cols / 16 * 16;
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* const sum = sums[i];
-    To* const result = to[i];
-    if (addend.update.data != nullptr) {
-      const float* const update = addend.update[i];
-      const uint64_t* const bits = addend.kept[i];
-      for (int64_t j = 0; j < done; j += 16) {
-        const auto kept = static_cast<__mmask16>(kept_from(bits, j));
-        put(_mm512_add_ps(_mm512_loadu_ps(sum + j), _mm512_maskz_loadu_ps(kept, update + j)),
-            result + j);
-      }
-    } else if (addend.row != nullptr) {
-      for (int64_t j = 0; j < done; j += 16)
-        put(_mm512_add_ps(_mm512_loadu_ps(sum + j), _mm512_loadu_ps(addend.row + j)), result + j);
-    } else {
-      for (int64_t j = 0; j < done; j += 16) put(_mm512_loadu_ps(sum + j), result + j);
-    }
-  }
+  for (int64_t i = 0; i < rows; ++i) add_vectors(sums[i], addend[i], done, to[i]);
   return done;
 }
 
@@ -142,7 +146,7 @@ void widen(const uint16_t* from, float* to, int64_t count) {
 
 template <typename To>
 void add_row(Rows<const float> sums, const float* row, int64_t rows, int64_t cols, Rows<To> to) {
-  add_to(sums, {row, {}, {}}, rows, cols, to);
+  add_to(sums, {{row, /*stride=*/0}, {}}, rows, cols, to);
 }
 template void add_row(Rows<const float>, const float*, int64_t, int64_t, Rows<float>);
 template void add_row(Rows<const float>, const float*, int64_t, int64_t, Rows<at::BFloat16>);
@@ -150,7 +154,7 @@ template void add_row(Rows<const float>, const float*, int64_t, int64_t, Rows<at
 template <typename To>
 void add_kept(Rows<const float> sums, Rows<const float> update, KeptBits kept, int64_t rows,
               int64_t cols, Rows<To> to) {
-  add_to(sums, {nullptr, update, kept}, rows, cols, to);
+  add_to(sums, {update, kept}, rows, cols, to);
 }
 template void add_kept(Rows<const float>, Rows<const float>, KeptBits, int64_t, int64_t,
                        Rows<float>);
