@@ -11,6 +11,12 @@ namespace rankwise {
 
 constexpr int64_t block_rows = 64;  // of a and c in one call of the kernel
 
+// The inner size of one call, which adds up one product after the other: runs of 192 have the
+// errors of MKL's float32 sums, runs of 128 have RMS errors a sixth smaller for 2 % of the time.
+// Products of bfloat16 are summed far more exactly than they are rounded.
+template <typename T>
+constexpr int64_t sum_run = sizeof(T) == 2 ? 4096 : 128;
+
 // Inner sizes are rounded up to this many elements: bfloat16 products are of pairs.
 template <typename T>
 constexpr int64_t inner_multiple = sizeof(T) == 2 ? 2 : 1;

@@ -154,9 +154,12 @@ void Sum<T, F>::compute(const Tile& tile) const {
   const auto [first_col, width] = tile.col;
   constexpr bool in_place = std::is_same_v<T, float>;
   const bool few = in_place && tile.row.size <= few_rows;
-  // What many blocks of rows read stays in the core's cache. Sums of float32 are made of runs, so
-  // that smaller chunks, which are read once and at once, give the same bits.
-  const int64_t chunk = few ? 256 : (int64_t{1} << 18) / (panel_cols * int64_t{sizeof(T)});
+  // What many blocks of rows read stays in the core's cache; what few rows read once passes through
+  // its first level. Whole runs, so that both give the same bits.
+  constexpr int64_t many_chunk = (int64_t{1} << 18) / (panel_cols * int64_t{sizeof(T)});
+  constexpr int64_t few_chunk = in_place ? 2 * sum_run<T> : many_chunk;
+  static_assert(!in_place || (many_chunk % sum_run<T> == 0 && few_chunk % sum_run<T> == 0));
+  const int64_t chunk = few ? few_chunk : many_chunk;
   const Split blocks(tile.row.size, block_rows), chunks(base.size(1), chunk);
   const bool in_one = chunks.count() == 1;
   T* const panel = scratch<T>(Slot::panel, inner_padded<T>(std::min(chunk, base.size(1))) * width);
