@@ -10,6 +10,7 @@ import torch
 
 import rankwise as rw
 from rankwise import doctor
+from rankwise._library import library
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "rankwise"]
@@ -43,6 +44,18 @@ def test_measuring_leaves_the_path_as_it_was():
     rw.ops.set_cpu_path("ATen")
     doctor.measure()
     assert rw.ops.path(torch.empty(1)) == "cpu (ATen)"
+
+
+def test_measuring_leaves_the_setting_where_another_path_is_in_effect():
+    """Under deterministic algorithms calls take another path than the one that was set."""
+    rw.ops.set_cpu_path("measured")
+    torch.use_deterministic_algorithms(True)
+    try:
+        doctor.measure()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert rw.ops.path(torch.empty(1)) in ("cpu (measured)", "cpu (ATen)")
+    assert str(library.cpu_path()) == "measured"
 
 
 def test_it_says_which_path_serves_each_device_and_dtype():

@@ -12,6 +12,9 @@ namespace rankwise {
 
 enum class Pass { forward, backward };
 
+// The path of calls that begin now: what was set, or what deterministic algorithms ask for.
+CpuPath path_in_effect();
+
 // The path's choice for a call that panels can serve. run(panels) computes the call; it is called
 // only to be timed, where the path is `measured` and no call like this one was timed before.
 bool panels_chosen(Pass pass, const ActiveAdapter& adapter, const at::Tensor& x,
