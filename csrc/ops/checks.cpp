@@ -89,9 +89,8 @@ void check_dropout_p(const char* op, double dropout_p) {
 }
 
 void check_factors(const char* op, const at::Tensor& weight, const c10::SymInt& in_features,
-                   const c10::SymInt& out_features, const at::Tensor& lora_A,
-                   const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
-                   double scaling, const c10::SymInt& rank) {
+                   const c10::SymInt& out_features, const AdapterOperands& adapter) {
+  const auto& [lora_A, lora_B, lora_E, scaling, dropout_p, rank] = adapter;
   const c10::SymInt capacity = active_rank(op, lora_A, in_features, {});
   check_shape(op, "lora_A", lora_A, capacity, "rank", in_features, nullptr);
   check_shape(op, "lora_B", lora_B, out_features, nullptr, capacity, nullptr);
@@ -115,9 +114,7 @@ void check_factors(const char* op, const at::Tensor& weight, const c10::SymInt& 
 }
 
 void check_lora_linear(const char* op, const at::Tensor& input, const at::Tensor& weight,
-                       const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
-                       const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
-                       double scaling, double dropout_p, const c10::SymInt& rank) {
+                       const std::optional<at::Tensor>& bias, const AdapterOperands& adapter) {
   TORCH_CHECK(is_supported(input.scalar_type()), op,
               ": input must be float64, float32, bfloat16 or float16, got ",
               dtype_name(input.scalar_type()));
@@ -136,8 +133,8 @@ void check_lora_linear(const char* op, const at::Tensor& input, const at::Tensor
                     "], got ", bias->sym_sizes());
     check_like(op, "bias", *bias, "input", input);
   }
-  check_factors(op, weight, in_features, out_features, lora_A, lora_B, lora_E, scaling, rank);
-  check_dropout_p(op, dropout_p);
+  check_factors(op, weight, in_features, out_features, adapter);
+  check_dropout_p(op, adapter.dropout_p);
 }
 
 void check_table(const char* op, const at::Tensor& indices, const at::Tensor& weight) {
@@ -150,24 +147,20 @@ void check_table(const char* op, const at::Tensor& indices, const at::Tensor& we
 }
 
 void check_lora_embedding(const char* op, const at::Tensor& indices, const at::Tensor& weight,
-                          const at::Tensor& lora_A, const at::Tensor& lora_B,
-                          const std::optional<at::Tensor>& lora_E, double scaling,
-                          const c10::SymInt& rank) {
+                          const AdapterOperands& adapter) {
   check_table(op, indices, weight);
-  check_factors(op, weight, weight.sym_size(0), weight.sym_size(1), lora_A, lora_B, lora_E, scaling,
-                rank);
+  check_factors(op, weight, weight.sym_size(0), weight.sym_size(1), adapter);
 }
 
 void check_embedding_backward(const char* op, const at::Tensor& grad_output,
                               const at::Tensor& indices, const at::Tensor& weight,
-                              const at::Tensor& lora_A, const at::Tensor& hidden,
-                              const c10::SymInt& rank) {
+                              const AdapterOperands& adapter, const at::Tensor& hidden) {
   auto wanted = indices.sym_sizes().vec();
   wanted.push_back(weight.sym_size(1));
   check_sizes(op, "grad_output", grad_output, wanted);
   check_like(op, "grad_output", grad_output, "weight", weight);
-  check_shape(op, "hidden", hidden, indices.sym_numel(), nullptr, rank, nullptr);
-  check_like(op, "hidden", hidden, "lora_A", lora_A);
+  check_shape(op, "hidden", hidden, indices.sym_numel(), nullptr, adapter.rank, nullptr);
+  check_like(op, "hidden", hidden, "lora_A", adapter.lora_A);
 }
 
 void check_seed(const char* op, const at::Tensor& seed, double dropout_p) {
@@ -180,15 +173,15 @@ void check_seed(const char* op, const at::Tensor& seed, double dropout_p) {
 }
 
 void check_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
-                    const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& hidden,
-                    const at::Tensor& seed, double dropout_p, const c10::SymInt& rank) {
+                    const at::Tensor& weight, const AdapterOperands& adapter,
+                    const at::Tensor& hidden, const at::Tensor& seed) {
   auto wanted = input.sym_sizes().vec();
   wanted.back() = weight.sym_size(0);
   check_sizes(op, "grad_output", grad_output, wanted);
   check_like(op, "grad_output", grad_output, "input", input);
-  check_shape(op, "hidden", hidden, sym_token_count(input), nullptr, rank, nullptr);
-  check_like(op, "hidden", hidden, "lora_A", lora_A);
-  check_seed(op, seed, dropout_p);
+  check_shape(op, "hidden", hidden, sym_token_count(input), nullptr, adapter.rank, nullptr);
+  check_like(op, "hidden", hidden, "lora_A", adapter.lora_A);
+  check_seed(op, seed, adapter.dropout_p);
   TORCH_CHECK(seed.device() == input.device(), op, ": seed must be on ", input.device(),
               " like input, got ", seed.device());
 }

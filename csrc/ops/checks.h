@@ -7,38 +7,33 @@
 
 #include <optional>
 
+#include "dispatch.h"
+
 namespace rankwise {
 
 // Throws unless shapes, devices and dtypes fit (the contract stands in ops.h). Safe for symbolic
 // sizes. `op` begins each message.
 void check_lora_linear(const char* op, const at::Tensor& input, const at::Tensor& weight,
-                       const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
-                       const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
-                       double scaling, double dropout_p, const c10::SymInt& rank);
+                       const std::optional<at::Tensor>& bias, const AdapterOperands& adapter);
 
 // Indices and table alone, and all that lora_embedding's forward takes.
 void check_table(const char* op, const at::Tensor& indices, const at::Tensor& weight);
 void check_lora_embedding(const char* op, const at::Tensor& indices, const at::Tensor& weight,
-                          const at::Tensor& lora_A, const at::Tensor& lora_B,
-                          const std::optional<at::Tensor>& lora_E, double scaling,
-                          const c10::SymInt& rank);
+                          const AdapterOperands& adapter);
 
 // The factors alone, against a base of [out, in] in `base_dtype`.
 void check_factors(const char* op, const at::Tensor& weight, const c10::SymInt& in_features,
-                   const c10::SymInt& out_features, const at::Tensor& lora_A,
-                   const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
-                   double scaling, const c10::SymInt& rank);
+                   const c10::SymInt& out_features, const AdapterOperands& adapter);
 
 // What backward gets besides the forward's arguments: grad_output like the output, `hidden` and
 // `seed` as the forward returned them.
 void check_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
-                    const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& hidden,
-                    const at::Tensor& seed, double dropout_p, const c10::SymInt& rank);
+                    const at::Tensor& weight, const AdapterOperands& adapter,
+                    const at::Tensor& hidden, const at::Tensor& seed);
 
 void check_embedding_backward(const char* op, const at::Tensor& grad_output,
                               const at::Tensor& indices, const at::Tensor& weight,
-                              const at::Tensor& lora_A, const at::Tensor& hidden,
-                              const c10::SymInt& rank);
+                              const AdapterOperands& adapter, const at::Tensor& hidden);
 
 // int64 [1] on the op's device; [0] will do where nothing is dropped.
 void check_seed(const char* op, const at::Tensor& seed, double dropout_p);

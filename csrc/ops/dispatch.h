@@ -1,6 +1,9 @@
 // The inner ops as typed calls into the dispatcher: forwards with what backwards need, backwards,
 // and the dropout mask. Their schemas stand in schema.cpp; every backend registers kernels for
 // them.
+//
+// The dispatcher wants every operand as an argument of its own. Beyond it an adapter's operands are
+// one: kernels take them so and are registered through linear_forward<kernel> and its like.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,8 +12,22 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 namespace rankwise {
+
+// An adapter as a call gives it: lora_A [capacity, in], lora_B [out, capacity], lora_E
+// [capacity, 1] or none; `rank` leading directions are active. An embedding has no dropout.
+struct AdapterOperands {
+  const at::Tensor& lora_A;
+  const at::Tensor& lora_B;
+  const std::optional<at::Tensor>& lora_E;
+  double scaling;
+  double dropout_p;
+  c10::SymInt rank;
+
+  int64_t active() const { return rank.guard_int(__FILE__, __LINE__); }
+};
 
 // output [..., out]; hidden = drop(x) A^T, [tokens, rank], adapter dtype; seed int64 [1], or [0]
 // without dropout.
@@ -19,18 +36,15 @@ using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using BackwardResult =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-ForwardResult lora_linear_forward(const at::Tensor& input, const at::Tensor& weight,
-                                  const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
-                                  const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
-                                  double scaling, double dropout_p, c10::SymInt rank);
-
-BackwardResult lora_linear_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                    const at::Tensor& weight, const at::Tensor& lora_A,
-                                    const at::Tensor& lora_B,
-                                    const std::optional<at::Tensor>& lora_E,
-                                    const at::Tensor& hidden, const at::Tensor& seed,
-                                    double scaling, double dropout_p, c10::SymInt rank,
-                                    std::array<bool, 6> output_mask);
+using LinearForward = ForwardResult(const at::Tensor& input, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias,
+                                    const AdapterOperands& adapter);
+using LinearBackward = BackwardResult(const at::Tensor& grad_output, const at::Tensor& input,
+                                      const at::Tensor& weight, const AdapterOperands& adapter,
+                                      const at::Tensor& hidden, const at::Tensor& seed,
+                                      std::array<bool, 6> output_mask);
+LinearForward lora_linear_forward;
+LinearBackward lora_linear_backward;
 
 // [rows, cols] of 0 and 1 in `dtype`: element (i, j) depends on seed and i * cols + j alone.
 at::Tensor dropout_mask(const at::Tensor& seed, c10::SymInt rows, c10::SymInt cols,
@@ -42,18 +56,60 @@ using EmbeddingForwardResult = std::tuple<at::Tensor, at::Tensor>;
 // Gradients of weight, lora_A, lora_B, lora_E; undefined where not asked for.
 using EmbeddingBackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-EmbeddingForwardResult lora_embedding_forward(const at::Tensor& indices, const at::Tensor& weight,
-                                              const at::Tensor& lora_A, const at::Tensor& lora_B,
-                                              const std::optional<at::Tensor>& lora_E,
-                                              double scaling, int64_t padding_idx,
-                                              c10::SymInt rank);
+using EmbeddingForward = EmbeddingForwardResult(const at::Tensor& indices, const at::Tensor& weight,
+                                                const AdapterOperands& adapter,
+                                                int64_t padding_idx);
+using EmbeddingBackward = EmbeddingBackwardResult(const at::Tensor& grad_output,
+                                                  const at::Tensor& indices,
+                                                  const at::Tensor& weight,
+                                                  const AdapterOperands& adapter,
+                                                  const at::Tensor& hidden, int64_t padding_idx,
+                                                  std::array<bool, 4> output_mask);
+EmbeddingForward lora_embedding_forward;
+EmbeddingBackward lora_embedding_backward;
 
-EmbeddingBackwardResult lora_embedding_backward(const at::Tensor& grad_output,
-                                                const at::Tensor& indices, const at::Tensor& weight,
-                                                const at::Tensor& lora_A, const at::Tensor& lora_B,
-                                                const std::optional<at::Tensor>& lora_E,
-                                                const at::Tensor& hidden, double scaling,
-                                                int64_t padding_idx, c10::SymInt rank,
-                                                std::array<bool, 4> output_mask);
+// The functions of the schemas.
+
+template <LinearForward& kernel>
+ForwardResult linear_forward(const at::Tensor& input, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
+                             const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
+                             double scaling, double dropout_p, c10::SymInt rank) {
+  return kernel(input, weight, bias, {lora_A, lora_B, lora_E, scaling, dropout_p, std::move(rank)});
+}
+
+template <LinearBackward& kernel>
+BackwardResult linear_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                               const at::Tensor& weight, const at::Tensor& lora_A,
+                               const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
+                               const at::Tensor& hidden, const at::Tensor& seed, double scaling,
+                               double dropout_p, c10::SymInt rank,
+                               std::array<bool, 6> output_mask) {
+  return kernel(grad_output, input, weight,
+                {lora_A, lora_B, lora_E, scaling, dropout_p, std::move(rank)}, hidden, seed,
+                output_mask);
+}
+
+template <EmbeddingForward& kernel>
+EmbeddingForwardResult embedding_forward(const at::Tensor& indices, const at::Tensor& weight,
+                                         const at::Tensor& lora_A, const at::Tensor& lora_B,
+                                         const std::optional<at::Tensor>& lora_E, double scaling,
+                                         int64_t padding_idx, c10::SymInt rank) {
+  return kernel(indices, weight, {lora_A, lora_B, lora_E, scaling, 0.0, std::move(rank)},
+                padding_idx);
+}
+
+template <EmbeddingBackward& kernel>
+EmbeddingBackwardResult embedding_backward(const at::Tensor& grad_output, const at::Tensor& indices,
+                                           const at::Tensor& weight, const at::Tensor& lora_A,
+                                           const at::Tensor& lora_B,
+                                           const std::optional<at::Tensor>& lora_E,
+                                           const at::Tensor& hidden, double scaling,
+                                           int64_t padding_idx, c10::SymInt rank,
+                                           std::array<bool, 4> output_mask) {
+  return kernel(grad_output, indices, weight,
+                {lora_A, lora_B, lora_E, scaling, 0.0, std::move(rank)}, hidden, padding_idx,
+                output_mask);
+}
 
 }  // namespace rankwise

@@ -28,8 +28,8 @@ class LoraEmbeddingFunction : public torch::autograd::Function<LoraEmbeddingFunc
                             double scaling, int64_t padding_idx, const c10::SymInt& rank) {
     auto [output, hidden] = [&] {
       const at::AutoDispatchBelowADInplaceOrView guard;
-      return lora_embedding_forward(indices, weight, lora_A, lora_B, lora_E, scaling, padding_idx,
-                                    rank);
+      return lora_embedding_forward(indices, weight, {lora_A, lora_B, lora_E, scaling, 0.0, rank},
+                                    padding_idx);
     }();
     ctx->save_for_backward(
         {indices, weight, lora_A, lora_B, lora_E.value_or(at::Tensor()), hidden});
@@ -41,16 +41,17 @@ class LoraEmbeddingFunction : public torch::autograd::Function<LoraEmbeddingFunc
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor& lora_E = saved[4];
+    const std::optional<at::Tensor> lora_E =
+        saved[4].defined() ? std::optional(saved[4]) : std::nullopt;
     // The graph's edges: indices, weight, A, B, and E where there is one.
     const std::array<bool, 4> output_mask = {ctx->needs_input_grad(1), ctx->needs_input_grad(2),
                                              ctx->needs_input_grad(3),
-                                             lora_E.defined() && ctx->needs_input_grad(4)};
-    auto [dw, dA, dB, dE] = lora_embedding_backward(
-        grad_outputs[0], saved[0], saved[1], saved[2], saved[3],
-        lora_E.defined() ? std::optional<at::Tensor>(lora_E) : std::nullopt, saved[5],
-        ctx->saved_data["scaling"].toDouble(), ctx->saved_data["padding_idx"].toInt(),
-        ctx->saved_data["rank"].toSymInt(), output_mask);
+                                             has(lora_E) && ctx->needs_input_grad(4)};
+    auto [dw, dA, dB, dE] =
+        lora_embedding_backward(grad_outputs[0], saved[0], saved[1],
+                                {saved[2], saved[3], lora_E, ctx->saved_data["scaling"].toDouble(),
+                                 0.0, ctx->saved_data["rank"].toSymInt()},
+                                saved[5], ctx->saved_data["padding_idx"].toInt(), output_mask);
     return {{}, dw, dA, dB, dE, {}, {}, {}};
   }
 };
@@ -62,8 +63,8 @@ at::Tensor lora_embedding_autograd(const at::Tensor& indices, const at::Tensor& 
   check_table("lora_embedding", indices, weight);
   const c10::SymInt active = active_rank("lora_embedding", lora_A, weight.sym_size(0), rank);
   if (beyond_nodes(weight, lora_A, lora_B, lora_E)) {
-    return std::get<0>(lora_embedding_forward_composite(indices, weight, lora_A, lora_B, lora_E,
-                                                        scaling, padding_idx, active));
+    return std::get<0>(lora_embedding_forward_composite(
+        indices, weight, {lora_A, lora_B, lora_E, scaling, 0.0, active}, padding_idx));
   }
   return LoraEmbeddingFunction::apply(indices, weight, lora_A, lora_B, lora_E, scaling, padding_idx,
                                       active);
@@ -72,17 +73,15 @@ at::Tensor lora_embedding_autograd(const at::Tensor& indices, const at::Tensor& 
 // Double backward: the gradients as a differentiable formula when somebody records them.
 EmbeddingBackwardResult lora_embedding_backward_autograd(
     const at::Tensor& grad_output, const at::Tensor& indices, const at::Tensor& weight,
-    const at::Tensor& lora_A, const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
-    const at::Tensor& hidden, double scaling, int64_t padding_idx, c10::SymInt rank,
+    const AdapterOperands& operands, const at::Tensor& hidden, int64_t padding_idx,
     std::array<bool, 4> output_mask) {
-  if (recorded(grad_output, weight, lora_A, lora_B, lora_E)) {
-    return lora_embedding_backward_composite(grad_output, indices, weight, lora_A, lora_B, lora_E,
-                                             hidden, scaling, padding_idx, std::move(rank),
-                                             output_mask);
+  if (recorded(grad_output, weight, operands.lora_A, operands.lora_B, operands.lora_E)) {
+    return lora_embedding_backward_composite(grad_output, indices, weight, operands, hidden,
+                                             padding_idx, output_mask);
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return lora_embedding_backward(grad_output, indices, weight, lora_A, lora_B, lora_E, hidden,
-                                 scaling, padding_idx, std::move(rank), output_mask);
+  return lora_embedding_backward(grad_output, indices, weight, operands, hidden, padding_idx,
+                                 output_mask);
 }
 
 }  // namespace
@@ -90,7 +89,8 @@ EmbeddingBackwardResult lora_embedding_backward_autograd(
 
 TORCH_LIBRARY_IMPL(rankwise, Autograd, m) {
   m.impl("lora_embedding", &rankwise::lora_embedding_autograd);
-  m.impl("_lora_embedding_backward", &rankwise::lora_embedding_backward_autograd);
+  m.impl("_lora_embedding_backward",
+         &rankwise::embedding_backward<rankwise::lora_embedding_backward_autograd>);
   // `hidden` has no gradient of its own: an error, not a silent zero.
   m.impl("_lora_embedding_forward", torch::autograd::autogradNotImplementedFallback());
 }

@@ -15,27 +15,26 @@ namespace {
 struct Factors {
   at::Tensor At, B, Et;
 
-  Factors(const at::Tensor& lora_A, const at::Tensor& lora_B,
-          const std::optional<at::Tensor>& lora_E, const c10::SymInt& rank)
-      : At(lora_A.narrow_symint(0, 0, rank).t()),
-        B(lora_B.narrow_symint(1, 0, rank)),
-        Et(has(lora_E) ? lora_E->narrow_symint(0, 0, rank).t() : at::Tensor()) {}
+  explicit Factors(const AdapterOperands& of)
+      : At(of.lora_A.narrow_symint(0, 0, of.rank).t()),
+        B(of.lora_B.narrow_symint(1, 0, of.rank)),
+        Et(has(of.lora_E) ? of.lora_E->narrow_symint(0, 0, of.rank).t() : at::Tensor()) {}
 
   at::Tensor gated(const at::Tensor& hidden) const { return Et.defined() ? hidden * Et : hidden; }
 };
 
 }  // namespace
 
-EmbeddingForwardResult lora_embedding_forward_composite(
-    const at::Tensor& indices, const at::Tensor& weight, const at::Tensor& lora_A,
-    const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E, double scaling,
-    int64_t padding_idx, c10::SymInt rank) {
-  check_lora_embedding("lora_embedding", indices, weight, lora_A, lora_B, lora_E, scaling, rank);
+EmbeddingForwardResult lora_embedding_forward_composite(const at::Tensor& indices,
+                                                        const at::Tensor& weight,
+                                                        const AdapterOperands& operands,
+                                                        int64_t padding_idx) {
+  check_lora_embedding("lora_embedding", indices, weight, operands);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Factors f(lora_A, lora_B, lora_E, rank);
+  const Factors f(operands);
   const at::Tensor flat = indices.reshape_symint({indices.sym_numel()});
   const at::Tensor hidden = at::embedding(f.At, flat, padding_idx);
-  const at::Tensor update = at::linear(f.gated(hidden), f.B) * scaling;
+  const at::Tensor update = at::linear(f.gated(hidden), f.B) * operands.scaling;
   const at::Tensor output = at::embedding(weight, flat, padding_idx) + update;
   auto shape = indices.sym_sizes().vec();
   shape.push_back(weight.sym_size(1));
@@ -44,17 +43,17 @@ EmbeddingForwardResult lora_embedding_forward_composite(
 
 EmbeddingBackwardResult lora_embedding_backward_composite(
     const at::Tensor& grad_output, const at::Tensor& indices, const at::Tensor& weight,
-    const at::Tensor& lora_A, const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
-    const at::Tensor& hidden, double scaling, int64_t padding_idx, c10::SymInt rank,
+    const AdapterOperands& operands, const at::Tensor& hidden, int64_t padding_idx,
     std::array<bool, 4> output_mask) {
-  check_lora_embedding("lora_embedding", indices, weight, lora_A, lora_B, lora_E, scaling, rank);
-  check_embedding_backward("lora_embedding", grad_output, indices, weight, lora_A, hidden, rank);
+  check_lora_embedding("lora_embedding", indices, weight, operands);
+  check_embedding_backward("lora_embedding", grad_output, indices, weight, operands, hidden);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const c10::SymInt tokens = indices.sym_numel(), capacity = lora_A.sym_size(0);
-  const Factors f(lora_A, lora_B, lora_E, rank);
+  const c10::SymInt tokens = indices.sym_numel(), capacity = operands.lora_A.sym_size(0);
+  const double scaling = operands.scaling;
+  const Factors f(operands);
   const at::Tensor flat = indices.reshape_symint({tokens});
   const at::Tensor dy = grad_output.reshape_symint({tokens, weight.sym_size(1)});
-  const at::Tensor dy_adapter = dy.to(lora_A.scalar_type());
+  const at::Tensor dy_adapter = dy.to(f.B.scalar_type());
   const at::Tensor dh_raw = dy_adapter.matmul(f.B) * scaling;
   const auto to_table = [&](const at::Tensor& rows) {
     // ATen's CUDA kernel reads out of bounds for rows of width 0. All their sums are alike.
@@ -79,6 +78,8 @@ EmbeddingBackwardResult lora_embedding_backward_composite(
 }  // namespace rankwise
 
 TORCH_LIBRARY_IMPL(rankwise, CompositeExplicitAutograd, m) {
-  m.impl("_lora_embedding_forward", &rankwise::lora_embedding_forward_composite);
-  m.impl("_lora_embedding_backward", &rankwise::lora_embedding_backward_composite);
+  m.impl("_lora_embedding_forward",
+         &rankwise::embedding_forward<rankwise::lora_embedding_forward_composite>);
+  m.impl("_lora_embedding_backward",
+         &rankwise::embedding_backward<rankwise::lora_embedding_backward_composite>);
 }

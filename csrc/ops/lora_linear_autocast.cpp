@@ -5,24 +5,10 @@
 #include <torch/library.h>
 
 #include "checks.h"
-#include "dispatch.h"
+#include "find_op.h"
 
 namespace rankwise {
 namespace {
-
-at::Tensor call_below_autocast(const at::Tensor& input, const at::Tensor& weight,
-                               const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
-                               const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
-                               double scaling, double dropout_p,
-                               const std::optional<c10::SymInt>& rank) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("rankwise::lora_linear", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                            const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                            double, double, std::optional<c10::SymInt>)>();
-  return op.call(input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p, rank);
-}
 
 template <c10::DeviceType device_type>
 at::Tensor lora_linear_autocast(const at::Tensor& input, const at::Tensor& weight,
@@ -44,8 +30,10 @@ at::Tensor lora_linear_autocast(const at::Tensor& input, const at::Tensor& weigh
   std::optional<at::Tensor> low_bias, low_E;
   if (has(bias)) low_bias = base(*bias);
   if (has(lora_E)) low_E = factor(*lora_E);
-  return call_below_autocast(x, base(weight), low_bias, factor(lora_A), factor(lora_B), low_E,
-                             scaling, dropout_p, rank);
+  static const auto op =
+      find_op<decltype(lora_linear_autocast<device_type>)>("rankwise::lora_linear");
+  return op.call(x, base(weight), low_bias, factor(lora_A), factor(lora_B), low_E, scaling,
+                 dropout_p, rank);
 }
 
 }  // namespace

@@ -15,11 +15,10 @@ namespace {
 struct Factors {
   at::Tensor A, B, E;
 
-  Factors(const at::Tensor& lora_A, const at::Tensor& lora_B,
-          const std::optional<at::Tensor>& lora_E, const c10::SymInt& rank)
-      : A(lora_A.narrow_symint(0, 0, rank)),
-        B(lora_B.narrow_symint(1, 0, rank)),
-        E(has(lora_E) ? lora_E->narrow_symint(0, 0, rank) : at::Tensor()) {}
+  explicit Factors(const AdapterOperands& of)
+      : A(of.lora_A.narrow_symint(0, 0, of.rank)),
+        B(of.lora_B.narrow_symint(1, 0, of.rank)),
+        E(has(of.lora_E) ? of.lora_E->narrow_symint(0, 0, of.rank) : at::Tensor()) {}
 };
 
 // drop(x) in the adapter's dtype, for any leading dimensions of x.
@@ -45,38 +44,35 @@ std::string path_composite(const at::Tensor&) {
 
 ForwardResult lora_linear_forward_composite(const at::Tensor& input, const at::Tensor& weight,
                                             const std::optional<at::Tensor>& bias,
-                                            const at::Tensor& lora_A, const at::Tensor& lora_B,
-                                            const std::optional<at::Tensor>& lora_E, double scaling,
-                                            double dropout_p, c10::SymInt rank) {
-  check_lora_linear("lora_linear", input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p,
-                    rank);
+                                            const AdapterOperands& operands) {
+  check_lora_linear("lora_linear", input, weight, bias, operands);
   if (input.dim() == 1) {  // at::linear under vmap gives a vector another dimension
-    auto [row, row_hidden, row_seed] = lora_linear_forward_composite(
-        input.unsqueeze(0), weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p, rank);
+    auto [row, row_hidden, row_seed] =
+        lora_linear_forward_composite(input.unsqueeze(0), weight, bias, operands);
     return {row.squeeze(0), row_hidden, row_seed};
   }
-  const Factors f(lora_A, lora_B, lora_E, rank);
+  const Factors f(operands);
+  const double dropout_p = operands.dropout_p;
   const at::Tensor seed = Dropout(dropout_p).draw_seed(input);
-  const at::Tensor hidden = at::linear(dropped(input, seed, dropout_p, lora_A.scalar_type()), f.A);
+  const at::Tensor hidden = at::linear(dropped(input, seed, dropout_p, f.A.scalar_type()), f.A);
   const at::Tensor gated = f.E.defined() ? hidden * f.E.t() : hidden;
   const at::Tensor base = at::linear(input, weight, bias);
-  const at::Tensor output = (base + at::linear(gated, f.B) * scaling).to(input.scalar_type());
+  const at::Tensor output =
+      (base + at::linear(gated, f.B) * operands.scaling).to(input.scalar_type());
   return {output, flat(hidden), seed};
 }
 
 BackwardResult lora_linear_backward_composite(const at::Tensor& grad_output,
                                               const at::Tensor& input, const at::Tensor& weight,
-                                              const at::Tensor& lora_A, const at::Tensor& lora_B,
-                                              const std::optional<at::Tensor>& lora_E,
+                                              const AdapterOperands& operands,
                                               const at::Tensor& hidden, const at::Tensor& seed,
-                                              double scaling, double dropout_p, c10::SymInt rank,
                                               std::array<bool, 6> output_mask) {
-  check_lora_linear("lora_linear", input, weight, {}, lora_A, lora_B, lora_E, scaling, dropout_p,
-                    rank);
-  check_backward("lora_linear", grad_output, input, weight, lora_A, hidden, seed, dropout_p, rank);
-  const auto dtype = lora_A.scalar_type();
-  const c10::SymInt capacity = lora_A.sym_size(0);
-  const Factors f(lora_A, lora_B, lora_E, rank);
+  check_lora_linear("lora_linear", input, weight, {}, operands);
+  check_backward("lora_linear", grad_output, input, weight, operands, hidden, seed);
+  const auto dtype = operands.lora_A.scalar_type();
+  const c10::SymInt capacity = operands.lora_A.sym_size(0);
+  const double scaling = operands.scaling, dropout_p = operands.dropout_p;
+  const Factors f(operands);
   const at::Tensor dy = flat(grad_output);
   const at::Tensor x = flat(dropped(input, seed, dropout_p, dtype));
   const at::Tensor dy_adapter = dy.to(dtype);
@@ -105,7 +101,9 @@ BackwardResult lora_linear_backward_composite(const at::Tensor& grad_output,
 }  // namespace rankwise
 
 TORCH_LIBRARY_IMPL(rankwise, CompositeExplicitAutograd, m) {
-  m.impl("_lora_linear_forward", &rankwise::lora_linear_forward_composite);
-  m.impl("_lora_linear_backward", &rankwise::lora_linear_backward_composite);
+  m.impl("_lora_linear_forward",
+         &rankwise::linear_forward<rankwise::lora_linear_forward_composite>);
+  m.impl("_lora_linear_backward",
+         &rankwise::linear_backward<rankwise::lora_linear_backward_composite>);
   m.impl("_lora_linear_path", &rankwise::path_composite);
 }

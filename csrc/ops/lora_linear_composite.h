@@ -7,19 +7,9 @@
 namespace rankwise {
 
 // y, hidden and seed as `_lora_linear_forward`; every step differentiable.
-ForwardResult lora_linear_forward_composite(const at::Tensor& input, const at::Tensor& weight,
-                                            const std::optional<at::Tensor>& bias,
-                                            const at::Tensor& lora_A, const at::Tensor& lora_B,
-                                            const std::optional<at::Tensor>& lora_E, double scaling,
-                                            double dropout_p, c10::SymInt rank);
+LinearForward lora_linear_forward_composite;
 
 // The gradients, themselves differentiable: `hidden` is computed anew from input and lora_A.
-BackwardResult lora_linear_backward_composite(const at::Tensor& grad_output,
-                                              const at::Tensor& input, const at::Tensor& weight,
-                                              const at::Tensor& lora_A, const at::Tensor& lora_B,
-                                              const std::optional<at::Tensor>& lora_E,
-                                              const at::Tensor& hidden, const at::Tensor& seed,
-                                              double scaling, double dropout_p, c10::SymInt rank,
-                                              std::array<bool, 6> output_mask);
+LinearBackward lora_linear_backward_composite;
 
 }  // namespace rankwise

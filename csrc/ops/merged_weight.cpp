@@ -1,11 +1,11 @@
 // merged_weight: round(W0 + scaling * B diag(E) A), summed in float64 by row blocks, rounded once.
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <rankwise/ops.h>
 #include <torch/library.h>
 
 #include "checks.h"
 #include "cpu/blocks.h"
+#include "find_op.h"
 
 namespace rankwise {
 namespace {
@@ -16,8 +16,8 @@ void check(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor&
            const std::optional<at::Tensor>& lora_E, double scaling, const c10::SymInt& rank) {
   TORCH_CHECK(weight.dim() == 2, "merged_weight: weight must be [out_features, in_features], got ",
               weight.sym_sizes());
-  check_factors("merged_weight", weight, weight.sym_size(1), weight.sym_size(0), lora_A, lora_B,
-                lora_E, scaling, rank);
+  check_factors("merged_weight", weight, weight.sym_size(1), weight.sym_size(0),
+                {lora_A, lora_B, lora_E, scaling, 0.0, rank});
 }
 
 // float64 to `out`'s dtype, rounded once. ATen goes to 16 bits through float32; that step is taken
@@ -78,9 +78,7 @@ Result merged_weight_meta(const at::Tensor& weight, const at::Tensor& lora_A,
 Result merged_weight(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor& lora_B,
                      const std::optional<at::Tensor>& lora_E, double scaling,
                      std::optional<int64_t> rank) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("rankwise::merged_weight", "")
-                             .typed<decltype(merged_weight_kernel)>();
+  static const auto op = find_op<decltype(merged_weight_kernel)>("rankwise::merged_weight");
   std::optional<c10::SymInt> symbolic_rank;
   if (rank) symbolic_rank = *rank;
   return op.call(weight, lora_A, lora_B, lora_E, scaling, symbolic_rank);

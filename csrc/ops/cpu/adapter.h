@@ -4,9 +4,9 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
-#include <optional>
 
 #include "../checks.h"
+#include "../dispatch.h"
 #include "../dropout.h"
 #include "blocks.h"
 #include "dropout.h"
@@ -19,14 +19,12 @@ struct ActiveAdapter {
   Dropout dropout;
   int64_t seed;
 
-  ActiveAdapter(const at::Tensor& lora_A, const at::Tensor& lora_B,
-                const std::optional<at::Tensor>& lora_E, double scaling_, double dropout_p,
-                const at::Tensor& seed_tensor, int64_t rank)
-      : A(leading(lora_A, 0, rank)),
-        B(leading(lora_B, 1, rank)),
-        E(has(lora_E) ? leading(*lora_E, 0, rank) : at::Tensor()),
-        scaling(scaling_),
-        dropout(dropout_p),
+  ActiveAdapter(const AdapterOperands& of, const at::Tensor& seed_tensor)
+      : A(leading(of.lora_A, 0, of.active())),
+        B(leading(of.lora_B, 1, of.active())),
+        E(has(of.lora_E) ? leading(*of.lora_E, 0, of.active()) : at::Tensor()),
+        scaling(of.scaling),
+        dropout(of.dropout_p),
         seed(dropout.active() ? *seed_tensor.const_data_ptr<int64_t>() : 0) {}
 
   at::ScalarType dtype() const { return A.scalar_type(); }

@@ -83,13 +83,10 @@ Projected forward_on_aten(const ActiveAdapter& adapter, const at::Tensor& x,
 
 ForwardResult lora_linear_forward_cpu(const at::Tensor& input, const at::Tensor& weight,
                                       const std::optional<at::Tensor>& bias,
-                                      const at::Tensor& lora_A, const at::Tensor& lora_B,
-                                      const std::optional<at::Tensor>& lora_E, double scaling,
-                                      double dropout_p, int64_t rank) {
-  check_lora_linear("lora_linear", input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p,
-                    rank);
-  const at::Tensor seed = draw_seed_cpu(Dropout(dropout_p));
-  const ActiveAdapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+                                      const AdapterOperands& operands) {
+  check_lora_linear("lora_linear", input, weight, bias, operands);
+  const at::Tensor seed = draw_seed_cpu(Dropout(operands.dropout_p));
+  const ActiveAdapter adapter(operands, seed);
   const at::Tensor x = matrix(input);
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = weight.size(0);
@@ -228,16 +225,12 @@ FactorGradients backward_on_aten(const ActiveAdapter& adapter, const at::Tensor&
 }
 
 BackwardResult lora_linear_backward_cpu(const at::Tensor& grad_output, const at::Tensor& input,
-                                        const at::Tensor& weight, const at::Tensor& lora_A,
-                                        const at::Tensor& lora_B,
-                                        const std::optional<at::Tensor>& lora_E,
+                                        const at::Tensor& weight, const AdapterOperands& operands,
                                         const at::Tensor& hidden, const at::Tensor& seed,
-                                        double scaling, double dropout_p, int64_t rank,
                                         std::array<bool, 6> output_mask) {
-  check_lora_linear("lora_linear", input, weight, {}, lora_A, lora_B, lora_E, scaling, dropout_p,
-                    rank);
-  check_backward("lora_linear", grad_output, input, weight, lora_A, hidden, seed, dropout_p, rank);
-  const ActiveAdapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  check_lora_linear("lora_linear", input, weight, {}, operands);
+  check_backward("lora_linear", grad_output, input, weight, operands, hidden, seed);
+  const ActiveAdapter adapter(operands, seed);
   const at::Tensor dy = matrix(grad_output), x = matrix(input);
   const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
   const std::array<bool, 4> needed = {need_x, need_A, need_B, need_E};
@@ -249,22 +242,22 @@ BackwardResult lora_linear_backward_cpu(const at::Tensor& grad_output, const at:
                   : backward_on_aten(adapter, dy, x, weight, hidden, needed);
   });
   if (need_x) dx = in_shape(d.x, input.sizes());
-  if (need_A) dA = in_capacity(d.A, lora_A, 0);
-  if (need_B) dB = in_capacity(d.B, lora_B, 1);
-  if (need_E) dE = in_capacity(d.E, *lora_E, 0);
+  if (need_A) dA = in_capacity(d.A, operands.lora_A, 0);
+  if (need_B) dB = in_capacity(d.B, operands.lora_B, 1);
+  if (need_E) dE = in_capacity(d.E, *operands.lora_E, 0);
   return {dx, dw, db, dA, dB, dE};
 }
 
 std::string path_cpu(const at::Tensor& tensor) {
   if (!micro_kernel_serves(tensor.scalar_type())) return "cpu (ATen)";
-  return std::string("cpu (") + name_of(cpu_path()) + ")";
+  return std::string("cpu (") + name_of(path_in_effect()) + ")";
 }
 
 }  // namespace
 }  // namespace rankwise
 
 TORCH_LIBRARY_IMPL(rankwise, CPU, m) {
-  m.impl("_lora_linear_forward", &rankwise::lora_linear_forward_cpu);
-  m.impl("_lora_linear_backward", &rankwise::lora_linear_backward_cpu);
+  m.impl("_lora_linear_forward", &rankwise::linear_forward<rankwise::lora_linear_forward_cpu>);
+  m.impl("_lora_linear_backward", &rankwise::linear_backward<rankwise::lora_linear_backward_cpu>);
   m.impl("_lora_linear_path", &rankwise::path_cpu);
 }

@@ -3,10 +3,9 @@
 
 #include <ATen/ATen.h>
 
-#include <optional>
-
 #include "../../kernels/lora_linear.h"
 #include "../checks.h"
+#include "../dispatch.h"
 #include "../dropout.h"
 #include "../matrices.h"
 
@@ -23,14 +22,13 @@ struct CudaAdapter {
   Dropout dropout;
   at::Tensor seed;
 
-  CudaAdapter(const at::Tensor& lora_A, const at::Tensor& lora_B,
-              const std::optional<at::Tensor>& lora_E, double scaling_, double dropout_p,
-              const at::Tensor& seed_, int64_t rank)
-      : A(matrix(lora_A.narrow(0, 0, rank))),
-        B(rank > 0 ? matrix(lora_B.narrow(1, 0, rank)) : at::Tensor()),
-        E(has(lora_E) ? lora_E->narrow(0, 0, rank).select(1, 0).contiguous() : at::Tensor()),
-        scaling(scaling_),
-        dropout(dropout_p),
+  CudaAdapter(const AdapterOperands& of, const at::Tensor& seed_)
+      : A(matrix(of.lora_A.narrow(0, 0, of.active()))),
+        B(of.active() > 0 ? matrix(of.lora_B.narrow(1, 0, of.active())) : at::Tensor()),
+        E(has(of.lora_E) ? of.lora_E->narrow(0, 0, of.active()).select(1, 0).contiguous()
+                         : at::Tensor()),
+        scaling(of.scaling),
+        dropout(of.dropout_p),
         seed(seed_) {}
 
   int64_t rank() const { return A.size(0); }

@@ -37,20 +37,20 @@ void gather(const CudaAdapter& adapter, const kernels::RowIndices& indices,
       current_stream()));
 }
 
-EmbeddingForwardResult lora_embedding_forward_cuda(
-    const at::Tensor& indices, const at::Tensor& weight, const at::Tensor& lora_A,
-    const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E, double scaling,
-    int64_t padding_idx, int64_t rank) {
-  check_lora_embedding("lora_embedding", indices, weight, lora_A, lora_B, lora_E, scaling, rank);
+EmbeddingForwardResult lora_embedding_forward_cuda(const at::Tensor& indices,
+                                                   const at::Tensor& weight,
+                                                   const AdapterOperands& operands,
+                                                   int64_t padding_idx) {
+  check_lora_embedding("lora_embedding", indices, weight, operands);
   const c10::cuda::CUDAGuard guard(weight.device());
+  const int64_t rank = operands.active();
   if (!kernels_serve(indices, weight, rank)) {
-    return lora_embedding_forward_composite(indices, weight, lora_A, lora_B, lora_E, scaling,
-                                            padding_idx, rank);
+    return lora_embedding_forward_composite(indices, weight, operands, padding_idx);
   }
-  const CudaAdapter adapter(lora_A, lora_B, lora_E, scaling, /*dropout_p=*/0.0, {}, rank);
+  const CudaAdapter adapter(operands, {});
   const at::Tensor flat = indices.contiguous();
   const kernels::RowIndices rows = row_indices(flat, weight);
-  const at::Tensor hidden = at::empty({flat.numel(), rank}, lora_A.options());
+  const at::Tensor hidden = at::empty({flat.numel(), rank}, adapter.A.options());
   const at::Tensor gated = adapter.E.defined() ? at::empty_like(hidden) : hidden;
   gather(adapter, rows, hidden, gated);
 
@@ -60,7 +60,7 @@ EmbeddingForwardResult lora_embedding_forward_cuda(
   check_launch(kernels::launch_embedding_output(
       {flat.numel(), weight.size(1), rank, kernel_type(weight), adapter.type(), rows,
        weight.const_data_ptr(), weight.stride(0), gated.const_data_ptr(),
-       adapter.B.const_data_ptr(), adapter.B.stride(0), static_cast<float>(scaling),
+       adapter.B.const_data_ptr(), adapter.B.stride(0), static_cast<float>(adapter.scaling),
        y.mutable_data_ptr(), weight.size(1)},
       current_stream()));
   return {y, hidden};
@@ -87,30 +87,31 @@ at::Tensor input_factor_gradient(const at::Tensor& indices, const at::Tensor& we
   return dA;
 }
 
-EmbeddingBackwardResult lora_embedding_backward_cuda(
-    const at::Tensor& grad_output, const at::Tensor& indices, const at::Tensor& weight,
-    const at::Tensor& lora_A, const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
-    const at::Tensor& hidden, double scaling, int64_t padding_idx, int64_t rank,
-    std::array<bool, 4> output_mask) {
-  check_lora_embedding("lora_embedding", indices, weight, lora_A, lora_B, lora_E, scaling, rank);
-  check_embedding_backward("lora_embedding", grad_output, indices, weight, lora_A, hidden, rank);
+EmbeddingBackwardResult lora_embedding_backward_cuda(const at::Tensor& grad_output,
+                                                     const at::Tensor& indices,
+                                                     const at::Tensor& weight,
+                                                     const AdapterOperands& operands,
+                                                     const at::Tensor& hidden, int64_t padding_idx,
+                                                     std::array<bool, 4> output_mask) {
+  check_lora_embedding("lora_embedding", indices, weight, operands);
+  check_embedding_backward("lora_embedding", grad_output, indices, weight, operands, hidden);
   const c10::cuda::CUDAGuard guard(weight.device());
+  const int64_t rank = operands.active(), capacity = operands.lora_A.size(0);
   if (!kernels_serve(indices, weight, rank)) {
-    return lora_embedding_backward_composite(grad_output, indices, weight, lora_A, lora_B, lora_E,
-                                             hidden, scaling, padding_idx, rank, output_mask);
+    return lora_embedding_backward_composite(grad_output, indices, weight, operands, hidden,
+                                             padding_idx, output_mask);
   }
-  const CudaAdapter adapter(lora_A, lora_B, lora_E, scaling, /*dropout_p=*/0.0, {}, rank);
+  const CudaAdapter adapter(operands, {});
   const at::Tensor dy = matrix(grad_output), flat = indices.reshape({indices.numel()}).contiguous();
   const auto [need_w, need_A, need_B, need_E] = output_mask;
-  const int64_t capacity = lora_A.size(0);
   at::Tensor dw, dA;
   OutputGradients from_dy;
 
-  if (need_A) from_dy.dh = at::empty({dy.size(0), rank}, lora_A.options());
-  if (need_B) from_dy.dB = gradient_of(lora_B, capacity, rank);
-  if (need_E) from_dy.dE = gradient_of(*lora_E, capacity, rank);
+  if (need_A) from_dy.dh = at::empty({dy.size(0), rank}, adapter.A.options());
+  if (need_B) from_dy.dB = gradient_of(operands.lora_B, capacity, rank);
+  if (need_E) from_dy.dE = gradient_of(*operands.lora_E, capacity, rank);
   if (need_A || need_B || need_E) output_gradients(adapter, dy, hidden.contiguous(), from_dy);
-  if (need_A) dA = input_factor_gradient(flat, weight, lora_A, from_dy.dh, padding_idx);
+  if (need_A) dA = input_factor_gradient(flat, weight, operands.lora_A, from_dy.dh, padding_idx);
   if (need_w) {
     dw = at::embedding_dense_backward(dy, flat, weight.size(0), padding_idx,
                                       /*scale_grad_by_freq=*/false);
@@ -122,6 +123,8 @@ EmbeddingBackwardResult lora_embedding_backward_cuda(
 }  // namespace rankwise
 
 TORCH_LIBRARY_IMPL(rankwise, CUDA, m) {
-  m.impl("_lora_embedding_forward", &rankwise::lora_embedding_forward_cuda);
-  m.impl("_lora_embedding_backward", &rankwise::lora_embedding_backward_cuda);
+  m.impl("_lora_embedding_forward",
+         &rankwise::embedding_forward<rankwise::lora_embedding_forward_cuda>);
+  m.impl("_lora_embedding_backward",
+         &rankwise::embedding_backward<rankwise::lora_embedding_backward_cuda>);
 }

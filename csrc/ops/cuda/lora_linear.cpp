@@ -69,20 +69,17 @@ at::Tensor expand_and_accumulate(const CudaAdapter& adapter, const at::Tensor& x
 
 ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor& weight,
                                        const std::optional<at::Tensor>& bias,
-                                       const at::Tensor& lora_A, const at::Tensor& lora_B,
-                                       const std::optional<at::Tensor>& lora_E, double scaling,
-                                       double dropout_p, int64_t rank) {
-  check_lora_linear("lora_linear", input, weight, bias, lora_A, lora_B, lora_E, scaling, dropout_p,
-                    rank);
+                                       const AdapterOperands& operands) {
+  check_lora_linear("lora_linear", input, weight, bias, operands);
   const c10::cuda::CUDAGuard guard(input.device());
+  const int64_t rank = operands.active();
   if (!kernels_serve(input, weight, rank)) {
-    return lora_linear_forward_composite(input, weight, bias, lora_A, lora_B, lora_E, scaling,
-                                         dropout_p, rank);
+    return lora_linear_forward_composite(input, weight, bias, operands);
   }
-  const at::Tensor seed = Dropout(dropout_p).draw_seed(input);
-  const CudaAdapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  const at::Tensor seed = Dropout(operands.dropout_p).draw_seed(input);
+  const CudaAdapter adapter(operands, seed);
   const at::Tensor x = matrix(input);
-  const at::Tensor hidden = at::empty({x.size(0), rank}, lora_A.options());
+  const at::Tensor hidden = at::empty({x.size(0), rank}, adapter.A.options());
   const at::Tensor gated = adapter.E.defined() ? at::empty_like(hidden) : hidden;
   if (rank > 0) shrink(adapter, x, hidden, gated);
   const at::Tensor y = expand_and_accumulate(adapter, x, weight, bias, gated);
@@ -121,36 +118,32 @@ at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, cons
 }
 
 BackwardResult lora_linear_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input,
-                                         const at::Tensor& weight, const at::Tensor& lora_A,
-                                         const at::Tensor& lora_B,
-                                         const std::optional<at::Tensor>& lora_E,
+                                         const at::Tensor& weight, const AdapterOperands& operands,
                                          const at::Tensor& hidden, const at::Tensor& seed,
-                                         double scaling, double dropout_p, int64_t rank,
                                          std::array<bool, 6> output_mask) {
-  check_lora_linear("lora_linear", input, weight, {}, lora_A, lora_B, lora_E, scaling, dropout_p,
-                    rank);
-  check_backward("lora_linear", grad_output, input, weight, lora_A, hidden, seed, dropout_p, rank);
+  check_lora_linear("lora_linear", input, weight, {}, operands);
+  check_backward("lora_linear", grad_output, input, weight, operands, hidden, seed);
   const c10::cuda::CUDAGuard guard(input.device());
+  const int64_t rank = operands.active(), capacity = operands.lora_A.size(0);
   if (!kernels_serve(input, weight, rank)) {
-    return lora_linear_backward_composite(grad_output, input, weight, lora_A, lora_B, lora_E,
-                                          hidden, seed, scaling, dropout_p, rank, output_mask);
+    return lora_linear_backward_composite(grad_output, input, weight, operands, hidden, seed,
+                                          output_mask);
   }
-  const CudaAdapter adapter(lora_A, lora_B, lora_E, scaling, dropout_p, seed, rank);
+  const CudaAdapter adapter(operands, seed);
   const at::Tensor dy = matrix(grad_output);
   const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
-  const int64_t capacity = lora_A.size(0);
   at::Tensor dx, dw, db, dA;
   OutputGradients from_dy;
 
-  if (need_B) from_dy.dB = gradient_of(lora_B, capacity, rank);
-  if (need_E) from_dy.dE = gradient_of(*lora_E, capacity, rank);
-  if (need_x || need_A) from_dy.dh = at::empty({dy.size(0), rank}, lora_A.options());
+  if (need_B) from_dy.dB = gradient_of(operands.lora_B, capacity, rank);
+  if (need_E) from_dy.dE = gradient_of(*operands.lora_E, capacity, rank);
+  if (need_x || need_A) from_dy.dh = at::empty({dy.size(0), rank}, adapter.A.options());
   if (rank > 0 && (need_x || need_A || need_B || need_E)) {
     output_gradients(adapter, dy, hidden.contiguous(), from_dy);
   }
   if (need_x) dx = input_gradient(adapter, dy, weight, from_dy.dh).view(input.sizes());
   if (need_A) {
-    dA = gradient_of(lora_A, capacity, rank);
+    dA = gradient_of(operands.lora_A, capacity, rank);
     if (rank > 0) input_factor_gradient(adapter, matrix(input), from_dy.dh, dA);
   }
   if (need_w) dw = at::mm(dy.t(), matrix(input));
@@ -162,6 +155,6 @@ BackwardResult lora_linear_backward_cuda(const at::Tensor& grad_output, const at
 }  // namespace rankwise
 
 TORCH_LIBRARY_IMPL(rankwise, CUDA, m) {
-  m.impl("_lora_linear_forward", &rankwise::lora_linear_forward_cuda);
-  m.impl("_lora_linear_backward", &rankwise::lora_linear_backward_cuda);
+  m.impl("_lora_linear_forward", &rankwise::linear_forward<rankwise::lora_linear_forward_cuda>);
+  m.impl("_lora_linear_backward", &rankwise::linear_backward<rankwise::lora_linear_backward_cuda>);
 }

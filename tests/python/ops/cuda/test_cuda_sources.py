@@ -34,7 +34,7 @@ def registered() -> list[tuple[str, str]]:
     return [
         (name, function)
         for name, text in SOURCES.items()
-        for function in re.findall(r"m\.impl\(\"\w+\", &rankwise::(\w+)", text)
+        for function in re.findall(r"m\.impl\(\"\w+\",\s+&rankwise::(?:\w+<rankwise::)?(\w+)", text)
     ]
 
 
