@@ -12,7 +12,7 @@ backward allocate.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -21,8 +21,8 @@ import torch
 import typer
 from contenders import CONTENDERS, SHAPES, WITHOUT_DROPOUT, Case, Tensors, check
 from layers_figure import draw
-from layers_goals import floor_table, speed_table
-from rich.table import Table
+from layers_goals import floor_table, overview, speed_table
+from memory import peak_bytes, saved_bytes
 from timing import (
     OUTPUT,
     Timing,
@@ -35,7 +35,6 @@ from timing import (
     write_json,
 )
 from torch._functorch import config as functorch_config
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import rankwise as rw
@@ -60,7 +59,7 @@ def main(
         results.append(measure(case, names, repeats, whole_alone=quick))
         rows = {name: Timing(**row) for name, row in results[-1]["both"].items()}
         console.print(table(f"{case}, forward and backward", rows, "frozen"))
-    console.print(overview(results))
+    console.print(overview(results, CONTENDERS))
     console.print(floor_table(results))
     console.print(speed_table(results))
     write_json(output / "layers.json", results)
@@ -104,54 +103,6 @@ def measure(case: Case, names: Sequence[str], repeats: int, whole_alone: bool = 
     result["saved bytes"] = {n: saved_bytes(layers[n].forward, known) for n in names}
     result["peak bytes"] = {n: peak_bytes(both[n]) for n in names}
     return result
-
-
-def saved_bytes(forward, known: set[int]) -> int:
-    """Bytes that autograd keeps for backward, besides x and parameters."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known and not isinstance(tensor, torch.nn.Parameter):
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = forward()  # until here, so that no storage is counted twice
-    del kept
-    return sum(storages.values())
-
-
-def peak_bytes(action) -> int:
-    """The most bytes that were allocated at a time, over what there was before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        action()
-    now = peak = 0
-    for event in run.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
-
-
-def overview(results: list[dict], contenders: Iterable[str] = CONTENDERS) -> Table:
-    """Ratios to frozen of forward and backward, a row for each case."""
-    names = [n for n in contenders if n != "frozen" and any(n in r["both"] for r in results)]
-    result = Table(
-        title="Time over frozen, forward and backward: median, half the quartiles' distance",
-        title_justify="left",
-    )
-    for column in ("case", *names):
-        result.add_column(column, justify="left" if column == "case" else "right")
-    for row in results:
-        cells = [_ratio(row["both"][n]) if n in row["both"] else "" for n in names]
-        result.add_row(str(Case(**row["case"])), *cells)
-    return result
-
-
-def _ratio(row: dict[str, float]) -> str:
-    """Median and half the distance of the quartiles."""
-    return f"{row['ratio']:.2f} ±{(row['ratio_high'] - row['ratio_low']) / 2:.2f}"
 
 
 if __name__ == "__main__":

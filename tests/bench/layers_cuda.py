@@ -24,8 +24,9 @@ import torch
 import typer
 from contenders import Case, Layer, Tensors, check
 from contenders_cuda import CUDA_CONTENDERS, suited
-from layers import OUTPUT, overview, saved_bytes
-from timing import as_json, console, paired
+from layers_goals import overview
+from memory import saved_bytes
+from timing import OUTPUT, as_json, console, paired
 from timing_cuda import (
     CALLS,
     Graph,

@@ -1,6 +1,7 @@
 # What the times of layers.py are judged by: the FLOP floor, the frozen layer, and PEFT.
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 from statistics import geometric_mean
 
@@ -37,6 +38,26 @@ def wanted_ratio(case: Case) -> float | None:
     if case.n_in == 384:
         return narrow
     return wide if case.n_in >= 768 and case.tokens >= 512 and case.rank <= 16 else None
+
+
+def overview(results: list[dict], contenders: Iterable[str]) -> Table:
+    """Ratios to frozen of forward and backward, a row for each case."""
+    names = [n for n in contenders if n != "frozen" and any(n in r["both"] for r in results)]
+    result = Table(
+        title="Time over frozen, forward and backward: median, half the quartiles' distance",
+        title_justify="left",
+    )
+    for column in ("case", *names):
+        result.add_column(column, justify="left" if column == "case" else "right")
+    for row in results:
+        cells = [_ratio(row["both"][n]) if n in row["both"] else "" for n in names]
+        result.add_row(str(Case(**row["case"])), *cells)
+    return result
+
+
+def _ratio(row: dict[str, float]) -> str:
+    """Median and half the distance of the quartiles."""
+    return f"{row['ratio']:.2f} ±{(row['ratio_high'] - row['ratio_low']) / 2:.2f}"
 
 
 def floor(row: dict) -> float:
