@@ -93,9 +93,9 @@ bench: $(PACKAGE)
 	$(BIN)/python tests/bench/layers.py
 	$(BIN)/python tests/bench/growth.py
 	$(BIN)/python tests/bench/allocator.py
-	$(BIN)/python tests/bench/training_step.py
+	$(BIN)/python tests/bench/step.py
 	tools/system_packages.sh bench
-	$(BIN)/python tests/bench/host_instructions.py
+	$(BIN)/python tests/bench/host.py
 
 # On a machine with a GPU, with the python3 that has its torch; no network, no virtual environment.
 gpu:

@@ -1,4 +1,4 @@
-# What host_instructions.py runs under Valgrind: each contender's calls, counted by themselves.
+# What host.py runs under Valgrind: each contender's calls, counted by themselves.
 """Usage: host_calls.py MARKERS TOKENS WIDTH RANK CALLS; MARKERS is a library of requests."""
 
 from __future__ import annotations

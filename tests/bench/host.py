@@ -1,7 +1,7 @@
 # Instructions that a small call costs beside its matrix products: the stable measure of host time.
 """Counts those of forward and backward of one layer, one thread, and where rankwise's go.
 
-    python tests/bench/host_instructions.py [--tokens 16] [--width 384] [--rank 8] [--calls 20]
+    python tests/bench/host.py [--tokens 16] [--width 384] [--rank 8] [--calls 20]
 
 Needs Valgrind with its headers and g++ (tools/system_packages.sh bench); a few minutes. Valgrind
 has no AVX-512, so vector loops are AVX2's here; the inner kernels of MKL and oneDNN are left out,
@@ -75,7 +75,7 @@ def main(
     for name, count, cost in rows:
         where.add_row(name, f"{count:g}", f"{cost:,.0f}")
     console.print(where)
-    write_json(output / "host_instructions.json", {"instructions": counts, "rankwise": rows})
+    write_json(output / "host.json", {"instructions": counts, "rankwise": rows})
 
 
 def measure(folder: Path, tokens: int, width: int, rank: int, calls: int) -> dict[str, str]:

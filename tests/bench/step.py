@@ -1,7 +1,7 @@
 # Whole training steps of pretrained models: LoRA and AdaLoRA by rankwise against stock PEFT.
 """Times steps of MiniLM and of SmolLM2-135M, every linear layer adapted; writes tables and JSON.
 
-    python tests/bench/training_step.py [--model minilm|smollm2] [--repeats 15] [--threads 2]
+    python tests/bench/step.py [--model minilm|smollm2] [--repeats 15] [--threads 2]
 
 Needs tests/bench/requirements.txt for SmolLM2. A step is forward, backward, AdamW, and for AdaLoRA
 also the orthogonality penalty and the allocator, each phase by itself (adalora_phases.py). Steps
@@ -115,7 +115,7 @@ def main(
         console.print(table(f"{task.name}, one training step, r {RANK}", rows, "PEFT LoRA"))
         console.print(goal_table(found))
         report = {"steps": as_json(rows), "goals": found}
-        write_json(output / f"training_step_{name}.json", report)
+        write_json(output / f"step_{name}.json", report)
 
 
 if __name__ == "__main__":
