@@ -86,16 +86,18 @@ sanitize-threads: $(VENV)/.ready
 	! setarch -R build/sanitize/threads/allocator_threads_test --gtest_also_run_disabled_tests \
 		--gtest_filter='*ARaceIsReported'
 
+BENCH = cd tests && $(CURDIR)/$(BIN)/python -m bench
+
 # glibc keeps freed memory: else page faults, up to a tenth of a step, fall on contenders by chance.
 bench: export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
 bench: $(PACKAGE)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r tests/bench/requirements.txt
-	$(BIN)/python tests/bench/layers.py
-	$(BIN)/python tests/bench/growth.py
-	$(BIN)/python tests/bench/allocator.py
-	$(BIN)/python tests/bench/step.py
+	$(BENCH) layers
+	$(BENCH) growth
+	$(BENCH) allocator
+	$(BENCH) step
 	tools/system_packages.sh bench
-	$(BIN)/python tests/bench/host.py
+	$(BENCH) host
 
 # On a machine with a GPU, with the python3 that has its torch; no network, no virtual environment.
 gpu:

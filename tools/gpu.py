@@ -153,21 +153,20 @@ def sanitize(stages: Stages, env: dict[str, str]) -> None:
 def measure(stages: Stages, env: dict[str, str]) -> dict:
     """The allocator at Llama-2-7B's shapes, then layers while there is time."""
     found = {}
-    allocator = ["allocator.py", "--device", "cuda", "--models", "Llama-2-7B", "--repeats", "10"]
+    allocator = ["--device", "cuda", "--models", "Llama-2-7B", "--repeats", "10"]
     if find_spec("peft") and find_spec("transformers"):
         found["allocator"] = bench(stages, env, "allocator", allocator, 60)
     else:
         stages.leave_out("allocator", "PEFT or transformers is not installed")
-    limit = str(int(stages.left() - 10))
-    layers = ["layers_cuda.py", "--limit", limit]
+    layers = ["--limit", str(max(1, int(stages.left() - 10)))]
     return found | {"bench": bench(stages, env, "layers_cuda", layers, 400)}
 
 
-def bench(stages: Stages, env: dict[str, str], name: str, command: list[str], limit: float):
-    """What tests/bench wrote to `name`.json; its tables are printed."""
-    script, *options = command
-    whole = [sys.executable, f"tests/bench/{script}", *options, "--output", str(OUTPUT)]
-    stages.run(name, whole, limit, env)
+def bench(stages: Stages, env: dict[str, str], name: str, options: list[str], limit: float):
+    """What the measurement `name` of tests/bench wrote; its tables are printed."""
+    command = [sys.executable, "-m", "bench", name, *options, "--output", str(OUTPUT)]
+    with_tests = env | {"PYTHONPATH": os.pathsep.join([env["PYTHONPATH"], str(ROOT / "tests")])}
+    stages.run(name, command, limit, with_tests)
     log, result = OUTPUT / f"{name}.log", OUTPUT / f"{name}.json"
     print(log.read_text() if log.exists() else "")
     return json.loads(result.read_text()) if result.exists() else None

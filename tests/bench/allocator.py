@@ -1,35 +1,31 @@
 # The AdaLoRA allocator against PEFT's update_and_allocate, on the same adapters.
 """Prints medians and quartiles of milliseconds, and the median of the ratios of paired runs.
 
-    python tests/bench/allocator.py [--repeats 50] [--threads 2] [--models MiniLM-L6,BERT-base]
-                                    [--device cpu] [--output FOLDER]
-
 Each phase of the schedule is timed by itself: warm-up (averages only), budgeting (averages and an
 allocation in each step), final (PEFT masks in each step; ours has shrunk). "warm" is the median of
 ten passes in a row, "cold" one pass after 240 MB of other memory were written, as a training step
 leaves the caches. Contenders alternate in one process, in random order; "twice" times rankwise
 against itself, the noise of the method. "Llama-2-7B" has that model's 224 matrices as bases without
 memory of their own, since no pass reads a base. On a GPU a time is that of ten passes between two
-events, warm alone; --output writes JSON.
+events, warm alone.
 """
 
 from __future__ import annotations
 
-import json
-import random
-from pathlib import Path
+from argparse import Namespace
+from functools import cache
 from statistics import median
-from typing import Annotated
 
 import torch
-import typer
-from adalora_phases import PHASES, RANK, enter_final, our_config, peft_config
 from peft import get_peft_model
-from timing import as_json, console, milliseconds, paired, table
-from timing_cuda import device_milliseconds
 from transformers import BertConfig, BertModel
 
 import rankwise as rw
+
+from .adalora_phases import PHASES, RANK, enter_final, our_config, peft_config
+from .measurement import Measurement, names
+from .timing import as_json, console, milliseconds, paired, table
+from .timing_cuda import device_milliseconds
 
 BERTS = {
     "MiniLM-L6": BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
@@ -37,7 +33,6 @@ BERTS = {
 }
 LLAMA = "Llama-2-7B"
 LLAMA_LAYER = [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]  # in, out; of 32
-OTHER_MEMORY = torch.zeros(60_000_000)
 
 
 def base_model(name: str, device: str) -> torch.nn.Module:
@@ -98,34 +93,38 @@ def on_device(action) -> float:
     return device_milliseconds(action, calls=10)
 
 
+@cache
+def other_memory() -> torch.Tensor:
+    return torch.zeros(60_000_000)
+
+
 def cold(action) -> float:
-    OTHER_MEMORY.add_(1.0)
+    other_memory().add_(1.0)
     return milliseconds(action)
 
 
-def main(
-    repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 50,
-    threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2,
-    models: Annotated[str, typer.Option(help=f"{', '.join(BERTS)}, {LLAMA}")] = ",".join(BERTS),
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    output: Annotated[Path | None, typer.Option(help="Folder for allocator.json.")] = None,
-) -> None:
-    """Times the AdaLoRA allocator against PEFT's."""
-    torch.set_num_threads(threads)
-    random.seed(0)
+def run(options: Namespace) -> dict[str, dict]:
     found = {}
-    for name in models.split(","):
+    for name in options.models:
         for phase in PHASES:
             makers = {"PEFT": peft_pass, "rankwise": our_pass, "rankwise, twice": our_pass}
-            contenders = {who: make(name, phase, device) for who, make in makers.items()}
-            for how in (warm, cold) if device == "cpu" else (on_device,):
-                timings = paired(contenders, repeats, how)
+            contenders = {who: make(name, phase, options.device) for who, make in makers.items()}
+            for how in (warm, cold) if options.device == "cpu" else (on_device,):
+                timings = paired(contenders, options.repeats, how)
                 title = f"{name}, rank {RANK}, {phase}, {how.__name__}"
                 found[title] = as_json(timings)
                 console.print(table(title, timings, "PEFT"))
-    if output is not None:
-        (output / "allocator.json").write_text(json.dumps(found, indent=1))
+    return found
 
 
-if __name__ == "__main__":
-    typer.run(main)
+MEASUREMENT = Measurement(
+    run,
+    repeats=50,
+    quick={"repeats": 5, "models": ["MiniLM-L6"]},
+    arguments={
+        "--models": names([*BERTS, LLAMA], list(BERTS), "whose linear layers have adapters"),
+        "--device": dict(
+            choices=("cpu", "cuda"), default="cpu", help="of all tensors (default %(default)s)"
+        ),
+    },
+)

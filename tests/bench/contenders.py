@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python" / "ops"))
 from layer_shapes import SHAPES as SHAPES
 from samples import DTYPES
+from torch import Tensor
+from torch.nn import functional as F
 
 import rankwise as rw
 

@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from contenders import (
+from torch import Tensor
+from torch.nn import functional as F
+
+from .contenders import (
     CONTENDERS,
     SCALING,
     Case,
@@ -17,8 +20,6 @@ from contenders import (
     peft,
     peft_compiled,
 )
-from torch import Tensor
-from torch.nn import functional as F
 
 
 def _under_autocast(make: Callable[[Case, Tensors], Layer]) -> Callable[[Case, Tensors], Layer]:

@@ -1,27 +1,24 @@
 # How the cost of LoRA grows: with rank, tokens and width of a layer, and with the layers of a step.
 """Times one size after the other, all else fixed; writes a table and a picture of each, and JSON.
 
-    python tests/bench/growth.py [--dtype float32] [--dropout 0] [--repeats 30]
-
 Rank, tokens and width: forward and backward of one layer. Modules: whole training steps of stacked
 layers, in float32 without dropout, with AdaLoRA in its budgeting phase.
 """
 
 from __future__ import annotations
 
-import random
-from pathlib import Path
-from typing import Annotated
+from argparse import Namespace
 
 import torch
-import typer
-from contenders import CONTENDERS, Case, Tensors, check
-from growth_figure import draw
-from layers_goals import flop_floor
 from rich.table import Table
-from step_contenders import adalora_pair, frozen, lora_pair
-from step_tasks import stack
-from timing import OUTPUT, as_json, console, paired, write_json
+
+from .contenders import CONTENDERS, Case, Tensors, check
+from .growth_figure import draw
+from .layers_goals import flop_floor
+from .measurement import Measurement, number
+from .step_contenders import adalora_pair, frozen, lora_pair
+from .step_tasks import stack
+from .timing import as_json, console, paired
 
 NAMES = ("frozen", "PEFT", "rankwise")
 TOKENS, WIDTH, RANK = 512, 768, 16
@@ -34,35 +31,30 @@ MODULES = (1, 2, 4, 8, 16, 32)
 STACK = (128, 384)  # tokens, width
 
 
-def main(
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    dropout: Annotated[float, typer.Option(help="Of the adapter's input.")] = 0.0,
-    repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 30,
-    threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2,
-    output: Annotated[Path, typer.Option(help="Folder for JSON and picture.")] = OUTPUT,
-) -> None:
-    """Times layers and steps of growing size."""
-    torch.set_num_threads(threads)
-    random.seed(0)
+def run(options: Namespace) -> dict[str, list[dict]]:
     report: dict[str, list[dict]] = {}
     for sweep, shapes in SWEEPS.items():
-        cases = [Case(*shape, dtype=dtype, dropout=dropout) for shape in shapes]
         of = {"rank": "rank", "tokens": "tokens", "width": "n_in"}[sweep]
-        report[sweep] = [{"size": getattr(c, of), **layer(c, repeats)} for c in cases]
+        cases = [
+            Case(*shape, dtype=options.dtype, dropout=options.dropout)
+            for shape in shapes[:: options.every]
+        ]
+        report[sweep] = [{"size": getattr(c, of), **layer(c, options.repeats)} for c in cases]
         console.print(growth_table(sweep, report[sweep]))
-    report["modules"] = [{"size": n, "times": steps(n, repeats)} for n in MODULES]
+    report["modules"] = [
+        {"size": n, "times": steps(n, options.repeats)} for n in MODULES[:: options.every]
+    ]
     console.print(growth_table("modules", report["modules"]))
-    title = f"{dtype}, dropout {dropout:g}"
     fixed = {
         "rank": f"{TOKENS} tokens, {WIDTH} → {WIDTH}",
         "tokens": f"{WIDTH} → {WIDTH}, r {RANK}",
         "width": f"{TOKENS} tokens, r {RANK}",
         "modules": "steps of {} tokens, {} wide, float32".format(*STACK),
     }
-    name = f"growth_{dtype}_{dropout:g}"
-    write_json(output / f"{name}.json", report)
-    draw(report, fixed, title, output / f"{name}.png")
-    console.print(output / f"{name}.png", soft_wrap=True)
+    picture = options.output / "growth.png"
+    draw(report, fixed, f"{options.dtype}, dropout {options.dropout:g}", picture)
+    console.print(picture, soft_wrap=True)
+    return report
 
 
 def layer(case: Case, repeats: int) -> dict:
@@ -98,5 +90,22 @@ def growth_table(sweep: str, rows: list[dict]) -> Table:
     return result
 
 
-if __name__ == "__main__":
-    typer.run(main)
+MEASUREMENT = Measurement(
+    run,
+    repeats=30,
+    quick={"repeats": 5, "every": 2},
+    arguments={
+        "--dtype": dict(
+            choices=("float32", "bfloat16"),
+            default="float32",
+            help="of base and adapters (default %(default)s)",
+        ),
+        "--dropout": dict(
+            type=float,
+            default=0.0,
+            metavar="P",
+            help="of the adapter's input (default %(default)s)",
+        ),
+        "--every": number(1, "only each N-th size"),
+    },
+)

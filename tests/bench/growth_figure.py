@@ -1,4 +1,4 @@
-# The picture of tests/bench/growth.py: milliseconds, and the ratio to frozen, against each size.
+# The picture of growth.py: milliseconds, and the ratio to frozen, against each size.
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,8 +1,6 @@
 # Instructions that a small call costs beside its matrix products: the stable measure of host time.
 """Counts those of forward and backward of one layer, one thread, and where rankwise's go.
 
-    python tests/bench/host.py [--tokens 16] [--width 384] [--rank 8] [--calls 20]
-
 Needs Valgrind with its headers and g++ (tools/system_packages.sh bench); a few minutes. Valgrind
 has no AVX-512, so vector loops are AVX2's here; the inner kernels of MKL and oneDNN are left out,
 whatever they are.
@@ -14,15 +12,16 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
 
-import typer
-from host_calls import NAMES
 from rich.table import Table
-from timing import OUTPUT, console, write_json
+
+from .host_calls import NAMES
+from .measurement import Measurement, number
+from .timing import console
 
 WANTED = 0.5  # of PEFT's
 MARKERS = """
@@ -49,14 +48,8 @@ TELLING = re.compile(r"rankwise::.*|at::_ops::\w+::call|THPEngine_run_backward")
 SHOWN = 40
 
 
-def main(
-    tokens: Annotated[int, typer.Option(help="Rows of the input.")] = 16,
-    width: Annotated[int, typer.Option(help="Inputs and outputs.")] = 384,
-    rank: Annotated[int, typer.Option(help="Of the adapter.")] = 8,
-    calls: Annotated[int, typer.Option(help="Counted, of each contender.")] = 20,
-    output: Annotated[Path, typer.Option(help="Folder for the JSON file.")] = OUTPUT,
-) -> None:
-    """Counts the instructions of small calls."""
+def run(options: Namespace) -> dict[str, object]:
+    tokens, width, rank, calls = options.tokens, options.width, options.rank, options.repeats
     with TemporaryDirectory() as folder:
         profiles = measure(Path(folder), tokens, width, rank, calls)
     counts = {name: total(text) / calls for name, text in profiles.items()}
@@ -75,7 +68,7 @@ def main(
     for name, count, cost in rows:
         where.add_row(name, f"{count:g}", f"{cost:,.0f}")
     console.print(where)
-    write_json(output / "host.json", {"instructions": counts, "rankwise": rows})
+    return {"instructions": counts, "rankwise": rows}
 
 
 def measure(folder: Path, tokens: int, width: int, rank: int, calls: int) -> dict[str, str]:
@@ -84,13 +77,13 @@ def measure(folder: Path, tokens: int, width: int, rank: int, calls: int) -> dic
     source.write_text(MARKERS)
     subprocess.run(["g++", "-shared", "-fPIC", "-o", markers, source], check=True)
     numbers = [str(n) for n in (tokens, width, rank, calls)]
-    script = [sys.executable, Path(__file__).with_name("host_calls.py"), markers, *numbers]
+    script = [sys.executable, "-m", f"{__package__}.host_calls", markers, *numbers]
     command = [*CALLGRIND, f"--callgrind-out-file={profile}", *script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
         console.print(run.stderr[-2000:])
-        raise typer.Exit(1)
+        raise SystemExit(1)
     return {name: Path(f"{profile}.{i}").read_text() for i, name in enumerate(NAMES, 1)}
 
 
@@ -121,5 +114,14 @@ def plain(function: str) -> str:
     return re.split(r"[(\[]| const", name)[0].removeprefix("void ")
 
 
-if __name__ == "__main__":
-    typer.run(main)
+MEASUREMENT = Measurement(
+    run,
+    repeats=20,
+    quick={"repeats": 5},
+    threads=None,
+    arguments={
+        "--tokens": number(16, "rows of the input"),
+        "--width": number(384, "inputs and outputs"),
+        "--rank": number(8, "of the adapter"),
+    },
+)

@@ -1,5 +1,8 @@
 # What host.py runs under Valgrind: each contender's calls, counted by themselves.
-"""Usage: host_calls.py MARKERS TOKENS WIDTH RANK CALLS; MARKERS is a library of requests."""
+"""Usage: python -m bench.host_calls MARKERS TOKENS WIDTH RANK CALLS
+
+MARKERS is a library of requests to Valgrind.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import ctypes
 import sys
 
 import torch
-from contenders import CONTENDERS, Case, Tensors
+
+from .contenders import CONTENDERS, Case, Tensors
 
 NAMES = ("frozen", "PEFT", "composition", "rankwise")
 

@@ -1,8 +1,6 @@
 # One linear layer with LoRA: all contenders against the frozen layer, over shapes, ranks, dropout.
 """Times forward, backward and both; writes JSON, tables and a picture of the ratios.
 
-    python tests/bench/layers.py [--quick] [--repeats 30] [--threads 2] [--output build/bench]
-
 A case is timed only after its results were found at least as exact as PEFT's (contenders.check).
 "frozen" is whatever PyTorch calls, "frozen, packed" oneDNN: the faster of both makes the floor.
 Saved bytes are what autograd keeps besides x and parameters; peak bytes the most that forward and
@@ -11,20 +9,22 @@ backward allocate.
 
 from __future__ import annotations
 
-import random
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
-from contenders import CONTENDERS, SHAPES, WITHOUT_DROPOUT, Case, Tensors, check
-from layers_figure import draw
-from layers_goals import floor_table, overview, speed_table
-from memory import peak_bytes, saved_bytes
-from timing import (
-    OUTPUT,
+from torch._functorch import config as functorch_config
+from tqdm import tqdm
+
+import rankwise as rw
+
+from .contenders import CONTENDERS, SHAPES, WITHOUT_DROPOUT, Case, Tensors, check
+from .layers_figure import draw
+from .layers_goals import floor_table, overview, speed_table
+from .measurement import Measurement, number
+from .memory import peak_bytes, saved_bytes
+from .timing import (
     Timing,
     as_json,
     console,
@@ -32,52 +32,40 @@ from timing import (
     sampled,
     table,
     timings,
-    write_json,
 )
-from torch._functorch import config as functorch_config
-from tqdm import tqdm
 
-import rankwise as rw
-
-QUICK = ("frozen", "frozen, twice", "frozen, packed", "PEFT", "rankwise")
+TOGETHER = ("frozen", "frozen, twice", "frozen, packed", "PEFT", "rankwise")
 
 
-def main(
-    repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 30,
-    threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2,
-    quick: Annotated[bool, typer.Option(help="Both alone, of frozen, PEFT, rankwise.")] = False,
-    output: Annotated[Path, typer.Option(help="Folder for JSON and picture.")] = OUTPUT,
-) -> None:
-    """Times one layer with LoRA against the frozen layer and the peers."""
-    torch.set_num_threads(threads)
-    random.seed(0)
+def run(options: Namespace) -> list[dict]:
     results = []
-    for case in tqdm(cases(), unit=" cases", disable=None):
+    names = TOGETHER if options.together else CONTENDERS
+    for case in tqdm(cases(options.shapes), unit=" cases", disable=None):
         check(case)
         unfit = WITHOUT_DROPOUT if case.dropout else ()
-        names = [n for n in (QUICK if quick else CONTENDERS) if n not in unfit]
-        results.append(measure(case, names, repeats, whole_alone=quick))
+        suited = [name for name in names if name not in unfit]
+        results.append(measure(case, suited, options.repeats, options.together))
         rows = {name: Timing(**row) for name, row in results[-1]["both"].items()}
         console.print(table(f"{case}, forward and backward", rows, "frozen"))
     console.print(overview(results, CONTENDERS))
     console.print(floor_table(results))
     console.print(speed_table(results))
-    write_json(output / "layers.json", results)
-    draw(results, output / "layers.png")
-    console.print(output / "layers.png", soft_wrap=True)
+    draw(results, options.output / "layers.png")
+    console.print(options.output / "layers.png", soft_wrap=True)
+    return results
 
 
-def cases() -> list[Case]:
+def cases(shapes: int) -> list[Case]:
     return [
         Case(*shape, dtype=dtype, dropout=dropout)
         for dtype in ("float32", "bfloat16")
         for dropout in (0.0, 0.05)
-        for shape in SHAPES
+        for shape in SHAPES[:shapes]
     ]
 
 
-def measure(case: Case, names: Sequence[str], repeats: int, whole_alone: bool = False) -> dict:
-    """Times forward and backward together, and unless `whole_alone` each by itself and memory."""
+def measure(case: Case, names: Sequence[str], repeats: int, together: bool) -> dict:
+    """Times forward and backward, and unless they are wanted `together` alone, each and memory."""
     functorch_config.donated_buffer = False  # for a compiled backward on a kept graph
     torch.compiler.reset()  # of one function it compiles eight shapes, and runs others uncompiled
     t = Tensors.draw(case)
@@ -91,7 +79,7 @@ def measure(case: Case, names: Sequence[str], repeats: int, whole_alone: bool = 
     result: dict = {"case": vars(case), "path": rw.ops.path(t.x)}
     result["both"] = as_json(timings(samples, "frozen"))
     result["speed-up over PEFT"] = timings(samples, "rankwise", ["PEFT"])["PEFT"].ratio
-    if whole_alone:
+    if together:
         return result
     outputs = {name: layer.forward() for name, layer in layers.items()}
     parts = {
@@ -105,5 +93,16 @@ def measure(case: Case, names: Sequence[str], repeats: int, whole_alone: bool = 
     return result
 
 
-if __name__ == "__main__":
-    typer.run(main)
+MEASUREMENT = Measurement(
+    run,
+    repeats=30,
+    quick={"repeats": 5, "shapes": 4, "together": True},
+    arguments={
+        "--shapes": number(len(SHAPES), "the first N shapes alone"),
+        "--together": dict(
+            action=BooleanOptionalAction,
+            default=False,
+            help=f"forward and backward together alone, of {'; '.join(TOGETHER)}",
+        ),
+    },
+)

@@ -1,8 +1,6 @@
 # One linear layer with LoRA on a GPU: all contenders against the frozen layer.
 """Times forward, the whole step, and the step replayed from a graph; writes JSON and a table.
 
-    python tests/bench/layers_cuda.py [--quick] [--repeats 15] [--limit 3000] [--output build/bench]
-
 A case is timed only after its results were found at least as exact as PEFT's (contenders.check).
 The first shapes come first in each rank, and a case for which no time is left is named. Compiled
 PEFT, whose compilation takes longer than all else of a case, is timed at rank 16 of those alone,
@@ -11,23 +9,21 @@ all in bfloat16.
 
 from __future__ import annotations
 
-import json
-import random
 import time
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
-from contenders import Case, Layer, Tensors, check
-from contenders_cuda import CUDA_CONTENDERS, suited
-from layers_goals import overview
-from memory import saved_bytes
-from timing import OUTPUT, as_json, console, paired
-from timing_cuda import (
+
+from .contenders import Case, Layer, Tensors, check
+from .contenders_cuda import CUDA_CONTENDERS, suited
+from .layers_goals import overview
+from .measurement import Measurement, number
+from .memory import saved_bytes
+from .timing import as_json, console, paired
+from .timing_cuda import (
     CALLS,
     Graph,
     device_milliseconds,
@@ -51,58 +47,46 @@ SHAPES = [  # tokens, in, out
 TINY = (16, 64, 64)  # the host's time alone
 CACHE = 3 * 60 * 2**20  # bytes: x and dy of all turns exceed three times the largest L2 cache
 WARM_UP = 2.0  # seconds, until clocks have settled
-
-
 RANKS = (16, 8, 64)
 FIRST = 3  # shapes
 SAMPLE = 5.0  # milliseconds between two events, for which up to CALLS calls follow each other
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(shapes: int, ranks: int) -> list[Case]:
     return [
         Case(*shape, rank, dtype, dropout)
-        for rank in (RANKS[:1] if quick else RANKS)
-        for shape in (SHAPES[:FIRST] if quick else SHAPES)
+        for rank in RANKS[:ranks]
+        for shape in SHAPES[:shapes]
         for dtype in ("bfloat16", "bfloat16_float32")
         for dropout in (0.0, 0.1)
     ]
 
 
-def compiles(case: Case, quick: bool) -> bool:
+def compiles(case: Case) -> bool:
     first = (case.tokens, case.n_in, case.n_out) in SHAPES[:FIRST]
-    return not quick and first and case.rank == RANKS[0] and case.dtype == "bfloat16"
+    return first and case.rank == RANKS[0] and case.dtype == "bfloat16"
 
 
-def main(
-    repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 15,
-    quick: Annotated[
-        bool, typer.Option(help="The first shapes, rank 16, no compiled PEFT.")
-    ] = False,
-    limit: Annotated[int, typer.Option(help="Seconds after which no case begins.")] = 3000,
-    output: Annotated[Path, typer.Option(help="Folder for the JSON file.")] = OUTPUT,
-) -> None:
-    """Times one layer with LoRA on the current CUDA device."""
+def run(options: Namespace) -> dict[str, object]:
     begin = time.monotonic()
-    random.seed(0)
     warm_up()
     results, unfinished = [], []
-    for case in cases(quick):
-        if time.monotonic() - begin > limit:
+    for case in cases(options.shapes, options.ranks):
+        if time.monotonic() - begin > options.limit:
             unfinished.append(str(case))
             continue
         check(case, "cuda")
-        names = [n for n in suited(case) if "compiled" not in n or compiles(case, quick)]
-        results.append(measure(case, names, repeats))
+        compiled = options.compiled and compiles(case)
+        names = [n for n in suited(case) if "compiled" not in n or compiled]
+        results.append(measure(case, names, options.repeats))
         for name, reason in results[-1]["left out"].items():
             console.print(f"{case}: {name} left out: {reason}")
     console.print(overview(results, CUDA_CONTENDERS))
-    report = {"results": results, "host": host_times(), "unfinished": unfinished}
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "layers_cuda.json").write_text(json.dumps(report, indent=1))
+    report = {"cases": results, "host": host_times(), "unfinished": unfinished}
     console.print("host microseconds, forward and backward:", report["host"])
     for case in unfinished:
         console.print(f"no time was left for {case}")
-    console.print(output / "layers_cuda.json")
+    return report
 
 
 def warm_up() -> None:
@@ -191,5 +175,15 @@ def host_times() -> dict[str, float]:
     return found
 
 
-if __name__ == "__main__":
-    typer.run(main)
+MEASUREMENT = Measurement(
+    run,
+    repeats=15,
+    quick={"repeats": 5, "shapes": FIRST, "ranks": 1, "compiled": False},
+    threads=None,
+    arguments={
+        "--shapes": number(len(SHAPES), "the first N shapes alone"),
+        "--ranks": number(len(RANKS), f"the first N ranks of {RANKS} alone"),
+        "--compiled": dict(action=BooleanOptionalAction, default=True, help="time compiled PEFT"),
+        "--limit": number(3000, "seconds after which no case begins"),
+    },
+)

@@ -1,4 +1,4 @@
-# The picture of tests/bench/layers.py: time over the frozen layer, for each case and contender.
+# The picture of layers.py: time over the frozen layer, for each case and contender.
 from __future__ import annotations
 
 from pathlib import Path

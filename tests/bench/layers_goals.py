@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from itertools import groupby
 from statistics import geometric_mean
 
-from contenders import Case
 from rich.table import Table
+
+from .contenders import Case
 
 # (dtype, with dropout) -> geometric mean of the speed-ups over PEFT that is wanted
 SPEED_UPS = {

@@ -1,8 +1,6 @@
 # Whole training steps of pretrained models: LoRA and AdaLoRA by rankwise against stock PEFT.
 """Times steps of MiniLM and of SmolLM2-135M, every linear layer adapted; writes tables and JSON.
 
-    python tests/bench/step.py [--model minilm|smollm2] [--repeats 15] [--threads 2]
-
 Needs tests/bench/requirements.txt for SmolLM2. A step is forward, backward, AdamW, and for AdaLoRA
 also the orthogonality penalty and the allocator, each phase by itself (adalora_phases.py). Steps
 are timed only after loss and gradients were found to be PEFT's (step_contenders.check_same).
@@ -12,24 +10,19 @@ take turns in random order in one process; "twice" is the noise of the method.
 
 from __future__ import annotations
 
-import random
+from argparse import Namespace
 from collections.abc import Callable
-from enum import Enum
-from pathlib import Path
-from typing import Annotated
 
-import torch
-import typer
-from adalora_phases import PHASES
-from adalora_phases import RANK as ADALORA_RANK
 from rich.table import Table
-from step_contenders import RANK, Step, adalora_pair, frozen, lora_pair, our_lora, peft_lora
-from step_tasks import TASKS, Task
-from timing import OUTPUT, Samples, as_json, console, sampled, table, timings, write_json
+
+from .adalora_phases import PHASES
+from .adalora_phases import RANK as ADALORA_RANK
+from .measurement import Measurement, names
+from .step_contenders import RANK, Step, adalora_pair, frozen, lora_pair, our_lora, peft_lora
+from .step_tasks import TASKS, Task
+from .timing import Samples, as_json, console, sampled, table, timings
 
 DROPOUT = 0.05
-Model = Enum("Model", {name: name for name in TASKS})
-ALL = list(Model)
 # model -> [(contender, reference, the speed-up that is wanted; 0.98 is 2 % slower)]
 GOALS = {
     "minilm": [
@@ -99,24 +92,21 @@ def goal_table(found: list[dict]) -> Table:
     return result
 
 
-def main(
-    model: Annotated[list[Model], typer.Option(help="Only this one.")] = ALL,
-    repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 15,
-    threads: Annotated[int, typer.Option(help="Of PyTorch.")] = 2,
-    output: Annotated[Path, typer.Option(help="Folder for the JSON files.")] = OUTPUT,
-) -> None:
-    """Times whole training steps against PEFT's."""
-    torch.set_num_threads(threads)
-    random.seed(0)
-    for name in (m.value for m in model):
+def run(options: Namespace) -> dict[str, dict]:
+    report = {}
+    for name in options.models:
         task = TASKS[name]()
-        samples = sampled(contenders(name, task), repeats)
+        samples = sampled(contenders(name, task), options.repeats)
         rows, found = timings(samples, "PEFT LoRA"), goals(name, samples)
         console.print(table(f"{task.name}, one training step, r {RANK}", rows, "PEFT LoRA"))
         console.print(goal_table(found))
-        report = {"steps": as_json(rows), "goals": found}
-        write_json(output / f"step_{name}.json", report)
+        report[name] = {"steps": as_json(rows), "goals": found}
+    return report
 
 
-if __name__ == "__main__":
-    typer.run(main)
+MEASUREMENT = Measurement(
+    run,
+    repeats=15,
+    quick={"repeats": 3, "models": ["minilm"]},
+    arguments={"--models": names(list(TASKS), list(TASKS), "what is trained")},
+)

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from adalora_phases import PENALTY, PHASES, enter_final, our_config, peft_config
 from peft import LoraConfig, get_peft_model
-from step_tasks import Task
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 import rankwise as rw
+
+from .adalora_phases import PENALTY, PHASES, enter_final, our_config, peft_config
+from .step_tasks import Task
 
 RANK = 8
 FACTORS = ("lora_A", "lora_B", "lora_E")

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import quantiles
 
 from rich.console import Console
@@ -16,7 +14,6 @@ from rich.table import Table
 
 Action = Callable[[], object]
 Samples = dict[str, list[float]]  # milliseconds of each contender, turn by turn
-OUTPUT = Path(__file__).resolve().parents[2] / "build" / "bench"
 console = Console(highlight=False, width=160)  # wide enough for the tables, also in a file
 
 
@@ -91,9 +88,3 @@ def table(title: str, rows: Mapping[str, Timing], reference: str) -> Table:
 
 def as_json(rows: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
     return {name: asdict(timing) for name, timing in rows.items()}
-
-
-def write_json(path: Path, report: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1))
-    console.print(path, soft_wrap=True)

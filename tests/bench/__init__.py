@@ -1,0 +1,20 @@
+# The registry of measurements: the name and the object of each.
+"""Each is the module of its name, with a MEASUREMENT; only the one that is run is imported."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+MEASUREMENTS = {
+    "layers": "one linear layer with LoRA against the frozen layer, PEFT and other peers",
+    "growth": "how the cost of LoRA grows with rank, tokens, width and number of layers",
+    "allocator": "AdaLoRA's allocator against PEFT's",
+    "step": "whole training steps of pretrained models against PEFT's",
+    "host": "instructions that a small call costs beside its matrix products",
+    "layers_cuda": "one linear layer with LoRA on a GPU against the frozen layer and its peers",
+}
+ROOT = Path(__file__).resolve().parents[2]
+
+# The operators' shapes and samples, and the demo's model: folders of modules, not packages.
+sys.path[:0] = [str(ROOT / "tests" / "python" / "ops"), str(ROOT / "examples" / "sentiment")]

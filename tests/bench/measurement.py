@@ -1,0 +1,83 @@
+# What a measurement declares, and the options that all of them share.
+from __future__ import annotations
+
+import random
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import ROOT
+
+OUTPUT = ROOT / "build" / "bench"
+
+
+def number(default: int, help: str, least: int = 1) -> dict[str, object]:
+    """Keywords of add_argument for a whole number of at least `least`."""
+
+    def parsed(text: str) -> int:
+        if not (text.isdecimal() and int(text) >= least):
+            raise ArgumentTypeError(f"a whole number of at least {least} was wanted, got {text}")
+        return int(text)
+
+    help = f"{help} (default %(default)s)"
+    return {"type": parsed, "default": default, "metavar": "N", "help": help}
+
+
+def names(choices: Sequence[str], default: Sequence[str], help: str) -> dict[str, object]:
+    """Keywords of add_argument for one or more of `choices`."""
+    help = f"{help}: {', '.join(choices)} (default {' '.join(default)})"
+    return {"nargs": "+", "choices": choices, "default": default, "metavar": "NAME", "help": help}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """run(options) measures, prints tables, draws into options.output and returns results for JSON.
+
+    `quick` has the defaults that --quick puts in the place of others. `threads` are PyTorch's; None
+    where they are not to be chosen. `arguments` are the measurement's own: {flag: keywords of
+    add_argument}.
+    """
+
+    run: Callable[[Namespace], object]
+    repeats: int
+    quick: Mapping[str, object]
+    threads: int | None = 2
+    arguments: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+    def __call__(self, options: Namespace) -> object:
+        """run(options), with the turns in the same random order ever."""
+        random.seed(0)
+        if self.threads is not None:
+            torch.set_num_threads(options.threads)
+        return self.run(options)
+
+    def options(self, name: str, description: str, given: Sequence[str]) -> Namespace:
+        """Of the command line `given`; --help and errors end the program."""
+        parser = self._parser(name, description)
+        options = parser.parse_args(given)
+        if options.quick:
+            parser.set_defaults(**self.quick)
+            options = parser.parse_args(given)
+        return options
+
+    def _parser(self, name: str, description: str) -> ArgumentParser:
+        parser = ArgumentParser(
+            prog=f"python -m bench {name}",
+            description=description,
+            formatter_class=RawDescriptionHelpFormatter,
+        )
+        add = parser.add_argument
+        for flag, keywords in self.arguments.items():
+            add(flag, **keywords)
+        add("--repeats", **number(self.repeats, "turns of each contender", least=2))  # quartiles
+        if self.threads is not None:
+            add("--threads", **number(self.threads, "of PyTorch"))
+        quick = ", ".join(f"{name} {value}" for name, value in self.quick.items())
+        add("--quick", action="store_true", help=f"other defaults: {quick}")
+        output = "folder of results and pictures (default build/bench)"
+        add("--output", type=Path, default=OUTPUT, metavar="DIR", help=output)
+        add("--json", type=Path, metavar="FILE", help=f"of the results (default DIR/{name}.json)")
+        return parser
