@@ -48,7 +48,7 @@ class Measurement:
     arguments: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     def __call__(self, options: Namespace) -> object:
-        """run(options), with the turns in the same random order ever."""
+        """run(options), with the turns in the same random order every time."""
         random.seed(0)
         if self.threads is not None:
             torch.set_num_threads(options.threads)
