@@ -1,5 +1,5 @@
 # The doors: make demo | test | check | fuzz | sanitize | bench | gpu | format. All but gpu happens in
-# .venv; see README.md.
+# .venv; see docs/architecture.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

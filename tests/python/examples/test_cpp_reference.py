@@ -11,7 +11,7 @@ import rankwise as rw
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADERS = ROOT / "csrc" / "include"
-PAGE = (ROOT / "docs" / "cpp.md").read_text()
+PAGE = (ROOT / "docs" / "cpp.md").read_text().partition("\n## Programs\n")[0]
 EXAMPLES = re.findall(r"```cpp\n(.*?)```", PAGE, flags=re.DOTALL)
 
 PROJECT = """

@@ -1,4 +1,4 @@
-"""The README's examples: Python blocks run as they stand, C++ blocks are parts of programs."""
+"""The pages' examples and links: Python blocks run as they stand, C++ blocks are in programs."""
 
 import copy
 import re
@@ -7,19 +7,28 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_cpp_reference import EXAMPLES
 
 import rankwise as rw
 
 ROOT = Path(__file__).resolve().parents[3]
-README = (ROOT / "README.md").read_text()
-PROGRAMS = ["layer", "merge_adapter", "adalora", "module"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: Path) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["layer", "model", "adalora"])
+def prose(page: Path) -> str:
+    return re.sub("```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+PYTHON = {
+    f"{page.stem}-{i}": code for page in PAGES for i, code in enumerate(blocks("python", page))
+}
+
+
+@pytest.mark.parametrize("code", PYTHON.values(), ids=PYTHON)
 def test_python_examples(code, tmp_path):
     script = tmp_path / "example.py"
     script.write_text(code)
@@ -28,10 +37,27 @@ def test_python_examples(code, tmp_path):
 
 
 def test_cpp_examples_are_parts_of_the_programs():
-    programs = [(ROOT / "examples" / "cpp" / f"{name}.cpp").read_text() for name in PROGRAMS]
-    assert len(blocks("cpp")) == len(programs)
-    for block, program in zip(blocks("cpp"), programs, strict=True):
-        assert block in program
+    programs = [path.read_text() for path in (ROOT / "examples" / "cpp").glob("*.cpp")]
+    parts = [block for page in PAGES for block in blocks("cpp", page) if block not in EXAMPLES]
+    assert parts
+    for part in parts:
+        assert any(part in program for program in programs), part
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        if "://" not in link:
+            path, _, section = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not section or section in sections(target), link
+
+
+def sections(page: Path) -> set[str]:
+    """What links call the page's sections: the headings in lower case, with hyphens for spaces."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_the_layer_program_learns(programs):
