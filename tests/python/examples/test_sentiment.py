@@ -1,4 +1,8 @@
 # The demo's pieces on a few hundred snippets: data, batches, training, promises, figure.
+import copy
+import re
+import warnings
+
 import demo
 import promises
 import pytest
@@ -126,6 +130,37 @@ def test_promises_of_the_adapter_are_kept(data, method, request, tmp_path):
     checked = promises.check_adapter(method, model, test, tmp_path)
     assert [promise for promise in checked if not promise.kept] == []
     assert len(checked) == 4
+
+
+def test_pefts_false_alarm_is_one_line(tmp_path, capsys, recwarn):
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    config = rw.AdaLoRAConfig(
+        initial_rank=2, target_rank=1, total_steps=4, target_modules=["0", "1"]
+    )
+    model = rw.apply_lora(copy.deepcopy(base), config)
+    model[0].rank = 1  # as after allocation: so a rank_pattern is saved
+    with torch.no_grad():
+        for factor in (model[0].lora_A, model[0].lora_B.t(), model[0].lora_E):
+            factor[1:] = 0
+    rw.save_adapter(model, tmp_path)
+    loaded = promises.load_with_peft(base, tmp_path)
+    assert loaded.base_model.model[0].lora_E["default"].shape[0] == 1, "the pattern is used"
+    assert capsys.readouterr().out == promises.INSTEAD + "\n"
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("keys", ["alpha_pattern keys", "rank_pattern keys"])
+def test_other_warnings_of_peft_pass(keys, tmp_path, capsys, monkeypatch):
+    text = f"The following {keys} did not match any targeted module and were ignored: ['query']."
+
+    def load(*_):
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return "loaded"
+
+    monkeypatch.setattr(promises.PeftModel, "from_pretrained", load)
+    with pytest.warns(RuntimeWarning, match=re.escape(text)):
+        assert promises.load_with_peft(None, tmp_path) == "loaded"
+    assert capsys.readouterr().out == ""
 
 
 def test_one_changed_bit_is_found():
