@@ -90,7 +90,7 @@ def encode(train: TokenizedSnippets, test: TokenizedSnippets) -> Features:
     """The features of both sets: the frozen encoder never changes, so once is enough."""
     model = new_classifier(seed=0)
     start = time.perf_counter()
-    with _progress("frozen encoder", len(train) + len(test)) as bar:
+    with progress("frozen encoder", len(train) + len(test)) as bar:
         pooled = _pool(model, train, bar)
         seconds = time.perf_counter() - start
         return Features(pooled, _pool(model, test, bar), seconds)
@@ -146,7 +146,7 @@ def train_adapter(
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
-        with _progress(f"{method.name}, epoch {epoch} of {epochs}", len(train)) as bar:
+        with progress(f"{method.name}, epoch {epoch} of {epochs}", len(train)) as bar:
             for batch in train.training_batches(BATCH_SIZE, generator):
                 loss = F.cross_entropy(model(**batch.inputs), batch.labels)
                 run.losses.append(_step(loss, optimizer, _penalty(allocator)))
@@ -222,6 +222,7 @@ def _step(loss: Tensor, optimizer: Optimizer, penalty: Tensor | float = 0.0) -> 
     return loss.item()
 
 
-def _progress(title: str, total: int) -> tqdm:
-    """A bar in samples and samples/s; silent where the output is not a terminal."""
-    return tqdm(total=total, desc=title, unit=" samples", disable=None)
+def progress(title: str, total: int) -> tqdm:
+    """A bar in samples, with the time left; silent where the output is not a terminal."""
+    line = "{l_bar}{bar}| {n_fmt}/{total_fmt} samples, {rate_fmt}{postfix}, {remaining} left"
+    return tqdm(total=total, desc=title, unit=" samples", disable=None, bar_format=line)

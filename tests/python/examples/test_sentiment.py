@@ -1,6 +1,8 @@
 # The demo's pieces on a few hundred snippets: data, batches, training, promises, figure.
 import copy
+import io
 import re
+import sys
 import warnings
 
 import demo
@@ -161,6 +163,22 @@ def test_other_warnings_of_peft_pass(keys, tmp_path, capsys, monkeypatch):
     with pytest.warns(RuntimeWarning, match=re.escape(text)):
         assert promises.load_with_peft(None, tmp_path) == "loaded"
     assert capsys.readouterr().out == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_the_progress_line_says_the_time_left(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream())
+    with training.progress("LoRA", 100) as bar:
+        bar.update(50)
+        bar.refresh()
+    line = r"LoRA:  50%.*\| 50/100 samples, [\d.]+ samples/s, \d\d:\d\d left"
+    written = sys.stderr.getvalue()
+    assert re.search(line, written) if stream is Terminal else written == ""
 
 
 def test_one_changed_bit_is_found():
