@@ -12,6 +12,8 @@ using rankwise::AdapterConfig;
 using rankwise::AdapterFile;
 using rankwise::AdapterKey;
 using rankwise::AdapterUpdate;
+using rankwise::ModuleSettings;
+using rankwise::PatternIndex;
 
 namespace {
 
@@ -35,6 +37,15 @@ void bind_config(py::module_& m) {
       .def("rank_of", &AdapterConfig::rank_of)
       .def("alpha_of", &AdapterConfig::alpha_of)
       .def("scaling", &AdapterConfig::scaling);
+  py::class_<ModuleSettings>(m, "ModuleSettings")
+      .def(py::init<const AdapterConfig&>(), py::keep_alive<1, 2>())
+      .def("rank_of", &ModuleSettings::rank_of)
+      .def("alpha_of", &ModuleSettings::alpha_of)
+      .def("scaling", &ModuleSettings::scaling);
+  py::class_<PatternIndex>(m, "PatternIndex")
+      .def(py::init<std::vector<std::string>>())
+      .def("find", &PatternIndex::find);
+  m.def("is_plain_pattern", &rankwise::is_plain_pattern);
   m.def("target_names", &rankwise::target_names, py::arg("layers"), py::arg("modules"));
 }
 

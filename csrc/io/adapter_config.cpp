@@ -8,6 +8,7 @@
 #include <set>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 #include "message_text.h"
 #include "module_pattern.h"
@@ -15,35 +16,52 @@
 namespace rankwise {
 namespace {
 
-/// PEFT: pattern.get(get_pattern_key(pattern.keys(), module), otherwise).
 template <class Value>
-Value lookup(const PatternList<Value>& patterns, std::string_view module, Value otherwise) {
-  for (const auto& [key, value] : patterns) {
-    if (io::pattern_matches(key, module)) return value;
-  }
-  for (const auto& [key, value] : patterns) {
-    if (key == module) return value;  // a name that, read as a regex, does not match itself
-  }
-  return otherwise;
+PatternIndex index_of(const PatternList<Value>& patterns) {
+  std::vector<std::string> keys;
+  for (const auto& [key, value] : patterns) keys.push_back(key);
+  return PatternIndex(std::move(keys));
 }
 
 }  // namespace
 
+ModuleSettings::ModuleSettings(const AdapterConfig& config)
+    : config_(config),
+      rank_pattern_(index_of(config.rank_pattern)),
+      alpha_pattern_(index_of(config.alpha_pattern)) {}
+
+int64_t ModuleSettings::rank_of(std::string_view module) const {
+  const auto kept = config_.kept_directions.find(module);
+  if (kept == config_.kept_directions.end()) return initial_rank_of(module);
+  return std::count(kept->second.begin(), kept->second.end(), true);
+}
+
+int64_t ModuleSettings::initial_rank_of(std::string_view module) const {
+  const std::optional<size_t> place = rank_pattern_.find(module);
+  return place ? config_.rank_pattern[*place].second : config_.rank;
+}
+
+double ModuleSettings::alpha_of(std::string_view module) const {
+  const std::optional<size_t> place = alpha_pattern_.find(module);
+  return place ? config_.alpha_pattern[*place].second : config_.alpha;
+}
+
+double ModuleSettings::scaling(std::string_view module) const {
+  const auto rank = static_cast<double>(initial_rank_of(module));
+  if (rank == 0) return 0;
+  return alpha_of(module) / (config_.rslora ? std::sqrt(rank) : rank);
+}
+
 int64_t AdapterConfig::rank_of(std::string_view module) const {
-  if (const auto kept = kept_directions.find(module); kept != kept_directions.end()) {
-    return std::count(kept->second.begin(), kept->second.end(), true);
-  }
-  return lookup(rank_pattern, module, rank);
+  return ModuleSettings(*this).rank_of(module);
 }
 
 double AdapterConfig::alpha_of(std::string_view module) const {
-  return lookup(alpha_pattern, module, alpha);
+  return ModuleSettings(*this).alpha_of(module);
 }
 
 double AdapterConfig::scaling(std::string_view module) const {
-  const auto r = static_cast<double>(lookup(rank_pattern, module, rank));
-  if (r == 0) return 0;
-  return alpha_of(module) / (rslora ? std::sqrt(r) : r);
+  return ModuleSettings(*this).scaling(module);
 }
 
 namespace io {

@@ -102,10 +102,11 @@ std::vector<AdapterUpdate> updates_of(const AdapterFile& adapter) {
     }
   }
   io::check_adapter_layout(infos, adapter.config, owner);
+  const ModuleSettings settings(adapter.config);
   std::vector<AdapterUpdate> result;
   for (auto& [module, update] : updates) {
     update.module = module;
-    update.scaling = adapter.config.scaling(module);
+    update.scaling = settings.scaling(module);
     result.push_back(std::move(update));
   }
   return result;

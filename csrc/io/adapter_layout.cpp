@@ -115,10 +115,10 @@ bool has_any(const Module& module, const Kind& kind) {
 }
 
 void check_module(const std::string& name, const Module& module, const AdapterConfig& config,
-                  Faults& faults) {
+                  const ModuleSettings& settings, Faults& faults) {
   int64_t rank = 0;
   try {
-    rank = config.rank_of(name);
+    rank = settings.rank_of(name);
   } catch (const std::invalid_argument& error) {
     faults.add(in_quotes(name) + ": rank_pattern: " + error.what());
     return;
@@ -179,7 +179,8 @@ void check_adapter_layout(const std::vector<TensorInfo>& tensors, const AdapterC
   Faults faults;
   const std::map<std::string, Module> modules = collect(tensors, faults);
   check_matching_work(modules, config, file);
-  for (const auto& [name, module] : modules) check_module(name, module, config, faults);
+  const ModuleSettings settings(config);
+  for (const auto& [name, module] : modules) check_module(name, module, config, settings, faults);
   for (const auto& [name, kept] : config.kept_directions) {
     if (!modules.contains(name)) {
       faults.add("rank_pattern " + in_quotes(name + ".lora_E") + ": there is no such module");

@@ -5,17 +5,17 @@
 
 #include <algorithm>
 #include <cctype>
-#include <regex>
 #include <stdexcept>
-#include <string>
 
 #include "message_text.h"
 
 namespace rankwise::io {
 namespace {
 
-bool is_plain(std::string_view key) {
-  return key.find_first_of("\\^$|()[]{}*+?") == std::string_view::npos;
+constexpr std::string_view special = "\\^$|()[]{}*+?";
+
+bool is_punctuation(char c) {
+  return c > 0x20 && c < 0x7F && !std::isalnum(static_cast<unsigned char>(c));
 }
 
 bool is_printable_ascii(std::string_view text) {
@@ -132,39 +132,63 @@ std::regex compiled(std::string_view key) {
   }
 }
 
-/// A key of ordinary characters and '.', which stands for any one UTF-8 character, against the end
-/// of the name.
-bool plain_match(std::string_view key, std::string_view module) {
-  size_t end = module.size();
-  for (size_t i = key.size(); i-- > 0;) {
-    if (end == 0) return false;
-    --end;
-    if (key[i] == '.') {
-      while (end > 0 && (static_cast<unsigned char>(module[end]) & 0xC0) == 0x80) --end;
-    } else if (key[i] != module[end]) {
+/// Whether the name ends in the key, at the start of one of its parts.
+bool plain_match(const PlainName& key, std::string_view module) {
+  for (auto symbol = key.rbegin(); symbol != key.rend(); ++symbol) {
+    if (module.empty()) return false;
+    if (*symbol == any) {
+      module = without_last_character(module);
+    } else if (*symbol == static_cast<unsigned char>(module.back())) {
+      module.remove_suffix(1);
+    } else {
       return false;
     }
   }
-  return end == 0 || module[end - 1] == '.';
+  return module.empty() || module.back() == '.';
 }
 
 }  // namespace
 
+std::optional<PlainName> plain_name(std::string_view key) {
+  PlainName name;
+  for (size_t i = 0; i < key.size(); ++i) {
+    const bool escape = key[i] == '\\';
+    if (escape && (++i == key.size() || !is_punctuation(key[i]))) return std::nullopt;
+    if (!escape && special.find(key[i]) != std::string_view::npos) return std::nullopt;
+    name += !escape && key[i] == '.' ? any : static_cast<unsigned char>(key[i]);
+  }
+  return name;
+}
+
+std::string_view without_last_character(std::string_view text) {
+  const auto continues = [](char c) { return (static_cast<unsigned char>(c) & 0xC0) == 0x80; };
+  while (text.size() > 1 && continues(text.back())) text.remove_suffix(1);
+  text.remove_suffix(1);
+  return text;
+}
+
 size_t pattern_cost(std::string_view key) {
-  if (is_plain(key)) return 0;
+  if (plain_name(key)) return 0;
   compiled(key);
   return RegexScreen(key).cost();
 }
 
-bool pattern_matches(std::string_view key, std::string_view module) {
-  if (is_plain(key)) return plain_match(key, module);
-  const std::regex regex = compiled(key);
+ModulePattern::ModulePattern(std::string_view key) : key_(key), plain_(plain_name(key)) {
+  if (!plain_) regex_ = compiled(key);
+}
+
+bool ModulePattern::matches(std::string_view module) const {
+  if (plain_) return plain_match(*plain_, module);
   if (!is_printable_ascii(module)) {
-    throw std::invalid_argument("pattern " + in_quotes(key) +
+    throw std::invalid_argument("pattern " + in_quotes(key_) +
                                 " can only be matched with ASCII names, got " + in_quotes(module));
   }
-  return std::regex_search(module.begin(), module.end(), regex,
+  return std::regex_search(module.begin(), module.end(), regex_,
                            std::regex_constants::match_continuous);
+}
+
+bool pattern_matches(std::string_view key, std::string_view module) {
+  return ModulePattern(key).matches(module);
 }
 
 }  // namespace rankwise::io

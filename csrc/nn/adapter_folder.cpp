@@ -106,6 +106,7 @@ std::vector<std::string> target_names_in(torch::nn::Module& model, const Placed&
 // New adapters, as the file describes them, for the layers that it names.
 Placed adapters_of_file(const Layers& layers, const AdapterFile& file) {
   Placed adapters;
+  const ModuleSettings of_file(file.config);
   nn::AdapterSettings nothing;
   nothing.rank = 0;
   for (const auto& [path, layer] : layers) {
@@ -113,9 +114,8 @@ Placed adapters_of_file(const Layers& layers, const AdapterFile& file) {
     const auto stored = file.tensors.find(slots_of(like).front().key);
     if (stored == file.tensors.end()) continue;
     nn::AdapterSettings settings;
-    settings.rank =
-        file.config.peft_type == "ADALORA" ? file.config.rank : file.config.rank_of(path);
-    settings.alpha = file.config.alpha_of(path);
+    settings.rank = file.config.peft_type == "ADALORA" ? file.config.rank : of_file.rank_of(path);
+    settings.alpha = of_file.alpha_of(path);
     settings.dropout = layer->embedding() ? 0 : file.config.dropout;
     settings.rslora = file.config.rslora;
     settings.allocation = file.config.allocation;
@@ -129,16 +129,16 @@ Placed adapters_of_file(const Layers& layers, const AdapterFile& file) {
 // Compares a file with the layers and collects what does not fit.
 class FitCheck {
  public:
-  explicit FitCheck(const AdapterFile& file) : file_(file) {}
+  explicit FitCheck(const AdapterFile& file) : file_(file), settings_(file.config) {}
 
   void adapter(const PlacedAdapter& placed) {
     const auto& [path, adapter, embedding] = placed;
-    const int64_t rank = file_.config.rank_of(path);
+    const int64_t rank = settings_.rank_of(path);
     if (rank > adapter.capacity()) {
       fault(path, c10::str("rank must be at most the layer's capacity ", adapter.capacity(),
                            ", got ", rank));
     }
-    const double scaling = file_.config.scaling(path);  // of AdaLoRA stored rounded
+    const double scaling = settings_.scaling(path);  // of AdaLoRA stored rounded
     if (std::abs(scaling - adapter.scaling()) > 1e-9 * std::abs(adapter.scaling()))
       fault(path, c10::str("scaling must be ", adapter.scaling(), ", got ", scaling));
     for (const Slot& slot : slots_of(placed)) tensor(slot, rank);
@@ -172,6 +172,7 @@ class FitCheck {
   }
 
   const AdapterFile& file_;
+  const ModuleSettings settings_;
   std::set<std::string> expected_;
   std::string faults_;
 };
@@ -214,20 +215,21 @@ void load_adapter(torch::nn::Module& model, const std::filesystem::path& directo
   for (const PlacedAdapter& placed : adapters) check.adapter(placed);
   check.finish(directory);
 
+  const ModuleSettings of_file(file.config);
   const at::NoGradGuard no_grad;
   for (const PlacedAdapter& placed : adapters) {
-    const int64_t rank = file.config.rank_of(placed.path);
+    const int64_t rank = of_file.rank_of(placed.path);
     for (const Slot& slot : slots_of(placed)) {
       slot.directions(0, rank).copy_(file.tensors.at(slot.key));
       slot.directions(rank, placed.adapter.capacity() - rank).zero_();
     }
   }
+  auto placed = adapters.begin();  // in the order of the layers
   for (const auto& [path, layer] : layers) {
-    const auto placed = std::find_if(adapters.begin(), adapters.end(),
-                                     [&](const PlacedAdapter& item) { return item.path == path; });
-    if (placed == adapters.end()) continue;
+    if (placed == adapters.end() || placed->path != path) continue;
     if (fresh) layer->add_adapter(name, placed->adapter);
-    layer->set_rank_of(placed->adapter.lora_A, file.config.rank_of(path));
+    layer->set_rank_of(placed->adapter.lora_A, of_file.rank_of(path));
+    ++placed;
   }
   activate_adapter(model, name);
   for (const auto& [path, layer] : layers) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <sstream>
 #include <stdexcept>
 
@@ -36,9 +37,10 @@ Value one(const std::string& what, const std::vector<Value>& values) {
 // The first of the most frequent.
 template <class Value>
 Value most_common(const std::vector<Value>& values) {
-  const auto times = [&](Value value) { return std::count(values.begin(), values.end(), value); };
+  std::map<Value, size_t> times;
+  for (const Value value : values) ++times[value];
   return *std::max_element(values.begin(), values.end(),
-                           [&](Value a, Value b) { return times(a) < times(b); });
+                           [&](Value a, Value b) { return times.at(a) < times.at(b); });
 }
 
 // Nothing when all are alike. Otherwise all layers: a pattern also matches the paths that end in

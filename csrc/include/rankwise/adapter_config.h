@@ -2,6 +2,7 @@
 #pragma once
 
 #include <rankwise/allocation_settings.h>
+#include <rankwise/pattern_index.h>
 
 #include <cstdint>
 #include <functional>
@@ -62,7 +63,7 @@ struct AdapterConfig {
   /// Patterns match as PEFT's get_pattern_key: Python `re.match(rf"(.*\.)?({key})$", module)`, else
   /// a key equal to the name. Throws std::invalid_argument for a pattern that cannot be matched
   /// exactly as Python would (look-around, back-references, inline flags, possessive quantifiers,
-  /// non-ASCII regexes) or in bounded time.
+  /// non-ASCII regexes) or in bounded time. For many modules make one ModuleSettings.
   int64_t rank_of(std::string_view module) const;
 
   /// Alpha of a module: the first matching alpha_pattern, else alpha. Throws as rank_of.
@@ -74,6 +75,25 @@ struct AdapterConfig {
   double scaling(std::string_view module) const;
 
   bool operator==(const AdapterConfig&) const = default;
+};
+
+/// What a configuration says of each of many modules: AdapterConfig's rank_of, alpha_of and scaling
+/// with its patterns sorted once. The configuration must outlive it, unchanged.
+class ModuleSettings {
+ public:
+  /// Throws std::invalid_argument as AdapterConfig::rank_of.
+  explicit ModuleSettings(const AdapterConfig& config);
+
+  int64_t rank_of(std::string_view module) const;
+  double alpha_of(std::string_view module) const;
+  double scaling(std::string_view module) const;
+
+ private:
+  int64_t initial_rank_of(std::string_view module) const;
+
+  const AdapterConfig& config_;
+  PatternIndex rank_pattern_;
+  PatternIndex alpha_pattern_;
 };
 
 /// How a file names the adapted `layers` of a model with these `modules`, sorted: the last part of
