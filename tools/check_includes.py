@@ -36,6 +36,7 @@ LIBRARY_USERS = {
     "file_config.py",
     "files.py",
     "ops.py",
+    "patterns.py",
 }
 
 

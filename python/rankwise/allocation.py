@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -185,9 +186,13 @@ def _view(optimizer: Optimizer | None):
     if optimizer is None:
         return None, None
 
+    @cache
+    def parameters() -> set[int]:
+        return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
     def state_of(parameter: Tensor) -> list[Tensor] | None:
         """The state along a parameter's elements; None where some might be elsewhere."""
-        mine = any(parameter is p for group in optimizer.param_groups for p in group["params"])
+        mine = id(parameter) in parameters()
         state = optimizer.state.get(parameter, {})
         stepped = parameter.grad is not None and any(optimizer.state.values())
         if parameter.requires_grad and (not mine or (stepped and not state)):

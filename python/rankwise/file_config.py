@@ -14,8 +14,7 @@ from .adapted import Adapted, HeldAdapter, StoredAdapter
 from .config import AdaLoRAConfig, AdapterOptions
 from .model import ModelAdapters
 from .nn import is_adaptable
-from .targets import has_suffix
-from .tree import adapted_layers, module_paths
+from .tree import Tree, adapted_layers
 from .whole import find_whole
 
 # A module's adapter in the model (HeldAdapter) or made for it (StoredAdapter): the same attributes.
@@ -47,8 +46,7 @@ def shared_config(model: nn.Module, layers: Mapping[str, Adapted], adapters: Ada
     config.fan_in_fan_out = any(
         layers[p].transposed and not isinstance(layers[p], nn.Embedding) for p in adapters
     )
-    names = [name for own in module_paths(model).values() for name in own]
-    config.target_modules = library.target_names(list(adapters), names)
+    config.target_modules = library.target_names(list(adapters), list(Tree(model).modules))
     config.base_model_name_or_path = getattr(model, "name_or_path", "") or ""
     return config
 
@@ -177,13 +175,14 @@ def _most_common(values: Iterable):
     return Counter(values).most_common(1)[0][0]
 
 
-def plan_of(model: nn.Module, file) -> tuple[dict[str, AdapterOptions], list[str]]:
+def plan_of(tree: Tree, file) -> tuple[dict[str, AdapterOptions], list[str]]:
     """The adapter that a file describes, over the modules that the model has.
 
     The rank in the options is the initial one, which AdaLoRA's scaling counts.
     """
     options = {}
-    modules = dict(model.named_modules())
+    modules = {names[0]: module for module, names in tree.names.items()}
+    settings = library.ModuleSettings(file.config)
     for key, tensor in file.tensors.items():
         parsed = library.parse_adapter_key(key)
         kinds = (LINEAR_PARTS, EMBEDDING_PARTS, TRIPLET_PARTS)
@@ -197,15 +196,16 @@ def plan_of(model: nn.Module, file) -> tuple[dict[str, AdapterOptions], list[str
         triplets = parsed.part in TRIPLET_PARTS
         options[parsed.module] = AdapterOptions(
             rank=file.config.rank if triplets else tensor.shape[0],
-            alpha=file.config.alpha_of(parsed.module),
+            alpha=settings.alpha_of(parsed.module),
             dropout=file.config.dropout,
             rslora=file.config.rslora,
             adapter_dtype=_factor_dtype(tensor.dtype, base.weight.dtype),
             triplets=triplets,
             allocation=file.config.allocation if triplets else None,
         )
-    matching = [w for w in file.config.modules_to_save if any(has_suffix(n, w) for n in modules)]
-    return options, list(find_whole(model, matching))
+    endings = tree.endings()
+    wanted = [name for name in file.config.modules_to_save if name in endings]
+    return options, list(find_whole(tree, wanted))
 
 
 def _factor_dtype(stored: torch.dtype, base: torch.dtype) -> torch.dtype | None:

@@ -30,9 +30,10 @@ from .model import (
     install_adapter,
     prepare_adapter,
 )
-from .tree import adapted_layers
+from .tree import Tree
 
 FileError = library.FileError
+HINTS = 20  # tensors whose nearest module an error names: each is looked for among all modules
 _Key, _Part = library.AdapterKey, library.AdapterKey.Part
 
 
@@ -136,7 +137,8 @@ def load_adapter(
             extra or wrongly shaped tensor is listed.
     """
     file = library.read_adapter(directory)
-    layers = adapted_layers(model)
+    tree = Tree(model)
+    layers = tree.adapted
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("load_adapter: the model is merged; call unmerge(model) first")
     state = ModelAdapters.of(model) if layers else ModelAdapters()
@@ -146,18 +148,19 @@ def load_adapter(
         adapters: Adapters = {path: m.held_adapter(name) for path, m in layers.items()}
         whole = state.whole[name]
     else:
-        prepared = prepare_adapter(model, state, name, *plan_of(model, file))
+        prepared = prepare_adapter(tree, state, name, *plan_of(tree, file))
         layers, adapters, whole = prepared.layers, prepared.adapters, prepared.copies
+        settings = library.ModuleSettings(file.config)
         for path, adapter in adapters.items():
-            _keep_first(adapter, file.config.rank_of(path))
-    slots = _slots(layers, adapters, whole)
-    report = _check(model, directory, file, slots, adapters, strict)
-    for key in slots.keys() & file.tensors.keys():
-        slots[key].copy_(file.tensors[key])
+            _keep_first(adapter, settings.rank_of(path))
+    slots, tensors = _slots(layers, adapters, whole), file.tensors
+    report = _check(tree, directory, file, slots, adapters, strict)
+    for key in slots.keys() & tensors.keys():
+        slots[key].copy_(tensors[key])
     if prepared is not None:
         if not state.names:
             model.requires_grad_(False)
-        install_adapter(model, state, name, prepared)
+        install_adapter(tree, state, name, prepared)
     activate_adapter(model, name)
     for layer in layers.values():
         if layer.lora_E is not None and layer.options.allocation is None:
@@ -199,7 +202,7 @@ def _slots(
 
 
 def _check(
-    model: nn.Module,
+    tree: Tree,
     directory: str | os.PathLike,
     file,
     slots: Mapping[str, Tensor],
@@ -207,12 +210,13 @@ def _check(
     strict: bool,
 ) -> LoadReport:
     """Raises FileError with everything that does not fit."""
+    tensors, settings = file.tensors, library.ModuleSettings(file.config)
     report = LoadReport(
-        sorted(slots.keys() - file.tensors.keys()), sorted(file.tensors.keys() - slots.keys())
+        sorted(slots.keys() - tensors.keys()), sorted(tensors.keys() - slots.keys())
     )
     problems = []
-    for key in sorted(slots.keys() & file.tensors.keys()):
-        wanted, got = slots[key], file.tensors[key]
+    for key in sorted(slots.keys() & tensors.keys()):
+        wanted, got = slots[key], tensors[key]
         if wanted.shape != got.shape:
             problems.append(f"{key}: must be {list(wanted.shape)}, got {list(got.shape)}")
         elif torch.promote_types(wanted.dtype, got.dtype) != wanted.dtype:
@@ -222,26 +226,28 @@ def _check(
                 f"load_adapter: {key} is {got.dtype} and becomes {wanted.dtype}", stacklevel=3
             )
     for path, adapter in adapters.items():
-        stored = file.config.scaling(path)
+        stored = settings.scaling(path)
         if not math.isclose(stored, adapter.options.scaling):  # AdaLoRA's is stored rounded
             problems.append(f"{path}: scaling must be {adapter.options.scaling:g}, got {stored:g}")
-    if strict or len(report.unexpected) == len(file.tensors):  # nothing fits
+    if strict or len(report.unexpected) == len(tensors):  # nothing fits
         problems += [f"{key}: missing in the file" for key in report.missing]
-        problems += [f"{key}: {_why_unexpected(model, key)}" for key in report.unexpected]
+        problems += [
+            f"{key}: {_why_unexpected(tree, key, hint=place < HINTS)}"
+            for place, key in enumerate(report.unexpected)
+        ]
     if problems:
         lines = "\n  ".join(problems)
         raise FileError(f"load_adapter: {os.fspath(directory)} does not fit the model:\n  {lines}")
     return report
 
 
-def _why_unexpected(model: nn.Module, key: str) -> str:
+def _why_unexpected(tree: Tree, key: str, hint: bool) -> str:
     parsed = library.parse_adapter_key(key)
     if parsed is None:
         return "not a LoRA tensor"
-    modules = dict(model.named_modules())
-    if parsed.module in modules:
-        kind = type(modules[parsed.module]).__name__
+    if parsed.module in tree.modules:
+        kind = type(tree.modules[parsed.module]).__name__
         return f"the model's {parsed.module} is a {kind} without a place for it"
-    close = difflib.get_close_matches(parsed.module, modules, n=1)
-    hint = f"; the nearest is {close[0]!r}" if close else ""
-    return f"the model has no module {parsed.module!r}{hint}"
+    close = difflib.get_close_matches(parsed.module, tree.modules, n=1) if hint else []
+    nearest = f"; the nearest is {close[0]!r}" if close else ""
+    return f"the model has no module {parsed.module!r}{nearest}"

@@ -12,8 +12,9 @@ from torch import nn
 from .adapted import Adapted, StoredAdapter, check_adapter_name
 from .config import AdapterOptions, TargetConfig
 from .nn import adapt
-from .targets import find_targets, lookup
-from .tree import adapted_layers, module_paths, replace_module, required_layers
+from .patterns import pattern_values
+from .targets import find_targets
+from .tree import Tree, adapted_layers, required_layers
 from .whole import WholeModules, check_apart, find_whole, use_whole
 
 
@@ -71,10 +72,11 @@ def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") ->
     Raises:
         ValueError: no such targets (near misses are listed), tied weights, or adapters already.
     """
-    if adapted_layers(model):
+    tree = Tree(model)
+    if tree.adapted:
         raise ValueError("apply_lora: the model has adapters already; use add_adapter()")
     state = ModelAdapters()
-    install_adapter(model, state, name, prepare_adapter(model, state, name, *plan(model, config)))
+    install_adapter(tree, state, name, prepare_adapter(tree, state, name, *plan(tree, config)))
     model.requires_grad_(False)
     activate_adapter(model, name)
     return model
@@ -82,21 +84,17 @@ def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") ->
 
 def add_adapter(model: nn.Module, name: str, config: TargetConfig) -> None:
     """Adds an adapter, not active, over the same base; its targets may differ from others'."""
-    state = ModelAdapters.of(model)
-    install_adapter(model, state, name, prepare_adapter(model, state, name, *plan(model, config)))
+    state, tree = ModelAdapters.of(model), Tree(model)
+    install_adapter(tree, state, name, prepare_adapter(tree, state, name, *plan(tree, config)))
 
 
-def plan(model: nn.Module, config: TargetConfig) -> tuple[dict[str, AdapterOptions], list[str]]:
+def plan(tree: Tree, config: TargetConfig) -> tuple[dict[str, AdapterOptions], list[str]]:
     """({layer: options}, modules trained whole) that a configuration means for a model."""
-    paths = module_paths(model)
-    whole = list(find_whole(model, config.modules_to_save))
-    options = {
-        path: config.options(
-            lookup(config.rank_pattern, paths[module]), lookup(config.alpha_pattern, paths[module])
-        )
-        for path, module in find_targets(model, config, whole).items()
-    }
-    return options, whole
+    whole = list(find_whole(tree, config.modules_to_save))
+    names = {path: tree.names[m] for path, m in find_targets(tree, config, whole).items()}
+    ranks = pattern_values("rank_pattern", config.rank_pattern, names)
+    alphas = pattern_values("alpha_pattern", config.alpha_pattern, names)
+    return {path: config.options(ranks.get(path), alphas.get(path)) for path in names}, whole
 
 
 @dataclass
@@ -116,7 +114,7 @@ class PreparedAdapter:
 
 
 def prepare_adapter(
-    model: nn.Module,
+    tree: Tree,
     state: ModelAdapters,
     name: str,
     options: dict[str, AdapterOptions],
@@ -128,9 +126,9 @@ def prepare_adapter(
         raise ValueError(f"add_adapter: there is an adapter {name!r} already")
     if "" in options:
         raise ValueError("the model itself is a layer; use LoRALinear.from_linear(layer) instead")
-    check_apart(model, state.whole, options, whole)
-    layers = {path: _adapted(path, model.get_submodule(path), options[path]) for path in options}
-    originals = {**{path: model.get_submodule(path) for path in whole}, **state.whole[None]}
+    check_apart(tree, state.whole, options, whole)
+    layers = {path: _adapted(path, tree.modules[path], options[path]) for path in options}
+    originals = {**{path: tree.modules[path] for path in whole}, **state.whole[None]}
     return PreparedAdapter(
         layers,
         {path: _new_adapter(path, layer, options[path]) for path, layer in layers.items()},
@@ -155,18 +153,14 @@ def _new_adapter(path: str, layer: Adapted, options: AdapterOptions) -> StoredAd
         raise ValueError(f"{path}: {error}") from error
 
 
-def install_adapter(
-    model: nn.Module, state: ModelAdapters, name: str, prepared: PreparedAdapter
-) -> None:
+def install_adapter(tree: Tree, state: ModelAdapters, name: str, prepared: PreparedAdapter) -> None:
     """Puts a prepared adapter into the model, not active."""
-    paths = module_paths(model)
     for path, layer in prepared.layers.items():
         layer.adapters[name] = prepared.adapters[path]
         layer.adapters_enabled = not state.disabled
-        for place in paths[model.get_submodule(path)]:
-            replace_module(model, place, layer)
+        tree.replace(tree.modules[path], layer)
     state.whole.update({None: prepared.originals, name: prepared.copies})
-    model._rankwise = state
+    tree.model._rankwise = state
 
 
 def activate_adapter(model: nn.Module, name: str | None) -> None:

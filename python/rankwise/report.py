@@ -11,7 +11,7 @@ from torch import nn
 from . import ops
 from .adapted import Adapted
 from .model import ModelAdapters
-from .tree import adapted_layers
+from .tree import Tree, adapted_layers
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ def health_check(model: nn.Module) -> HealthReport:
     than was asked for, layers switched off or merged, weights tied to an adapted layer's, and says
     which implementation runs.
     """
-    state = ModelAdapters.of(model)
-    layers = {name: m for name, m in adapted_layers(model).items() if m.adapter is not None}
+    state, tree = ModelAdapters.of(model), Tree(model)
+    layers = {name: m for name, m in tree.adapted.items() if m.adapter is not None}
     problems = [problem for name, layer in layers.items() for problem in _problems(name, layer)]
     for path in state.whole.get(state.active, {}):
-        for name, parameter in model.get_submodule(path).named_parameters(path):
+        for name, parameter in tree.modules[path].named_parameters(path):
             problems += _gradient_problems(name, parameter)
-    problems += _tied(model, layers)
+    problems += _tied(tree, layers)
     if not layers:
         problems.append("no adapter is active")
     paths = Counter(_path(layer) for layer in layers.values())
@@ -171,12 +171,12 @@ def _gradient_problems(name: str, parameter: nn.Parameter) -> list[str]:
     return []
 
 
-def _tied(model: nn.Module, layers: dict[str, Adapted]) -> list[str]:
+def _tied(tree: Tree, layers: dict[str, Adapted]) -> list[str]:
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for module, names in tree.names.items():
         weight = _base_weight(module)
         if weight is not None:
-            owners.setdefault(id(weight), []).append(name)
+            owners.setdefault(id(weight), []).append(names[0])
     return [
         f"{name}: the weight is tied to {other}'s"
         for name, layer in layers.items()

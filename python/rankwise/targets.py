@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
 from .config import TargetConfig
 from .nn import is_adaptable
-from .tree import AdaptedLayer, module_paths
+from .tree import AdaptedLayer, Tree, enclosing, endings_of
 
 ALL_LINEAR = "all-linear"
 
 
-def has_suffix(name: str, suffix: str) -> bool:
-    """Whether `suffix` is the name or its last dotted parts."""
-    return name == suffix or name.endswith("." + suffix)
+def compiled(field: str, pattern: str) -> re.Pattern:
+    """A regular expression of the user's.
 
-
-def lookup(patterns: Mapping, names: Iterable[str]):
-    """The value of the first pattern that fits one of a module's names, or None.
-
-    A pattern is a name, a dotted suffix, or a regular expression for one of these.
+    Raises:
+        ValueError: it is none.
     """
-    for pattern, value in patterns.items():
-        matcher = _compiled("pattern", rf"(.*\.)?({pattern})")
-        if any(matcher.fullmatch(name) for name in names):
-            return value
-    return None
-
-
-def _compiled(field: str, pattern: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -40,7 +28,7 @@ def _compiled(field: str, pattern: str) -> re.Pattern:
 
 
 def find_targets(
-    model: nn.Module, config: TargetConfig, whole: Collection[str] = ()
+    tree: Tree, config: TargetConfig, whole: Collection[str] = ()
 ) -> dict[str, nn.Module]:
     """{first name: module} of the layers that get an adapter, in the model's order.
 
@@ -50,67 +38,56 @@ def find_targets(
         ValueError: a pattern matches nothing, or something that is no linear or embedding layer;
             a target's weight is tied to another module's.
     """
-    paths = module_paths(model)
-    chosen = _selected(model, paths, config.target_modules, "target_modules")
+    chosen = _selected(tree, config.target_modules, "target_modules")
+    excluded: set[nn.Module] = set()
     if config.exclude_modules:
-        excluded = _selected(model, paths, config.exclude_modules, "exclude_modules")
-        chosen = [module for module in chosen if module not in set(excluded)]
-    chosen = [
-        module
+        excluded = set(_selected(tree, config.exclude_modules, "exclude_modules"))
+    tops = set(whole)
+    targets = {
+        tree.names[module][0]: module
         for module in chosen
-        if not any(f"{name}.".startswith(f"{top}.") for name in paths[module] for top in whole)
-    ]
-    targets = {paths[module][0]: module for module in chosen}
+        if module not in excluded
+        and all(enclosing(name, tops) is None for name in tree.names[module])
+    }
     for name, module in targets.items():
         if not (is_adaptable(module) or isinstance(module, AdaptedLayer)):
             raise ValueError(_not_adaptable("target_modules", name, module))
     if not targets:
         raise ValueError(f"target_modules: {config.target_modules!r} leaves no module to adapt")
+    users = parameter_users(tree)
     for name, module in targets.items():
-        check_ties("target_modules", name, module, paths, {module})
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field):
-            _compiled(field, pattern)
-            if all(lookup({pattern: True}, paths[m]) is None for m in targets.values()):
-                raise ValueError(
-                    f"{field}: {pattern!r} matches none of the {len(targets)} targets"
-                    + near_misses(pattern, targets)
-                )
+        check_ties("target_modules", name, module, users, {module})
     return targets
 
 
-def _selected(
-    model: nn.Module, paths: dict[nn.Module, list[str]], wanted: Sequence[str] | str, field: str
-) -> list[nn.Module]:
-    adaptable = [m for m in paths if is_adaptable(m) or isinstance(m, AdaptedLayer)]
-    names = [name for module in adaptable for name in paths[module]]
+def _selected(tree: Tree, wanted: Sequence[str] | str, field: str) -> list[nn.Module]:
+    adaptable = [m for m in tree.names if is_adaptable(m) or isinstance(m, AdaptedLayer)]
     if wanted == ALL_LINEAR:
-        output = getattr(model, "get_output_embeddings", lambda: None)()
+        output = getattr(tree.model, "get_output_embeddings", lambda: None)()
         return [m for m in adaptable if not isinstance(m, nn.Embedding) and m is not output]
+    names = [name for module in adaptable for name in tree.names[module]]
     if isinstance(wanted, str):
-        matcher = _compiled(field, wanted)
-        matches = [m for m in adaptable if any(matcher.fullmatch(n) for n in paths[m])]
+        matcher = compiled(field, wanted)
+        matches = [m for m in adaptable if any(matcher.fullmatch(n) for n in tree.names[m])]
         if not matches:
-            for module, own in paths.items():
-                for name in filter(matcher.fullmatch, own):
-                    raise ValueError(_not_adaptable(field, name, module))
+            for name in filter(matcher.fullmatch, tree.modules):
+                raise ValueError(_not_adaptable(field, name, tree.modules[name]))
             raise ValueError(
                 f"{field}: the regular expression {wanted!r} matches no whole name of a layer"
                 + near_misses(wanted, names)
             )
         return matches
-    matches = []
-    for suffix in wanted:
-        found = [m for m, own in paths.items() if any(has_suffix(n, suffix) for n in own)]
-        if not found:
-            raise ValueError(f"{field}: {suffix!r} matches no module" + near_misses(suffix, names))
-        matches.extend(found)
-    return [module for module in paths if module in set(matches)]
+    endings, found = tree.endings(), set()
+    for ending in wanted:
+        if ending not in endings:
+            raise ValueError(f"{field}: {ending!r} matches no module" + near_misses(ending, names))
+        found.update(endings[ending])
+    return [module for module in tree.names if module in found]
 
 
 def near_misses(wanted: str, names: Iterable[str]) -> str:
     """; the closest names and suffixes, or else the last parts that occur."""
-    suffixes = {".".join(n.split(".")[i:]) for n in names for i in range(n.count(".") + 1)}
+    suffixes = {ending for name in names for ending in endings_of(name)}
     close = difflib.get_close_matches(wanted, sorted(suffixes), n=5, cutoff=0.6)
     if close:
         return f"; did you mean {', '.join(map(repr, close))}?"
@@ -125,20 +102,30 @@ def _not_adaptable(field: str, name: str, module: nn.Module) -> str:
     )
 
 
+def parameter_users(tree: Tree) -> dict[int, list[tuple[nn.Module, str]]]:
+    """{id of a parameter: (module, its name in messages) of each that has it as its own}."""
+    users: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module, names in tree.names.items():
+        for key, parameter in module._parameters.items():
+            name = names[0] if key == "weight" else f"{names[0]}.{key}".removeprefix(".")
+            users.setdefault(id(parameter), []).append((module, name))
+    return users
+
+
 def check_ties(
     field: str,
     name: str,
     module: nn.Module,
-    paths: dict[nn.Module, list[str]],
+    users: dict[int, list[tuple[nn.Module, str]]],
     inside: set[nn.Module],
 ) -> None:
     """Refuses a module whose parameters another one, not among `inside`, uses too."""
-    parameters = {id(p) for p in module._parameters.values() if p is not None}
     others = [
-        own[0] if key == "weight" else f"{own[0]}.{key}".removeprefix(".")
-        for other, own in paths.items()
-        for key, parameter in other._parameters.items()
-        if other not in inside and id(parameter) in parameters
+        other_name
+        for parameter in module._parameters.values()
+        if parameter is not None
+        for other, other_name in users.get(id(parameter), ())
+        if other not in inside
     ]
     if others:
         raise ValueError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
@@ -16,7 +17,7 @@ class AdaptedLayer:
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     """{name: layer} of the adapted layers, each once."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+    return Tree(model).adapted
 
 
 def required_layers(model: nn.Module) -> dict[str, Adapted]:
@@ -31,26 +32,74 @@ def required_layers(model: nn.Module) -> dict[str, Adapted]:
     return layers
 
 
-def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module with all its names; a module used at two places has two.
+class Tree:
+    """A model's modules and their names, as one walk finds them.
 
     What is inside of adapted layers is left out: adapters' names are no modules' names.
+
+    Attributes:
+        model: whose modules these are, itself among them under the name "".
+        modules: {name: module}, in the model's order; a module used at two places has two names.
+        names: {module: its names}.
     """
-    paths: dict[nn.Module, list[str]] = {}
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if inside and name.startswith(inside):
-            continue
-        paths.setdefault(module, []).append(name)
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] = {}
+        self.names: dict[nn.Module, list[str]] = {}
+        self._places: dict[nn.Module, list[Place]] = {}
+        self._walk(model, "", ())
+
+    def _walk(
+        self, module: nn.Module, name: str, encoders: tuple[nn.TransformerEncoder, ...]
+    ) -> None:
+        self.modules[name] = module
+        self.names.setdefault(module, []).append(name)
         if isinstance(module, AdaptedLayer):
-            inside = (f"{name}." if name else "adapters",)
-    return paths
+            return
+        if isinstance(module, nn.TransformerEncoder):
+            encoders = (*encoders, module)
+        for key, child in module._modules.items():
+            if child is not None:
+                self._places.setdefault(child, []).append(Place(module, key, encoders))
+                self._walk(child, f"{name}.{key}" if name else key, encoders)
+
+    @property
+    def adapted(self) -> dict[str, Adapted]:
+        """{first name: layer} of the adapted layers."""
+        return {own[0]: m for m, own in self.names.items() if isinstance(m, AdaptedLayer)}
+
+    def endings(self) -> dict[str, list[nn.Module]]:
+        """{a name or its last dotted parts: the modules that have it}, some of them twice."""
+        found: dict[str, list[nn.Module]] = {}
+        for name, module in self.modules.items():
+            for ending in endings_of(name):
+                found.setdefault(ending, []).append(module)
+        return found
+
+    def replace(self, module: nn.Module, other: nn.Module) -> None:
+        """Puts `other` in all places of `module`; the tree goes on to name what it found."""
+        for parent, key, encoders in self._places[module]:
+            parent._modules[key] = other
+            for encoder in encoders:
+                encoder.use_nested_tensor = False  # its layers' fast path alone can take those
 
 
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` in the place `path`."""
-    parent_path, _, attribute = path.rpartition(".")
-    model.get_submodule(parent_path)._modules[attribute] = module
-    for name, ancestor in model.named_modules():
-        if isinstance(ancestor, nn.TransformerEncoder) and f"{path}.".startswith(name):
-            ancestor.use_nested_tensor = False  # only its layers' fast path can take nested tensors
+class Place(NamedTuple):
+    """Where a module is: under a key of its parent, and inside of these encoders."""
+
+    parent: nn.Module
+    key: str
+    encoders: tuple[nn.TransformerEncoder, ...]
+
+
+def endings_of(name: str) -> list[str]:
+    """The name, and all that is left of it after a dot, the longest first."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def enclosing(name: str, tops: Collection[str]) -> str | None:
+    """The outermost of `tops` (a set, to be quick) that is the module or holds it, or None."""
+    parts = name.split(".")
+    return next((top for i in range(len(parts)) if (top := ".".join(parts[: i + 1])) in tops), None)
