@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from ._library import library
 from .adapted import Adapted
 from .config import AdaLoRAConfig
-from .tree import adapted_layers
+from .tree import adapted_layers, enclosing
+from .wrappers import without_wrappers
 
 PENALTY_FORMS = ("squared_sum", "mean_norm")
 
@@ -162,7 +163,12 @@ class RankAllocator:
         Raises:
             ValueError: listing what differs; nothing is changed.
         """
-        self._core.load_state(dict(state))
+        ranks = self.ranks
+
+        def plain(name: str) -> str:  # a state saved under wrappers may have their parts in names
+            return name if enclosing(name, ranks) is not None else without_wrappers(name)
+
+        self._core.load_state({plain(name): tensor for name, tensor in state.items()})
 
     def __repr__(self) -> str:
         budget = self.schedule.budget(self.steps)

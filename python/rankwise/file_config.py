@@ -46,8 +46,9 @@ def shared_config(model: nn.Module, layers: Mapping[str, Adapted], adapters: Ada
     config.fan_in_fan_out = any(
         layers[p].transposed and not isinstance(layers[p], nn.Embedding) for p in adapters
     )
-    config.target_modules = library.target_names(list(adapters), list(Tree(model).modules))
-    config.base_model_name_or_path = getattr(model, "name_or_path", "") or ""
+    tree = Tree(model)
+    config.target_modules = library.target_names(list(adapters), list(tree.modules))
+    config.base_model_name_or_path = getattr(tree.model, "name_or_path", "") or ""
     return config
 
 
@@ -175,6 +176,27 @@ def _most_common(values: Iterable):
     return Counter(values).most_common(1)[0][0]
 
 
+def plain_file(file, tree: Tree):
+    """The file; with the model's names where it has those of a model in wrappers."""
+    tensors = {_plain_key(key, tree): tensor for key, tensor in file.tensors.items()}
+    if tensors.keys() == file.tensors.keys():
+        return file
+    config = file.config
+    for field in ("rank_pattern", "alpha_pattern"):
+        setattr(config, field, [(tree.plain_name(p), v) for p, v in getattr(config, field)])
+    kept = config.kept_directions.items()
+    config.kept_directions = {tree.plain_name(module): which for module, which in kept}
+    config.modules_to_save = [tree.plain_name(name) for name in config.modules_to_save]
+    return library.AdapterFile(config, tensors)
+
+
+def _plain_key(key: str, tree: Tree) -> str:
+    parsed = library.parse_adapter_key(key)
+    if parsed is None:
+        return key
+    return str(library.AdapterKey(tree.plain_name(parsed.module), parsed.part, parsed.parameter))
+
+
 def plan_of(tree: Tree, file) -> tuple[dict[str, AdapterOptions], list[str]]:
     """The adapter that a file describes, over the modules that the model has.
 
@@ -203,8 +225,7 @@ def plan_of(tree: Tree, file) -> tuple[dict[str, AdapterOptions], list[str]]:
             triplets=triplets,
             allocation=file.config.allocation if triplets else None,
         )
-    endings = tree.endings()
-    wanted = [name for name in file.config.modules_to_save if name in endings]
+    wanted = [name for name in file.config.modules_to_save if name in tree.endings]
     return options, list(find_whole(tree, wanted))
 
 

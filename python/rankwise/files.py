@@ -21,6 +21,7 @@ from .file_config import (
     Adapters,
     adapter_of,
     add_method,
+    plain_file,
     plan_of,
     shared_config,
 )
@@ -30,7 +31,7 @@ from .model import (
     install_adapter,
     prepare_adapter,
 )
-from .tree import Tree
+from .tree import Tree, plain_state
 
 FileError = library.FileError
 HINTS = 20  # tensors whose nearest module an error names: each is looked for among all modules
@@ -136,8 +137,8 @@ def load_adapter(
         FileError: the folder cannot be read, is damaged, or does not fit the model: every missing,
             extra or wrongly shaped tensor is listed.
     """
-    file = library.read_adapter(directory)
     tree = Tree(model)
+    file = plain_file(library.read_adapter(directory), tree)
     layers = tree.adapted
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("load_adapter: the model is merged; call unmerge(model) first")
@@ -195,7 +196,7 @@ def _slots(
         for part, factor in zip(parts, factors, strict=True):
             slots[str(_Key(path, part))] = factor
     for path, module in whole.items():
-        for key, tensor in module.state_dict().items():
+        for key, tensor in plain_state(module).items():
             owner, _, parameter = f"{path}.{key}".rpartition(".")
             slots[str(_Key(owner, _Part.saved, parameter))] = tensor
     return slots

@@ -16,13 +16,15 @@ from .patterns import pattern_values
 from .targets import find_targets
 from .tree import Tree, adapted_layers, required_layers
 from .whole import WholeModules, check_apart, find_whole, use_whole
+from .wrappers import unwrapped
 
 
 @dataclass
 class ModelAdapters:
     """What a model's layers do not know: the adapters' names, and modules trained whole.
 
-    Kept as a plain attribute of the model, so that it is copied and pickled with it.
+    Kept as a plain attribute of the model, inside of wrappers, so that it is copied and pickled
+    with it.
 
     Args:
         active: the adapter in use, or None for the base alone.
@@ -41,7 +43,7 @@ class ModelAdapters:
     @staticmethod
     def of(model: nn.Module) -> ModelAdapters:
         """The model's state; made from its layers as far as they were put there by hand."""
-        layers = required_layers(model).values()
+        layers, model = required_layers(model).values(), unwrapped(model)
         if "_rankwise" not in vars(model):
             active = next((x.adapter for x in layers if x.adapter is not None), None)
             model._rankwise = ModelAdapters(active)
@@ -62,7 +64,8 @@ def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") ->
     trained whole. Parameters are shared, never copied.
 
     Args:
-        model: any nn.Module that contains (not is) the layers to adapt.
+        model: any nn.Module that contains (not is) the layers to adapt; it may be compiled or in
+            other wrappers, in whole or in part: names are always those of the plain model.
         config: what and where: a LoRAConfig or an AdaLoRAConfig.
         name: of the adapter; more are added with add_adapter().
 
@@ -92,8 +95,12 @@ def plan(tree: Tree, config: TargetConfig) -> tuple[dict[str, AdapterOptions], l
     """({layer: options}, modules trained whole) that a configuration means for a model."""
     whole = list(find_whole(tree, config.modules_to_save))
     names = {path: tree.names[m] for path, m in find_targets(tree, config, whole).items()}
-    ranks = pattern_values("rank_pattern", config.rank_pattern, names)
-    alphas = pattern_values("alpha_pattern", config.alpha_pattern, names)
+
+    def values(field: str) -> dict:
+        patterns = {tree.plain_name(p): value for p, value in getattr(config, field).items()}
+        return pattern_values(field, patterns, names)
+
+    ranks, alphas = values("rank_pattern"), values("alpha_pattern")
     return {path: config.options(ranks.get(path), alphas.get(path)) for path in names}, whole
 
 

@@ -243,6 +243,8 @@ def _with_state_of(module: nn.Module, cls: type) -> nn.Module:
         )
     layer = cls.__new__(cls)
     own = ("_parameters", "_buffers", "_modules", "_load_state_dict_post_hooks")
-    for name, value in vars(module).items():  # hooks are shared, so that their handles still work
+    # Hooks are shared, so that their handles still work. What module.compile() made is left out: it
+    # would go on to compute the old module.
+    for name, value in module.__getstate__().items():
         layer.__dict__[name] = value.copy() if name in own else value
     return layer

@@ -130,8 +130,9 @@ def health_check(model: nn.Module) -> HealthReport:
     layers = {name: m for name, m in tree.adapted.items() if m.adapter is not None}
     problems = [problem for name, layer in layers.items() for problem in _problems(name, layer)]
     for path in state.whole.get(state.active, {}):
-        for name, parameter in tree.modules[path].named_parameters(path):
-            problems += _gradient_problems(name, parameter)
+        for name, part in Tree(tree.modules[path]).modules.items():
+            for key, parameter in part.named_parameters(recurse=False):
+                problems += _gradient_problems(".".join(filter(None, (path, name, key))), parameter)
     problems += _tied(tree, layers)
     if not layers:
         problems.append("no adapter is active")

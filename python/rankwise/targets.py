@@ -11,6 +11,7 @@ from torch import nn
 from .config import TargetConfig
 from .nn import is_adaptable
 from .tree import AdaptedLayer, Tree, enclosing, endings_of
+from .wrappers import unwrapped
 
 ALL_LINEAR = "all-linear"
 
@@ -64,7 +65,8 @@ def _selected(tree: Tree, wanted: Sequence[str] | str, field: str) -> list[nn.Mo
     adaptable = [m for m in tree.names if is_adaptable(m) or isinstance(m, AdaptedLayer)]
     if wanted == ALL_LINEAR:
         output = getattr(tree.model, "get_output_embeddings", lambda: None)()
-        return [m for m in adaptable if not isinstance(m, nn.Embedding) and m is not output]
+        left = None if output is None else unwrapped(output)
+        return [m for m in adaptable if not isinstance(m, nn.Embedding) and m is not left]
     names = [name for module in adaptable for name in tree.names[module]]
     if isinstance(wanted, str):
         matcher = compiled(field, wanted)
@@ -77,11 +79,11 @@ def _selected(tree: Tree, wanted: Sequence[str] | str, field: str) -> list[nn.Mo
                 + near_misses(wanted, names)
             )
         return matches
-    endings, found = tree.endings(), set()
-    for ending in wanted:
-        if ending not in endings:
+    found: set[nn.Module] = set()
+    for ending in map(tree.plain_name, wanted):
+        if ending not in tree.endings:
             raise ValueError(f"{field}: {ending!r} matches no module" + near_misses(ending, names))
-        found.update(endings[ending])
+        found.update(tree.endings[ending])
     return [module for module in tree.names if module in found]
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+from .wrappers import key_inside, put_inside, unwrapped, without_wrappers
 
 if TYPE_CHECKING:
     from .adapted import Adapted
@@ -35,20 +38,24 @@ def required_layers(model: nn.Module) -> dict[str, Adapted]:
 class Tree:
     """A model's modules and their names, as one walk finds them.
 
-    What is inside of adapted layers is left out: adapters' names are no modules' names.
+    The names are those of the plain model: what stands in wrappers has the name of the outermost,
+    and wrappers are no modules here. What is inside of adapted layers is left out: adapters' names
+    are no modules' names.
 
     Attributes:
-        model: whose modules these are, itself among them under the name "".
+        model: whose modules these are, without wrappers; itself among them under the name "".
+        wrapped: whether there are wrappers in the model.
         modules: {name: module}, in the model's order; a module used at two places has two names.
         names: {module: its names}.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model = unwrapped(model)
+        self.wrapped = False
         self.modules: dict[str, nn.Module] = {}
         self.names: dict[nn.Module, list[str]] = {}
         self._places: dict[nn.Module, list[Place]] = {}
-        self._walk(model, "", ())
+        self._walk(self.model, "", ())
 
     def _walk(
         self, module: nn.Module, name: str, encoders: tuple[nn.TransformerEncoder, ...]
@@ -61,7 +68,12 @@ class Tree:
             encoders = (*encoders, module)
         for key, child in module._modules.items():
             if child is not None:
-                self._places.setdefault(child, []).append(Place(module, key, encoders))
+                place = Place(module, key, encoders)
+                while (inner_key := key_inside(child)) is not None:
+                    self.wrapped = True
+                    place = Place(child, inner_key, encoders)
+                    child = child._modules[inner_key]
+                self._places.setdefault(child, []).append(place)
                 self._walk(child, f"{name}.{key}" if name else key, encoders)
 
     @property
@@ -69,6 +81,7 @@ class Tree:
         """{first name: layer} of the adapted layers."""
         return {own[0]: m for m, own in self.names.items() if isinstance(m, AdaptedLayer)}
 
+    @cached_property
     def endings(self) -> dict[str, list[nn.Module]]:
         """{a name or its last dotted parts: the modules that have it}, some of them twice."""
         found: dict[str, list[nn.Module]] = {}
@@ -77,10 +90,16 @@ class Tree:
                 found.setdefault(ending, []).append(module)
         return found
 
+    def plain_name(self, name: str) -> str:
+        """A name or ending without the parts of wrappers, where the model has it so alone."""
+        plain = without_wrappers(name)
+        known = plain and plain in self.endings and name not in self.endings
+        return plain if known else name
+
     def replace(self, module: nn.Module, other: nn.Module) -> None:
         """Puts `other` in all places of `module`; the tree goes on to name what it found."""
         for parent, key, encoders in self._places[module]:
-            parent._modules[key] = other
+            put_inside(parent, key, other)
             for encoder in encoders:
                 encoder.use_nested_tensor = False  # its layers' fast path alone can take those
 
@@ -91,6 +110,17 @@ class Place(NamedTuple):
     parent: nn.Module
     key: str
     encoders: tuple[nn.TransformerEncoder, ...]
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state_dict() under the names of the plain module, without its wrappers' own."""
+    tree = Tree(module)
+    if not tree.wrapped:
+        return module.state_dict()
+    state: dict[str, Tensor] = {}
+    for name, part in tree.modules.items():
+        part._save_to_state_dict(state, f"{name}." if name else "", keep_vars=False)
+    return state
 
 
 def endings_of(name: str) -> list[str]:

@@ -31,14 +31,13 @@ def check_apart(
 def find_whole(tree: Tree, names: Iterable[str]) -> dict[str, nn.Module]:
     """{first name: module} of the modules to train whole; what is in one of them is part of it."""
     found: dict[str, nn.Module] = {}
-    endings = tree.endings() if names else {}
-    for wanted in names:
-        if wanted not in endings:
+    for wanted in map(tree.plain_name, names):
+        if wanted not in tree.endings:
             raise ValueError(
                 f"modules_to_save: {wanted!r} matches no module"
                 + near_misses(wanted, filter(None, tree.modules))
             )
-        found.update({tree.names[module][0]: module for module in endings[wanted]})
+        found.update({tree.names[module][0]: module for module in tree.endings[wanted]})
     found = {n: m for n, m in found.items() if enclosing(n.rpartition(".")[0], found) is None}
     users = parameter_users(tree) if found else {}
     for name, module in found.items():
