@@ -94,6 +94,7 @@ bench: $(PACKAGE)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r tests/bench/requirements.txt
 	$(BENCH) layers
 	$(BENCH) growth
+	$(BENCH) tree
 	$(BENCH) allocator
 	$(BENCH) step
 	tools/system_packages.sh bench

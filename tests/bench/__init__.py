@@ -9,6 +9,7 @@ from pathlib import Path
 MEASUREMENTS = {
     "layers": "one linear layer with LoRA against the frozen layer, PEFT and other peers",
     "growth": "how the cost of LoRA grows with rank, tokens, width and number of layers",
+    "tree": "applying, saving and loading in models of up to 10,000 layers against PEFT",
     "allocator": "AdaLoRA's allocator against PEFT's",
     "step": "whole training steps of pretrained models against PEFT's",
     "host": "instructions that a small call costs beside its matrix products",
