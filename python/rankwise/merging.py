@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .computed import compute_anew, not_a_parameter
 from .config import AdapterOptions
 from .tree import AdaptedLayer, required_layers
 
@@ -68,14 +71,17 @@ class Mergeable(AdaptedLayer):
         The sum is formed in float64 and rounded once. None (with a warning) when merged already.
 
         Raises:
-            RuntimeError: no adapter is active, or the sum is not finite; nothing is changed.
+            RuntimeError: no adapter is active, ``weight`` is computed by something (it is named,
+                and how to undo it), or the sum is not finite; nothing is changed.
         """
         if self.merged:
             warnings.warn("merge: the layer is merged already; nothing was done", stacklevel=2)
             return None
         if self.adapter is None:
             raise RuntimeError("merge: no adapter is active")
+        self.check_own_weight("merge")
         with torch.no_grad():
+            compute_anew(self)  # the factors too may be computed
             merged, error, changed = ops.merged_weight(
                 self._matrix(self.weight),
                 self.lora_A,
@@ -87,17 +93,31 @@ class Mergeable(AdaptedLayer):
         report = MergeReport(error.item(), int(changed), merged.numel())
         if not math.isfinite(report.max_rounding_error):
             raise RuntimeError("merge: the merged weight would not be finite; nothing was changed")
-        self._unmerged = (self.weight,)
-        self.weight = nn.Parameter(self._matrix(merged), requires_grad=False)
+        base = self.weight
+        with all_or_none([self]):
+            self.weight = nn.Parameter(self._matrix(merged), requires_grad=False)
+            self._unmerged = (base,)
         return report
 
     def unmerge(self) -> None:
-        """Puts the base parameter back, bit for bit; when not merged, only warns."""
+        """Puts the base parameter back, bit for bit; when not merged, only warns.
+
+        Raises:
+            RuntimeError: ``weight`` has come to be computed by something; nothing is changed.
+        """
         if not self.merged:
             warnings.warn("unmerge: the layer is not merged; nothing was done", stacklevel=2)
             return
-        (self.weight,) = self._unmerged
-        self._unmerged = None
+        self.check_own_weight("unmerge")
+        with all_or_none([self]):
+            (self.weight,) = self._unmerged
+            self._unmerged, self.in_merged_model = None, False
+
+    def check_own_weight(self, operation: str) -> None:
+        """Raises RuntimeError unless ``weight`` is a parameter, which another can replace."""
+        found = not_a_parameter(self, "weight")
+        if found is not None:
+            raise RuntimeError(f"{operation}: the layer's {found}; nothing was changed")
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """weight as [out, in], without a copy; its own inverse."""
@@ -126,46 +146,76 @@ class Mergeable(AdaptedLayer):
             self._unmerged = (self._parameters.pop("unmerged"),)
 
 
+@contextmanager
+def all_or_none(layers: Iterable[Mergeable]) -> Iterator[None]:
+    """Gives layers their weights and states of before when the block is left by an exception."""
+    before = [(x, x._parameters.get("weight"), x._unmerged, x.in_merged_model) for x in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, weight, unmerged, in_merged_model in before:
+            if weight is not None:
+                layer._parameters["weight"] = weight
+            layer._unmerged, layer.in_merged_model = unmerged, in_merged_model
+        raise
+
+
 def merge(model: nn.Module) -> dict[str, MergeReport]:
     """Merges the active adapter into every layer's weight, all or none; {layer: report}.
 
     While merged, ``model.state_dict()`` is that of the plain model with merged weights. A model
     that is merged already is left alone, with a warning.
+
+    Raises:
+        RuntimeError: as a layer's merge(), with the layer's name; nothing is changed.
     """
     reports: dict[str, MergeReport] = {}
     every = required_layers(model)
     layers = {name: layer for name, layer in every.items() if layer.adapter is not None}
     if not layers:
         raise RuntimeError("merge: no adapter is active")
-    if all(layer.merged for layer in layers.values()):
+    layers = {name: layer for name, layer in layers.items() if not layer.merged}
+    if not layers:
         warnings.warn("merge: the model is merged already; nothing was done", stacklevel=2)
         return reports
-    try:
+    check_own_weights("merge", layers)
+    with all_or_none(every.values()):
         for name, layer in layers.items():
-            if not layer.merged:
-                reports[name] = _merge_layer(name, layer)
-    except BaseException:
-        for name in reports:
-            layers[name].unmerge()
-        raise
-    for layer in every.values():
-        layer.in_merged_model = True
+            reports[name] = _merge_layer(name, layer)
+        for layer in every.values():
+            layer.in_merged_model = True
     return reports
+
+
+def check_own_weights(operation: str, layers: Mapping[str, Mergeable]) -> None:
+    """Mergeable.check_own_weight() of all, by name."""
+    for name, layer in layers.items():
+        try:
+            layer.check_own_weight(operation)
+        except RuntimeError as error:
+            raise RuntimeError(f"{name}: {error}") from None
 
 
 def _merge_layer(name: str, layer: Mergeable) -> MergeReport:
     try:
         return layer.merge()
     except RuntimeError as error:
-        raise RuntimeError(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error
 
 
 def unmerge(model: nn.Module) -> None:
-    """Gives every merged layer its base back, bit for bit; with none merged, only warns."""
-    layers = required_layers(model).values()
-    if not any(layer.merged for layer in layers):
+    """Gives every merged layer its base back, bit for bit, all or none; with none, only warns.
+
+    Raises:
+        RuntimeError: as a layer's unmerge(), with the layer's name; nothing is changed.
+    """
+    every = required_layers(model)
+    layers = {name: layer for name, layer in every.items() if layer.merged}
+    if not layers:
         warnings.warn("unmerge: the model is not merged; nothing was done", stacklevel=2)
-    for layer in layers:
-        layer.in_merged_model = False
-        if layer.merged:
+    check_own_weights("unmerge", layers)
+    with all_or_none(every.values()):
+        for layer in every.values():
+            layer.in_merged_model = False
+        for layer in layers.values():
             layer.unmerge()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .adapted import Adapted, StoredAdapter
+from .computed import not_a_parameter
 from .config import AdapterOptions
 
 __all__ = ["AdaLoRALinear", "LoRAEmbedding", "LoRALinear"]
@@ -236,11 +237,9 @@ def _with_state_of(module: nn.Module, cls: type) -> nn.Module:
             f"{cls.__name__}: the {type(module).__name__}'s forward was replaced on the instance "
             "(by a hook of accelerate, for example); add adapters before that"
         )
-    if "weight" not in module._parameters:
-        raise TypeError(
-            f"{cls.__name__}: the {type(module).__name__}'s weight is computed (by pruning, for "
-            "example), not a parameter; make it permanent before adding adapters"
-        )
+    found = not_a_parameter(module, "weight")
+    if found is not None:
+        raise TypeError(f"{cls.__name__}: the {type(module).__name__}'s {found}")
     layer = cls.__new__(cls)
     own = ("_parameters", "_buffers", "_modules", "_load_state_dict_post_hooks")
     # Hooks are shared, so that their handles still work. What module.compile() made is left out: it

@@ -155,8 +155,9 @@ def _problems(name: str, layer: Adapted) -> list[str]:
     factors = {f: parameter for f, parameter in factors.items() if parameter is not None}
     for other in {parameter.dtype for parameter in factors.values()} - {wanted}:
         problems.append(f"{name}: factors are {other}, but {wanted} was asked for")
-    for factor, parameter in factors.items():
-        problems += _gradient_problems(f"{name}.{factor}", parameter)
+    for key, parameter in layer.named_parameters():
+        if key.removeprefix("parametrizations.").startswith(tuple(factors)):  # lora_A, lora_A_orig
+            problems += _gradient_problems(f"{name}.{key}", parameter)
     return problems
 
 
@@ -181,12 +182,12 @@ def _tied(tree: Tree, layers: dict[str, Adapted]) -> list[str]:
     return [
         f"{name}: the weight is tied to {other}'s"
         for name, layer in layers.items()
-        for other in owners[id(_base_weight(layer))]
+        for other in owners.get(id(_base_weight(layer)), [])
         if other != name
     ]
 
 
 def _base_weight(module: nn.Module) -> nn.Parameter | None:
-    if isinstance(module, Adapted):
-        return module._base_weight()
-    return module._parameters.get("weight")
+    """None also where the weight is computed, anew at each access."""
+    own = isinstance(module, Adapted) and module.merged
+    return module._base_weight() if own else module._parameters.get("weight")
