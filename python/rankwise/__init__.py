@@ -16,6 +16,7 @@ from .model import (
     disable_adapters,
 )
 from .report import health_check, summary
+from .unloading import unload
 
 __all__ = [
     "AdaLoRAConfig",
@@ -40,5 +41,6 @@ __all__ = [
     "ops",
     "save_adapter",
     "summary",
+    "unload",
     "unmerge",
 ]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdapterOptions
-from .merging import Mergeable
+from .stand_in import adopt_hooks
+from .unloading import Unloadable
 
 _FACTORS = ("lora_A", "lora_B", "lora_E")
 
@@ -67,12 +68,14 @@ class HeldAdapter:
     rank: int
 
 
-class Adapted(Mergeable):
+class Adapted(Unloadable):
     """Mixin before nn.Linear or nn.Embedding.
 
     At most one adapter is active; its factors are the layer's own parameters, trainable. The others
     wait in ``adapters``, frozen. The base is never written.
     """
+
+    _own_hooks = (_keep_forward, _forgive_missing_adapters)
 
     def _become_adapted(self, transposed: bool) -> None:
         """The state of a layer without adapters. `transposed`: weight is stored [in, out]."""
@@ -91,6 +94,7 @@ class Adapted(Mergeable):
         self.requires_grad_(False)
         self.adapters["default"] = adapter
         self.activate_adapter("default")
+        adopt_hooks(self)
 
     # The active adapter
 

@@ -55,6 +55,7 @@ class RankAllocator:
                 "apply_lora(model, AdaLoRAConfig(...)) first"
             )
         self.config = config
+        self._layers = layers
         self._core = library.RankAllocator(
             [_adapter(name, layer) for name, layer in layers.items()], config.allocation_options()
         )
@@ -87,6 +88,11 @@ class RankAllocator:
         Args:
             optimizer: whose state must follow the directions; None where there is none.
         """
+        if any(layer.unloaded for layer in self._layers.values()):
+            raise RuntimeError(
+                "RankAllocator: the model was unloaded and has no adapters; call remove() on the "
+                "handle that attach() returned"
+            )
         self._core.step(*_view(optimizer))
 
     def freeze(self, optimizer: Optimizer | None) -> None:

@@ -13,6 +13,7 @@ from .adapted import Adapted, StoredAdapter, check_adapter_name
 from .config import AdapterOptions, TargetConfig
 from .nn import adapt
 from .patterns import pattern_values
+from .stand_in import adopt_hooks
 from .targets import find_targets
 from .tree import Tree, adapted_layers, required_layers
 from .whole import WholeModules, check_apart, find_whole, use_whole
@@ -166,6 +167,7 @@ def install_adapter(tree: Tree, state: ModelAdapters, name: str, prepared: Prepa
         layer.adapters[name] = prepared.adapters[path]
         layer.adapters_enabled = not state.disabled
         tree.replace(tree.modules[path], layer)
+        adopt_hooks(layer)
     state.whole.update({None: prepared.originals, name: prepared.copies})
     tree.model._rankwise = state
 

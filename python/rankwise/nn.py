@@ -14,6 +14,7 @@ from . import ops
 from .adapted import Adapted, StoredAdapter
 from .computed import not_a_parameter
 from .config import AdapterOptions
+from .stand_in import stand_in
 
 __all__ = ["AdaLoRALinear", "LoRAEmbedding", "LoRALinear"]
 
@@ -45,6 +46,7 @@ class LoRALinear(Adapted, nn.Linear):
     """
 
     _triplets = False
+    _plain_class = nn.Linear
 
     def __init__(
         self,
@@ -89,6 +91,7 @@ class LoRALinear(Adapted, nn.Linear):
     def _around(cls, linear: nn.Module) -> LoRALinear:
         layer = _with_state_of(linear, cls)
         if _is_conv1d(linear):
+            layer._plain_class = type(linear)
             layer.in_features, layer.out_features = linear.weight.shape
         layer._become_adapted(transposed=_is_conv1d(linear))
         return layer
@@ -137,6 +140,8 @@ class LoRAEmbedding(Adapted, nn.Embedding):
         num_embeddings, embedding_dim, padding_idx, device, dtype: as nn.Embedding.
         rank, alpha, rslora, init, capacity, adapter_dtype: as LoRALinear.
     """
+
+    _plain_class = nn.Embedding
 
     def __init__(
         self,
@@ -240,10 +245,4 @@ def _with_state_of(module: nn.Module, cls: type) -> nn.Module:
     found = not_a_parameter(module, "weight")
     if found is not None:
         raise TypeError(f"{cls.__name__}: the {type(module).__name__}'s {found}")
-    layer = cls.__new__(cls)
-    own = ("_parameters", "_buffers", "_modules", "_load_state_dict_post_hooks")
-    # Hooks are shared, so that their handles still work. What module.compile() made is left out: it
-    # would go on to compute the old module.
-    for name, value in module.__getstate__().items():
-        layer.__dict__[name] = value.copy() if name in own else value
-    return layer
+    return stand_in(module, cls)

@@ -101,7 +101,7 @@ class Tree:
         for parent, key, encoders in self._places[module]:
             put_inside(parent, key, other)
             for encoder in encoders:
-                encoder.use_nested_tensor = False  # its layers' fast path alone can take those
+                _leave_nested_tensors(encoder)
 
 
 class Place(NamedTuple):
@@ -110,6 +110,19 @@ class Place(NamedTuple):
     parent: nn.Module
     key: str
     encoders: tuple[nn.TransformerEncoder, ...]
+
+
+def _leave_nested_tensors(encoder: nn.TransformerEncoder) -> None:
+    """Only its layers' fast path can take them. What was set before is noted in the encoder."""
+    vars(encoder).setdefault("_use_nested_tensor_before", encoder.use_nested_tensor)
+    encoder.use_nested_tensor = False
+
+
+def restore_nested_tensors(model: nn.Module) -> None:
+    """Lets encoders without adapted layers use nested tensors as before they had any."""
+    for module in model.modules():
+        if "_use_nested_tensor_before" in vars(module) and not adapted_layers(module):
+            module.use_nested_tensor = vars(module).pop("_use_nested_tensor_before")
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,124 @@
+"""Plain layers again, nn.Linear, nn.Embedding and Conv1D: one layer, and a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from .computed import not_a_parameter
+from .merging import Mergeable
+from .stand_in import adopt_hooks, stand_in
+from .tree import Tree, required_layers, restore_nested_tensors
+
+# What a plain layer has not: parameters, attributes, and of a Conv1D those of nn.Linear's too.
+_FACTORS = ("lora_A", "lora_B", "lora_E")
+_ATTRIBUTES = ("transposed", "adapters_enabled", "in_merged_model", "adapter", "options", "rank")
+_HIDDEN = ("_unmerged", "_plain_state", "_plain_class")
+_OF_LINEAR = ("in_features", "out_features")
+
+
+class Unloadable(Mergeable):
+    """Mixin of layers whose place a plain layer can take."""
+
+    unloaded = False  # whether one has
+    _plain_class: type[nn.Module]
+    _own_hooks: tuple[Callable, ...]
+
+    def check_unload(self) -> None:
+        """Raises RuntimeError where unload() would."""
+        if "forward" in vars(self):
+            raise RuntimeError(
+                "unload: the layer's forward was replaced on the instance (by a hook of "
+                "accelerate, for example); remove that first"
+            )
+        parametrised = getattr(self, "parametrizations", ())
+        factors = [name for name in _FACTORS if getattr(self, name, None) is not None]
+        for name in (*parametrised, *factors):
+            found = not_a_parameter(self, name)
+            if found is not None:
+                raise RuntimeError(f"unload: the layer's {found}; nothing was changed")
+
+    def unload(self) -> nn.Module:
+        """The plain layer that this one stands for, which is then not to be used any more.
+
+        Its parameters are the same objects, ``weight`` as it is now: with the active adapter's
+        update when merged, else the base's. It has the hooks, whose handles go on working, and no
+        adapter.
+
+        Raises:
+            RuntimeError: a parametrisation or a forward put on the instance is in the way; nothing
+                is changed.
+        """
+        self.check_unload()
+        plain = stand_in(self, self._plain_class)
+        plain._load_state_dict_post_hooks = self._load_state_dict_post_hooks
+        linear = () if isinstance(plain, (nn.Linear, nn.Embedding)) else _OF_LINEAR
+        for name in (*_ATTRIBUTES, *_HIDDEN, *linear):
+            vars(plain).pop(name, None)
+        for name in _FACTORS:
+            del plain._parameters[name]
+        del plain._modules["adapters"]
+        for hooks in (plain._forward_pre_hooks, plain._load_state_dict_post_hooks):
+            for key in [key for key, hook in hooks.items() if hook in self._own_hooks]:
+                del hooks[key]
+        adopt_hooks(plain)
+        self.unloaded = True
+        return plain
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Puts plain layers in the place of all adapted ones, in place; all adapters are dropped.
+
+    The weights are what they are now: with the active adapter's update where the model is merged,
+    and then its modules trained whole stay too; else the base's. Parameters are the same objects,
+    hooks and their handles go on working, and ``requires_grad`` stays as it is: the base is frozen
+    until ``model.requires_grad_(True)``. Nothing of this library is left in the model.
+
+    Args:
+        model: with adapters, merged or not.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model has no adapters, or is itself an adapted layer.
+        RuntimeError: some layers are merged and others not, the adapters are disabled, or a layer
+            cannot be unloaded (see its unload()); nothing is changed.
+    """
+    layers = required_layers(model)
+    states = [(m, vars(m)["_rankwise"]) for m in model.modules() if "_rankwise" in vars(m)]
+    _check(layers)
+    if any(state.disabled for _, state in states):
+        raise RuntimeError("unload: the adapters are disabled; leave disable_adapters() first")
+    merged = any(layer.merged for layer in layers.values())
+    for owner, state in states:
+        if not merged:
+            state.active = None
+            state.use_whole(owner)
+        del owner._rankwise
+    tree = Tree(model)
+    for layer in layers.values():
+        tree.replace(layer, layer.unload())
+    restore_nested_tensors(model)
+    return model
+
+
+def _check(layers: Mapping[str, Unloadable]) -> None:
+    if "" in layers:
+        raise ValueError(
+            "unload: the model itself is an adapted layer, and nothing holds it that could hold a "
+            "plain one; use plain = layer.unload()"
+        )
+    active = {name: layer.merged for name, layer in layers.items() if layer.adapter is not None}
+    if len(set(active.values())) > 1:
+        merged, other = (next(n for n, m in active.items() if m is x) for x in (True, False))
+        raise RuntimeError(
+            f"unload: {merged!r} is merged and {other!r} is not; call merge(model) or "
+            "unmerge(model) first"
+        )
+    for name, layer in layers.items():
+        try:
+            layer.check_unload()
+        except RuntimeError as error:
+            raise RuntimeError(f"{name}: {error}") from None
