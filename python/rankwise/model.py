@@ -11,10 +11,11 @@ from torch import nn
 
 from .adapted import Adapted, StoredAdapter, check_adapter_name
 from .config import AdapterOptions, TargetConfig
+from .left_out import warn_of_left_out
 from .nn import adapt
 from .patterns import pattern_values
 from .stand_in import adopt_hooks
-from .targets import find_targets
+from .targets import ALL_LINEAR, find_targets, named
 from .tree import Tree, adapted_layers, required_layers
 from .whole import WholeModules, check_apart, find_whole, use_whole
 from .wrappers import unwrapped
@@ -94,15 +95,19 @@ def add_adapter(model: nn.Module, name: str, config: TargetConfig) -> None:
 
 def plan(tree: Tree, config: TargetConfig) -> tuple[dict[str, AdapterOptions], list[str]]:
     """({layer: options}, modules trained whole) that a configuration means for a model."""
-    whole = list(find_whole(tree, config.modules_to_save))
-    names = {path: tree.names[m] for path, m in find_targets(tree, config, whole).items()}
+    whole = find_whole(tree, config.modules_to_save)
+    targets = find_targets(tree, config, whole)
+    if config.target_modules == ALL_LINEAR:
+        known = named(tree, config.exclude_modules or ()) | set(whole.values())
+        warn_of_left_out(tree, targets.values(), known)
+    names = {path: tree.names[module] for path, module in targets.items()}
 
     def values(field: str) -> dict:
         patterns = {tree.plain_name(p): value for p, value in getattr(config, field).items()}
         return pattern_values(field, patterns, names)
 
     ranks, alphas = values("rank_pattern"), values("alpha_pattern")
-    return {path: config.options(ranks.get(path), alphas.get(path)) for path in names}, whole
+    return {p: config.options(ranks.get(p), alphas.get(p)) for p in names}, list(whole)
 
 
 @dataclass

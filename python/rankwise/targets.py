@@ -28,6 +28,14 @@ def compiled(field: str, pattern: str) -> re.Pattern:
         raise ValueError(f"{field}: {pattern!r} is no regular expression: {error}") from error
 
 
+def named(tree: Tree, wanted: Sequence[str] | str) -> set[nn.Module]:
+    """The modules that names, their last parts, or a regular expression for whole names mean."""
+    if isinstance(wanted, str):
+        matcher = compiled("exclude_modules", wanted)
+        return {module for name, module in tree.modules.items() if matcher.fullmatch(name)}
+    return {m for name in map(tree.plain_name, wanted) for m in tree.endings.get(name, ())}
+
+
 def find_targets(
     tree: Tree, config: TargetConfig, whole: Collection[str] = ()
 ) -> dict[str, nn.Module]:
