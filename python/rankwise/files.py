@@ -72,8 +72,8 @@ def export_lora(model: nn.Module, directory: str | os.PathLike, name: str | None
 
     One rank for all layers, the largest, reached with zeros; lora_alpha = r, so that the scale is
     1; no patterns. The scaling and lora_E go into lora_B: computed in float64, rounded once. Layers
-    of rank 0 are left out. Modules trained whole are in the folder too, which not every server
-    reads.
+    of rank 0 are left out. Modules trained whole are in the folder too, with a warning: PEFT reads
+    them, vLLM and llama.cpp do not.
 
     Args:
         model, directory, name: as save_adapter.
@@ -99,6 +99,12 @@ def export_lora(model: nn.Module, directory: str | os.PathLike, name: str | None
     folded.config.target_modules = config.target_modules  # short names, where the model allows it
     tensors = folded.tensors | _slots(layers, {}, whole)
     library.write_adapter(directory, library.AdapterFile(folded.config, tensors))
+    if whole:
+        warnings.warn(
+            f"export_lora: the folder has modules trained whole ({', '.join(whole)}), which PEFT "
+            "reads; vLLM and llama.cpp's conversion stop there",
+            stacklevel=2,
+        )
 
 
 @dataclass(frozen=True)

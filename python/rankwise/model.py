@@ -17,7 +17,7 @@ from .patterns import pattern_values
 from .stand_in import adopt_hooks
 from .targets import ALL_LINEAR, find_targets, named
 from .tree import Tree, adapted_layers, required_layers
-from .whole import WholeModules, check_apart, find_whole, use_whole
+from .whole import WholeModules, check_apart, check_savable, find_whole, use_whole
 from .wrappers import unwrapped
 
 
@@ -96,6 +96,7 @@ def add_adapter(model: nn.Module, name: str, config: TargetConfig) -> None:
 def plan(tree: Tree, config: TargetConfig) -> tuple[dict[str, AdapterOptions], list[str]]:
     """({layer: options}, modules trained whole) that a configuration means for a model."""
     whole = find_whole(tree, config.modules_to_save)
+    check_savable(whole)
     targets = find_targets(tree, config, whole)
     if config.target_modules == ALL_LINEAR:
         known = named(tree, config.exclude_modules or ()) | set(whole.values())
