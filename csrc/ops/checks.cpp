@@ -31,6 +31,11 @@ bool is_supported(at::ScalarType dtype) {
          dtype == at::kHalf;
 }
 
+bool is_compressed(at::Layout layout) {
+  return layout == at::kSparseCsr || layout == at::kSparseCsc || layout == at::kSparseBsr ||
+         layout == at::kSparseBsc;
+}
+
 void check_shape(const char* op, const char* name, const at::Tensor& tensor,
                  const c10::SymInt& rows, const char* rows_name, const c10::SymInt& cols,
                  const char* cols_name) {
@@ -76,6 +81,19 @@ void check_sizes(const char* op, const char* name, const at::Tensor& tensor,
 
 }  // namespace
 
+void check_dense(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK(!tensor.is_nested(), op, ": ", name, " must be dense, got a nested tensor");
+  TORCH_CHECK(tensor.layout() == at::kStrided, op, ": ", name, " must be dense, got layout ",
+              tensor.layout(), "; call to_dense() first");
+}
+
+void check_dense_factors(const char* op, const at::Tensor& lora_A, const at::Tensor& lora_B,
+                         const std::optional<at::Tensor>& lora_E) {
+  check_dense(op, "lora_A", lora_A);
+  check_dense(op, "lora_B", lora_B);
+  if (has(lora_E)) check_dense(op, "lora_E", *lora_E);
+}
+
 c10::SymInt active_rank(const char* op, const at::Tensor& lora_A, const c10::SymInt& in_features,
                         const std::optional<c10::SymInt>& rank) {
   TORCH_CHECK(lora_A.dim() == 2, op, ": lora_A must be [rank, ", in_features, "], got ",
@@ -91,6 +109,7 @@ void check_dropout_p(const char* op, double dropout_p) {
 void check_factors(const char* op, const at::Tensor& weight, const c10::SymInt& in_features,
                    const c10::SymInt& out_features, const AdapterOperands& adapter) {
   const auto& [lora_A, lora_B, lora_E, scaling, dropout_p, rank] = adapter;
+  check_dense_factors(op, lora_A, lora_B, lora_E);
   const c10::SymInt capacity = active_rank(op, lora_A, in_features, {});
   check_shape(op, "lora_A", lora_A, capacity, "rank", in_features, nullptr);
   check_shape(op, "lora_B", lora_B, out_features, nullptr, capacity, nullptr);
@@ -115,6 +134,10 @@ void check_factors(const char* op, const at::Tensor& weight, const c10::SymInt& 
 
 void check_lora_linear(const char* op, const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias, const AdapterOperands& adapter) {
+  const bool coo = input.layout() == at::kSparse && input.dim() == 2 && adapter.dropout_p == 0;
+  if (!coo) check_dense(op, "input", input);
+  if (!is_compressed(weight.layout())) check_dense(op, "weight", weight);
+  if (has(bias)) check_dense(op, "bias", *bias);
   TORCH_CHECK(is_supported(input.scalar_type()), op,
               ": input must be float64, float32, bfloat16 or float16, got ",
               dtype_name(input.scalar_type()));
@@ -140,6 +163,8 @@ void check_lora_linear(const char* op, const at::Tensor& input, const at::Tensor
 void check_table(const char* op, const at::Tensor& indices, const at::Tensor& weight) {
   TORCH_CHECK(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, op,
               ": indices must be int64 or int32, got ", indices.scalar_type());
+  check_dense(op, "indices", indices);
+  check_dense(op, "weight", weight);
   TORCH_CHECK(weight.dim() == 2, op, ": weight must be [num_embeddings, embedding_dim], got ",
               weight.sym_sizes());
   TORCH_CHECK(indices.device() == weight.device(), op, ": indices must be on ", weight.device(),
@@ -175,6 +200,7 @@ void check_seed(const char* op, const at::Tensor& seed, double dropout_p) {
 void check_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
                     const at::Tensor& weight, const AdapterOperands& adapter,
                     const at::Tensor& hidden, const at::Tensor& seed) {
+  check_dense(op, "input", input);  // the forward takes sparse ones
   auto wanted = input.sym_sizes().vec();
   wanted.back() = weight.sym_size(0);
   check_sizes(op, "grad_output", grad_output, wanted);

@@ -11,8 +11,14 @@
 
 namespace rankwise {
 
-// Throws unless shapes, devices and dtypes fit (the contract stands in ops.h). Safe for symbolic
-// sizes. `op` begins each message.
+// Throws for sparse and nested tensors.
+void check_dense(const char* op, const char* name, const at::Tensor& tensor);
+void check_dense_factors(const char* op, const at::Tensor& lora_A, const at::Tensor& lora_B,
+                         const std::optional<at::Tensor>& lora_E);
+
+// Throws unless layouts, shapes, devices and dtypes fit (the contract stands in ops.h). Safe for
+// symbolic sizes. `op` begins each message. Not dense may be: input, a COO matrix without dropout
+// and gradients, and weight, in a compressed sparse layout.
 void check_lora_linear(const char* op, const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias, const AdapterOperands& adapter);
 

@@ -1,6 +1,6 @@
 """The operators. Shapes, dtypes and formulas; the implementations are C++ (csrc/ops)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,25 @@ from torch import Tensor
 from ._library import library as _library  # registers the ops
 
 _ops = torch.ops.rankwise
+
+
+def _is_jagged(operator: str, name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is PyTorch's nested one of Python's; refuses its masked one."""
+    if type(tensor) is Tensor:
+        return False
+    if torch.masked.is_masked_tensor(tensor):
+        raise TypeError(
+            f"{operator}: {name} must be a plain tensor, got a MaskedTensor; pass its get_data()"
+        )
+    return tensor.is_nested and tensor.layout is torch.jagged
+
+
+def _over_values(operator: Callable[[Tensor], Tensor], nested: Tensor) -> Tensor:
+    """The operator over all components' rows at once, nested as they were."""
+    values = operator(nested.values())
+    return torch.nested.nested_tensor_from_jagged(
+        values, nested.offsets(), nested.lengths(), jagged_dim=nested._ragged_idx
+    )
 
 
 def lora_linear(
@@ -28,7 +47,8 @@ def lora_linear(
     triplets of AdaLoRA, arXiv 2303.10512).
 
     Args:
-        input: ``[..., in]``; any leading dimensions and strides, also ``[in]`` and empty batches.
+        input: ``[..., in]``; any leading dimensions and strides, also ``[in]`` and empty batches;
+            or a nested tensor of such.
         weight: W0 ``[out, in]``, any strides (pass ``conv1d.weight.t()`` for GPT-2's layout).
         bias: ``[out]`` or None.
         lora_A: ``[capacity, in]``.
@@ -47,6 +67,11 @@ def lora_linear(
     Raises:
         RuntimeError: naming the argument, what was wanted and what came.
     """
+    if _is_jagged("lora_linear", "input", input):
+        options = dict(scaling=scaling, dropout_p=dropout_p, rank=rank)
+        return _over_values(
+            lambda x: lora_linear(x, weight, bias, lora_A, lora_B, lora_E, **options), input
+        )
     return _ops.lora_linear(
         input, weight, bias, lora_A, lora_B, lora_E, scaling=scaling, dropout_p=dropout_p, rank=rank
     )
@@ -66,7 +91,7 @@ def lora_embedding(
     """An embedding with a low-rank update: ``y[i] = W0[i] + scaling * (A^T[i] * E^T) B^T``.
 
     Args:
-        indices: any shape, int64 or int32.
+        indices: any shape, int64 or int32; or a nested tensor of such.
         weight: W0 ``[num, dim]``.
         lora_A: ``[capacity, num]``.
         lora_B: ``[dim, capacity]``.
@@ -79,6 +104,11 @@ def lora_embedding(
     Returns ``[*indices.shape, dim]`` in W0's dtype, whatever autocast is set to. An index outside
     of the table raises an IndexError; on CUDA it is a failed assertion of the device.
     """
+    if _is_jagged("lora_embedding", "indices", indices):
+        options = dict(scaling=scaling, padding_idx=padding_idx, rank=rank)
+        return _over_values(
+            lambda i: lora_embedding(i, weight, lora_A, lora_B, lora_E, **options), indices
+        )
     rows = weight.shape[0]
     if padding_idx is not None and not -rows <= padding_idx < rows:
         raise ValueError(

@@ -25,6 +25,7 @@ namespace rankwise {
 // Only the leading `rank` directions take part (default: all of capacity); the others get zero
 // gradients. dtypes: all tensors float64, float32, bfloat16 or float16; or lora_* float32 over a
 // 16-bit base. The result has input's dtype and shape [..., out].
+// input may be a nested tensor (strided layout) of components [..., in]; so is the result then.
 // dropout_p applies to the adapter's input alone; the mask is a function of a seed drawn from
 // PyTorch's default generator and of the element's index, for every device and thread count.
 at::Tensor lora_linear(const at::Tensor& input, const at::Tensor& weight,
@@ -38,9 +39,10 @@ at::Tensor lora_linear(const at::Tensor& input, const at::Tensor& weight,
 //   indices any shape, int64 or int32    weight W0 [num, dim]
 //   lora_A  [capacity, num]              lora_B [dim, capacity]     lora_E [capacity, 1] or none
 //
-// dtypes as in lora_linear; the result is [..., dim] in weight's dtype. An index outside of the
-// table is an error, on CUDA a failed assertion of the device. Row `padding_idx` (negative: none)
-// of the table and of A^T gets no gradient. Autocast changes nothing, as for an embedding.
+// dtypes and nested indices as in lora_linear; the result is [..., dim] in weight's dtype. An index
+// outside of the table is an error, on CUDA a failed assertion of the device. Row `padding_idx`
+// (negative: none) of the table and of A^T gets no gradient. Autocast changes nothing, as for an
+// embedding.
 at::Tensor lora_embedding(const at::Tensor& indices, const at::Tensor& weight,
                           const at::Tensor& lora_A, const at::Tensor& lora_B,
                           const std::optional<at::Tensor>& lora_E = {}, double scaling = 1.0,
