@@ -2,6 +2,7 @@
 #include "direction_order.h"
 
 #include <ATen/ATen.h>
+#include <rankwise/tensor_memory.h>
 
 #include <array>
 
@@ -38,7 +39,10 @@ void keep_directions(const Adapter& adapter, const at::Tensor& kept,
     const at::Tensor& factor = factors[f];
     const int64_t dim = directions_of[f];
     keep(factor, dim, adapter.rank, kept);
-    if (factor.grad().defined()) keep(factor.grad(), dim, adapter.rank, kept);
+    if (factor.grad().defined()) {
+      if (has_overlap(factor.grad())) factor.mutable_grad() = factor.grad().clone();
+      keep(factor.grad(), dim, adapter.rank, kept);
+    }
     const std::vector<at::Tensor> states = state_of(factor, optimizer).value();
     for (const at::Tensor& state : states) {
       TORCH_CHECK(state.sizes() == factor.sizes(), "RankAllocator: optimizer state must be ",

@@ -10,6 +10,7 @@
 
 #include "../ops/importance.h"
 #include "averages.h"
+#include "memory_check.h"
 
 namespace rankwise {
 namespace {
@@ -20,6 +21,7 @@ namespace {
 
 void check_adapter(const Adapter& adapter) {
   const auto& [name, A, B, E, rank, set_rank] = adapter;
+  check_memory(adapter, /*gradients=*/false);
   const auto shape = [](const at::Tensor& tensor) {
     std::ostringstream text;
     if (tensor.defined()) {

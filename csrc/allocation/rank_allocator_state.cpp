@@ -8,6 +8,7 @@
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <rankwise/rank_allocator.h>
+#include <rankwise/tensor_memory.h>
 
 #include <array>
 #include <iomanip>
@@ -74,6 +75,8 @@ class StateCheck {
     const auto it = state_.find(name);
     if (it == state_.end()) return fault(name + ": missing");
     const at::Tensor& got = it->second;
+    const std::string kind = got.defined() ? kind_without_memory(got) : "";
+    if (!kind.empty()) return fault(name + ": must be dense, with data, got " + kind);
     bool fits = got.defined() && got.scalar_type() == dtype &&
                 got.dim() == static_cast<int64_t>(shape.size());
     for (size_t i = 0; fits && i < shape.size(); ++i)
@@ -138,11 +141,14 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
   for (const char* name : {"steps", "skipped_steps", "frozen", "shrunk"})
     check.tensor(name, at::kLong, {});
   const auto it = state.find("frozen");
-  const bool frozen = it != state.end() && it->second.defined() && it->second.numel() == 1 &&
-                      it->second.item<double>() != 0;
+  const bool frozen = it != state.end() && kind_without_memory(it->second).empty() &&
+                      it->second.numel() == 1 && it->second.item<double>() != 0;
   const auto adapters = static_cast<int64_t>(adapters_.size());
   check.tensor("history.steps", at::kLong, {-1});
-  const int64_t n = state.contains("history.steps") ? state.at("history.steps").numel() : -1;
+  const auto steps = state.find("history.steps");
+  const int64_t n = steps != state.end() && kind_without_memory(steps->second).empty()
+                        ? steps->second.numel()
+                        : -1;
   check.tensor("history.budgets", at::kLong, {n});
   check.tensor("history.ranks", at::kLong, {n, adapters});
   check.tensor("history.scores", at::kDouble, {n, 4});

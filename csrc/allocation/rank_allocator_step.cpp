@@ -6,6 +6,7 @@
 
 #include "../ops/importance.h"
 #include "direction_order.h"
+#include "memory_check.h"
 
 namespace rankwise {
 namespace {
@@ -21,6 +22,7 @@ std::vector<at::Tensor> present(const c10::List<std::optional<at::Tensor>>& grad
 
 void RankAllocator::step(const OptimizerView& optimizer) {
   const at::NoGradGuard no_grad;
+  for (const Adapter& adapter : adapters_) check_memory(adapter, /*gradients=*/true);
   place();
   const Gradients gradients = frozen_ ? none() : gather();
   std::optional<at::Tensor> found, found_inf;
@@ -47,6 +49,7 @@ void RankAllocator::step(const OptimizerView& optimizer) {
 void RankAllocator::freeze(const OptimizerView& optimizer) {
   const at::NoGradGuard no_grad;
   if (frozen_) return;
+  for (const Adapter& adapter : adapters_) check_memory(adapter, /*gradients=*/true);
   place();
   make_room(most_steps());
   kernels::Progress now = progress_of(progress_);

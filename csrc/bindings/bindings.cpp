@@ -8,4 +8,5 @@ PYBIND11_MODULE(_C, m) {
   bind_allocation(m);
   bind_cpu_path(m);
   bind_files(m);
+  bind_tensor_memory(m);
 }

@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <rankwise/adapter_fold.h>
 #include <rankwise/ops.h>
+#include <rankwise/tensor_memory.h>
 
 #include <algorithm>
 #include <cmath>
@@ -27,6 +28,11 @@ void check_shape(const AdapterUpdate& update, const char* factor, const at::Tens
                  int64_t rows, int64_t columns) {
   const auto text = [](int64_t size) { return size < 0 ? "any" : std::to_string(size); };
   const auto fits = [](int64_t size, int64_t wanted) { return wanted < 0 || size == wanted; };
+  const std::string kind = kind_without_memory(tensor);
+  if (tensor.defined() && !kind.empty()) {
+    fail(std::string(factor) + " of " + io::in_quotes(update.module) +
+         " must be dense, with data, got " + kind + "; put a plain tensor in its place");
+  }
   if (tensor.defined() && tensor.is_floating_point() && tensor.dim() == 2 &&
       fits(tensor.size(0), rows) && fits(tensor.size(1), columns)) {
     return;

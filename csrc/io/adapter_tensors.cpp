@@ -2,6 +2,7 @@
 #include "adapter_tensors.h"
 
 #include <rankwise/file_error.h>
+#include <rankwise/tensor_memory.h>
 
 #include <array>
 #include <utility>
@@ -32,8 +33,8 @@ TensorInfo describe(const std::string& name, const at::Tensor& tensor, const std
     throw FileError(file + ": tensor " + in_quotes(name) + " must be " + wanted + ", got " + got);
   };
   if (!tensor.defined()) fail("defined", "an undefined tensor");
-  if (tensor.layout() != at::kStrided || tensor.is_meta())
-    fail("dense, with data", tensor.toString());
+  const std::string kind = kind_without_memory(tensor);
+  if (!kind.empty()) fail("dense, with data", kind + "; put a plain tensor in its place");
   for (const auto& [file_dtype, tensor_dtype] : dtype_pairs) {
     if (tensor_dtype != tensor.scalar_type()) continue;
     return {.name = name, .dtype = file_dtype, .shape = tensor.sizes().vec()};

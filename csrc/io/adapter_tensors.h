@@ -13,7 +13,7 @@ namespace rankwise::io {
 at::ScalarType tensor_dtype(DType dtype);
 
 /// Name, type and shape. Throws FileError beginning with `file` for a tensor that is undefined, not
-/// dense, without data, or of another type.
+/// in memory (tensor_memory.h), or of another type.
 TensorInfo describe(const std::string& name, const at::Tensor& tensor, const std::string& file);
 
 }  // namespace rankwise::io

@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 #include <rankwise/adapted.h>
 #include <rankwise/ops.h>
+#include <rankwise/tensor_memory.h>
 #include <torch/nn/init.h>
 
 #include <cmath>
@@ -118,6 +119,11 @@ std::optional<MergeReport> Adapted::merge() {
   const at::NoGradGuard no_grad;
   std::optional<at::Tensor> E;
   if (lora_E.defined()) E = lora_E;
+  for (const at::Tensor& tensor : {weight, lora_A, lora_B, E.value_or(lora_A)}) {
+    const std::string kind = kind_without_memory(tensor);
+    TORCH_CHECK(kind.empty(), "merge: the weight and the factors must be dense, with data, got ",
+                kind, "; nothing was changed");
+  }
   const auto [sum, error, changed] =
       merged_weight(matrix(weight), lora_A, lora_B, E, scaling(), rank_);
   const MergeReport report{error.item<double>(), changed.item<int64_t>(), sum.numel()};

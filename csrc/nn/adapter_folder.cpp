@@ -4,6 +4,7 @@
 #include <c10/util/StringUtil.h>
 #include <rankwise/adapter_fold.h>
 #include <rankwise/module_adapters.h>
+#include <rankwise/tensor_memory.h>
 
 #include <algorithm>
 #include <cmath>
@@ -23,8 +24,9 @@ struct Slot {
   at::Tensor factor;
   int64_t dim;
 
+  // What cannot be read stays as it is, for the writer to refuse it by name.
   at::Tensor directions(int64_t first, int64_t count) const {
-    return factor.narrow(dim, first, count);
+    return kind_without_memory(factor).empty() ? factor.narrow(dim, first, count) : factor;
   }
   std::vector<int64_t> shape(int64_t rank) const {
     std::vector<int64_t> sizes = factor.sizes().vec();
@@ -158,6 +160,10 @@ class FitCheck {
     expected_.insert(slot.key);
     const auto it = file_.tensors.find(slot.key);
     if (it == file_.tensors.end()) return fault(slot.key, "missing in the file");
+    const std::string kind = kind_without_memory(slot.factor);
+    if (!kind.empty()) return fault(slot.key, "the layer's must be dense, with data, got " + kind);
+    if (has_overlap(slot.factor))
+      return fault(slot.key, "the layer's has elements that share memory");
     const std::vector<int64_t> wanted = slot.shape(rank);
     const at::ScalarType dtype = slot.factor.scalar_type(), stored = it->second.scalar_type();
     if (it->second.sizes() != wanted) {

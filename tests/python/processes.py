@@ -1,5 +1,6 @@
 """Runs a function of a test module in several processes that make one gloo process group."""
 
+import faulthandler
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ def run_processes(function: Callable, world_size: int, *args, seconds: float = 1
 
 
 def _process(rank: int, function: Callable, world_size: int, store: str, seconds: float, args):
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

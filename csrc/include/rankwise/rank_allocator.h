@@ -62,8 +62,8 @@ struct OptimizerView {
 /// were skipped immediately before it, each that might have been it. Adapters lie on one device.
 class RankAllocator {
  public:
-  /// Throws std::invalid_argument for wrong options, no adapters, repeated names, wrong shapes, or
-  /// a target below what min_rank needs.
+  /// Throws std::invalid_argument for wrong options, no adapters, repeated names, wrong shapes,
+  /// factors that are not in memory (tensor_memory.h), or a target below what min_rank needs.
   RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions& options);
   /// Over the AdaLoRA layers (rankwise/nn.h) of a tree of modules, by their dotted paths; their
   /// ranks follow, and they note the schedule, for save_adapter and adalora_options. Throws as
@@ -72,7 +72,8 @@ class RankAllocator {
   RankAllocator(const RankAllocator&) = delete;
   RankAllocator& operator=(const RankAllocator&) = delete;
 
-  /// Throws c10::Error when no adapter has a gradient; warns once of each adapter without one,
+  /// Throws c10::Error when no adapter has a gradient, std::invalid_argument when a factor or a
+  /// gradient is not in memory, before anything is changed; warns once of each adapter without one,
   /// which keeps its scores, and once when all gradients are zero (on CUDA some steps later).
   void step(const OptimizerView& optimizer = {});
 

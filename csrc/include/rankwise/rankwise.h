@@ -9,3 +9,4 @@
 #include <rankwise/ops.h>
 #include <rankwise/optim.h>
 #include <rankwise/rank_allocator.h>
+#include <rankwise/tensor_memory.h>

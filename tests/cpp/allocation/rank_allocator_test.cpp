@@ -172,6 +172,47 @@ TEST(RankAllocator, SaysWhereToAttachWhenGradientsAreGone) {
                                              testing::HasSubstr("allocator.attach(optimizer)")));
 }
 
+TEST(RankAllocator, RefusesFactorsWithoutMemory) {
+  for (const auto& [other, kind] : {std::pair(torch::ones({9, 4}).to(torch::kMeta), "meta"),
+                                    std::pair(torch::ones({9, 4}).to_sparse(), "Sparse")}) {
+    Net net;
+    net.parameters[1] = other;
+    EXPECT_THAT([&] { RankAllocator(net.adapters(), options()); },
+                testing::ThrowsMessage<std::invalid_argument>(testing::HasSubstr(
+                    std::string("lora_B of 'first' must be dense, with data, got ") + kind)));
+  }
+}
+
+TEST(RankAllocator, RefusesToStepWithoutMemoryAndChangesNothing) {
+  Net net;
+  RankAllocator allocator(net.adapters(), options());
+  const auto before = allocator.state();
+  const auto refuses = [&](const std::string& what) {
+    const auto message = testing::ThrowsMessage<std::invalid_argument>(testing::HasSubstr(what));
+    EXPECT_THAT([&] { allocator.step(); }, message);
+    EXPECT_THAT([&] { allocator.freeze(); }, message);
+    for (const auto& [name, tensor] : allocator.state()) EXPECT_TRUE(tensor.equal(before.at(name)));
+  };
+  for (at::Tensor& parameter : net.parameters) parameter.mutable_grad() = parameter.detach();
+  net.parameters[0].mutable_grad() = net.parameters[0].detach().to_sparse();
+  refuses("the gradient of lora_A of 'first' must be dense, with data, got Sparse");
+  net.parameters[0].mutable_grad().reset();
+  net.parameters[3].storage().unsafeGetStorageImpl()->set_data_ptr_noswap(at::DataPtr());
+  refuses("lora_A of 'second' must be dense, with data, got freed memory");
+}
+
+TEST(RankAllocator, RefusesAStateWithoutMemory) {
+  Net net;
+  RankAllocator allocator(net.adapters(), options());
+  auto state = allocator.state();
+  for (const char* name : {"frozen", "history.steps", "first.kept", "options.beta1"})
+    state[name] = state[name].to(torch::kMeta);
+  for (const char* name : {"frozen", "history.steps", "first.kept", "options.beta1"})
+    EXPECT_THAT([&] { allocator.load_state(state); },
+                testing::ThrowsMessage<std::invalid_argument>(testing::HasSubstr(
+                    std::string(name) + ": must be dense, with data, got meta")));
+}
+
 TEST(RankAllocator, RefusesAStateOfOtherOptionsAndChangesNothing) {
   Net net;
   RankAllocator allocator(net.adapters(), options());

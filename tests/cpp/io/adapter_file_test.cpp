@@ -238,6 +238,26 @@ TEST(AdapterFile, TensorsThatCannotBeWritten) {
   EXPECT_THAT(write_error(file), HasSubstr("\"other\": not a tensor of a PEFT LoRA adapter"));
 }
 
+TEST(AdapterFile, TensorsWithoutMemoryAreNamed) {
+  const at::Tensor one = at::ones({3, 4});
+  at::Tensor freed = at::ones({3, 4});
+  freed.storage().unsafeGetStorageImpl()->set_data_ptr_noswap(at::DataPtr());
+  const std::vector<std::pair<at::Tensor, std::string>> kinds = {
+      {one.to_sparse(), "Sparse"},
+      {one.to_sparse_csr(), "SparseCsr"},
+      {one.to_mkldnn(), "Mkldnn"},
+      {one.to(at::kMeta), "meta"},
+      {at::_nested_tensor_from_tensor_list({one}), "a nested tensor"},
+      {at::_efficientzerotensor({3, 4}), "a zero tensor"},
+      {freed, "freed memory"}};
+  for (const auto& [tensor, kind] : kinds) {
+    AdapterFile file = adapter();
+    const std::string key = file.tensors.begin()->first;
+    file.tensors[key] = tensor;
+    EXPECT_THAT(write_error(file), HasSubstr(key + "\" must be dense, with data, got " + kind));
+  }
+}
+
 TEST(AdapterFile, PickleFilesAreRefused) {
   const TemporaryFolder folder;
   folder.write("adapter_model.bin", "x");

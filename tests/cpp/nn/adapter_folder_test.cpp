@@ -161,6 +161,22 @@ TEST(AdapterFolder, AMergedModelIsSavedButNotLoaded) {
   EXPECT_TRUE(other->forward(x()).equal(net->forward(x())));
 }
 
+TEST(AdapterFolder, FactorsWithoutMemoryAreNamed) {
+  const TemporaryFolder folder;
+  const auto net = net_of<LoRALinear>(small, large);
+  rankwise::save_adapter(*net, folder.path() / "whole");
+  net->inner().lora_A = net->inner().lora_A.detach().to(torch::kMeta);
+  const std::string got = "must be dense, with data, got meta";
+  EXPECT_THAT(message_of<FileError>([&] { rankwise::save_adapter(*net, folder.path() / "half"); }),
+              HasSubstr("block.fc.lora_A.weight\" " + got));
+  EXPECT_THAT(message_of<std::invalid_argument>(
+                  [&] { rankwise::export_lora(*net, folder.path() / "half"); }),
+              HasSubstr("lora_A of \"block.fc\" " + got));
+  EXPECT_THAT(message_of<FileError>([&] { rankwise::load_adapter(*net, folder.path() / "whole"); }),
+              HasSubstr("block.fc.lora_A.weight: the layer's " + got));
+  EXPECT_THAT(message_of<c10::Error>([&] { net->inner().merge(); }), HasSubstr(got));
+}
+
 TEST(AdapterFolder, ExportIsPlainLoRAOfTheSameFunction) {
   const auto net = net_of<AdaLoRALinear>(small, large);
   net->fc->set_rank(1);
