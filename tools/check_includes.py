@@ -34,9 +34,11 @@ LIBRARY_USERS = {
     "config.py",
     "doctor.py",
     "file_config.py",
+    "file_slots.py",
     "files.py",
     "ops.py",
     "patterns.py",
+    "sharding.py",
 }
 
 

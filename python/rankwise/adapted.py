@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import AdapterOptions
+from .sharding import check_unsharded
 from .stand_in import adopt_hooks
 from .unloading import Unloadable
 
@@ -160,6 +161,7 @@ class Adapted(Unloadable):
             return
         if self.merged:
             raise RuntimeError("activate_adapter: the layer is merged; call unmerge() first")
+        self.check_switch(name)
         if self.adapter is not None:
             stored = {factor: getattr(self, factor) for factor in _FACTORS}
             waiting = StoredAdapter(stored, self.options, self.rank).train(self.training)
@@ -171,6 +173,19 @@ class Adapted(Unloadable):
                 self.register_parameter(factor, getattr(chosen, factor))
             chosen.requires_grad_(True)
             self.adapter, self.options, self.rank = name, chosen.options, chosen.rank
+
+    def check_switch(self, name: str | None) -> None:
+        """Refuses to move factors that FSDP has in its books under their names.
+
+        Raises:
+            ValueError: activate_adapter(name) would.
+        """
+        if name == self.adapter:
+            return
+        for holder in (self, self.adapters[name] if name in self.adapters else None):
+            if holder is not None:
+                factors = {factor: getattr(holder, factor) for factor in _FACTORS}
+                check_unsharded("activate_adapter", factors, "activate it before fully_shard")
 
     def delete_adapter(self, name: str) -> None:
         """Forgets an adapter; when it was active the layer computes the base alone."""
@@ -189,6 +204,7 @@ class Adapted(Unloadable):
         inputs, outputs = self._sizes
         capacity = options.rank if options.capacity is None else options.capacity
         weight = self._base_weight()
+        check_unsharded("adapter", {"weight": weight}, "add adapters before fully_shard")
         dtype = options.adapter_dtype or weight.dtype
         masters = dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
         if dtype != weight.dtype and not masters:

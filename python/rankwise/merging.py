@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import ops
 from .computed import compute_anew, not_a_parameter
 from .config import AdapterOptions
+from .sharding import check_unsharded, kind_without_memory, naming, reshard
 from .tree import AdaptedLayer, required_layers
 
 
@@ -73,6 +74,7 @@ class Mergeable(AdaptedLayer):
         Raises:
             RuntimeError: no adapter is active, ``weight`` is computed by something (it is named,
                 and how to undo it), or the sum is not finite; nothing is changed.
+            ValueError: the weight or a factor is sharded; nothing is changed.
         """
         if self.merged:
             warnings.warn("merge: the layer is merged already; nothing was done", stacklevel=2)
@@ -80,7 +82,9 @@ class Mergeable(AdaptedLayer):
         if self.adapter is None:
             raise RuntimeError("merge: no adapter is active")
         self.check_own_weight("merge")
-        with torch.no_grad():
+        matrices = {name: getattr(self, name) for name in ("weight", "lora_A", "lora_B", "lora_E")}
+        check_unsharded("merge", matrices, "merge the saved adapter into a model that is not")
+        with torch.no_grad(), naming("merge", matrices):
             compute_anew(self)  # the factors too may be computed
             merged, error, changed = ops.merged_weight(
                 self._matrix(self.weight),
@@ -90,7 +94,9 @@ class Mergeable(AdaptedLayer):
                 scaling=self.scaling,
                 rank=self.rank,
             )
-        report = MergeReport(error.item(), int(changed), merged.numel())
+            if kind_without_memory(merged) and not kind_without_memory(self.weight):
+                raise RuntimeError(f"the weight would become {kind_without_memory(merged)}")
+            report = MergeReport(error.item(), int(changed), merged.numel())
         if not math.isfinite(report.max_rounding_error):
             raise RuntimeError("merge: the merged weight would not be finite; nothing was changed")
         base = self.weight
@@ -170,6 +176,7 @@ def merge(model: nn.Module) -> dict[str, MergeReport]:
         RuntimeError: as a layer's merge(), with the layer's name; nothing is changed.
     """
     reports: dict[str, MergeReport] = {}
+    reshard(model)
     every = required_layers(model)
     layers = {name: layer for name, layer in every.items() if layer.adapter is not None}
     if not layers:
@@ -199,7 +206,7 @@ def check_own_weights(operation: str, layers: Mapping[str, Mergeable]) -> None:
 def _merge_layer(name: str, layer: Mergeable) -> MergeReport:
     try:
         return layer.merge()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
 
 

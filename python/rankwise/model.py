@@ -14,6 +14,7 @@ from .config import AdapterOptions, TargetConfig
 from .left_out import warn_of_left_out
 from .nn import adapt
 from .patterns import pattern_values
+from .sharding import reshard
 from .stand_in import adopt_hooks
 from .targets import ALL_LINEAR, find_targets, named
 from .tree import Tree, adapted_layers, required_layers
@@ -80,6 +81,7 @@ def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") ->
     tree = Tree(model)
     if tree.adapted:
         raise ValueError("apply_lora: the model has adapters already; use add_adapter()")
+    reshard(model)
     state = ModelAdapters()
     install_adapter(tree, state, name, prepare_adapter(tree, state, name, *plan(tree, config)))
     model.requires_grad_(False)
@@ -89,6 +91,7 @@ def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") ->
 
 def add_adapter(model: nn.Module, name: str, config: TargetConfig) -> None:
     """Adds an adapter, not active, over the same base; its targets may differ from others'."""
+    reshard(model)
     state, tree = ModelAdapters.of(model), Tree(model)
     install_adapter(tree, state, name, prepare_adapter(tree, state, name, *plan(tree, config)))
 
@@ -189,10 +192,21 @@ def activate_adapter(model: nn.Module, name: str | None) -> None:
     layers = adapted_layers(model).values()
     if any(layer.merged for layer in layers):
         raise RuntimeError("activate_adapter: the model is merged; call unmerge(model) first")
+    check_switch(model, name)
     for layer in layers:
         layer.activate_adapter(name)
     state.active = name
     state.use_whole(model)
+
+
+def check_switch(model: nn.Module, name: str | None) -> None:
+    """Refuses, by name, what activate_adapter() cannot switch: factors that are sharded."""
+    reshard(model)
+    for path, layer in adapted_layers(model).items():
+        try:
+            layer.check_switch(name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

@@ -183,7 +183,7 @@ def dropout_mask(
 
 def path(tensor: Tensor) -> str:
     """What serves tensors of this type and device: "cpu (micro-kernel)", "cuda (composite)", ..."""
-    return _ops._lora_linear_path(tensor)
+    return _ops._lora_linear_path(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
 
 
 _CPU_PATHS = {str(path): path for path in _library.CpuPath.__members__.values()}

@@ -11,6 +11,7 @@ from torch import nn
 from . import ops
 from .adapted import Adapted
 from .model import ModelAdapters
+from .sharding import check_matrices, check_not_flat, naming, reshard, whole
 from .tree import Tree, adapted_layers
 
 
@@ -68,24 +69,27 @@ def summary(model: nn.Module) -> Summary:
     """The adapted layers of a model: sizes, ranks, dtypes, and which implementation runs each."""
     ModelAdapters.of(model)
     layers = adapted_layers(model)
+    _check_whole("summary", model, layers)
     stored = {id(p) for m in layers.values() for p in m.adapters.parameters()}
     parameters = [p for p in model.parameters() if id(p) not in stored]
     return Summary(
         [_layer_summary(name, layer) for name, layer in layers.items()],
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        trainable=sum(int(p.numel()) for p in parameters if p.requires_grad),
+        total=sum(int(p.numel()) for p in parameters),
     )
 
 
 def _layer_summary(name: str, layer: Adapted) -> LayerSummary:
     inputs, outputs = layer._sizes
+    with naming("summary", {f"{name}.lora_A": layer.lora_A}):
+        capacity = int(layer.capacity)
     return LayerSummary(
         name=name,
         in_features=inputs,
         out_features=outputs,
         adapter=layer.adapter,
         rank=layer.rank,
-        capacity=layer.capacity,
+        capacity=capacity,
         scaling=layer.scaling,
         dropout=layer.dropout,
         base_dtype=layer.weight.dtype,
@@ -124,10 +128,12 @@ def health_check(model: nn.Module) -> HealthReport:
 
     Looks for adapters without a gradient or with one that is not finite, factors in another dtype
     than was asked for, layers switched off or merged, weights tied to an adapted layer's, and says
-    which implementation runs.
+    which implementation runs. All processes must check a model under fully_shard: they gather it.
     """
+    reshard(model)
     state, tree = ModelAdapters.of(model), Tree(model)
     layers = {name: m for name, m in tree.adapted.items() if m.adapter is not None}
+    _check_whole("health_check", model, layers)
     problems = [problem for name, layer in layers.items() for problem in _problems(name, layer)]
     for path in state.whole.get(state.active, {}):
         for name, part in Tree(tree.modules[path]).modules.items():
@@ -138,6 +144,13 @@ def health_check(model: nn.Module) -> HealthReport:
         problems.append("no adapter is active")
     paths = Counter(_path(layer) for layer in layers.values())
     return HealthReport(problems, len(layers), dict(paths))
+
+
+def _check_whole(operation: str, model: nn.Module, layers: dict[str, Adapted]) -> None:
+    check_not_flat(operation, model)
+    for name, layer in layers.items():
+        matrices = {f"{name}.{f}": getattr(layer, f) for f in ("weight", "lora_A", "lora_B")}
+        check_matrices(operation, matrices)
 
 
 def _path(layer: Adapted) -> str:
@@ -168,9 +181,12 @@ def _gradient_problems(name: str, parameter: nn.Parameter) -> list[str]:
         return [f"{name}: frozen (requires_grad is False)"]
     if parameter.grad is None:
         return [f"{name}: no gradient; the layer took no part in the step"]
-    if not parameter.grad.isfinite().all():
-        return [f"{name}: the gradient is not finite"]
-    return []
+    try:
+        with naming("health_check", {f"{name}.grad": parameter.grad}):
+            finite = bool(whole(parameter.grad).isfinite().all())
+    except RuntimeError as error:
+        return [f"{name}: the gradient cannot be checked: {error}"]
+    return [] if finite else [f"{name}: the gradient is not finite"]
 
 
 def _tied(tree: Tree, layers: dict[str, Adapted]) -> list[str]:

@@ -85,7 +85,7 @@ def use_whole(model: nn.Module, whole: WholeModules, name: str | None) -> None:
 def _follow(module: nn.Module, current: nn.Module) -> None:
     """Gives a module that was not in place the devices, dtypes and modes of its twin that was."""
     for mine, twin in zip(module.parameters(), current.parameters(), strict=True):
-        mine.data = mine.data.to(twin)
+        mine.data = mine.data.to(twin.device, twin.dtype)
     for mine, twin in zip(module.modules(), current.modules(), strict=True):
         mine.training = twin.training
         for name, buffer in mine._buffers.items():

@@ -1,0 +1,148 @@
+"""Tensors that are not whole in this process's memory: DTensors, FSDP1's flat ones, subclasses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ._library import library
+
+kind_without_memory = library.kind_without_memory  # "DTensor", "meta", ...; "" for plain memory
+
+
+def _class(module: str, name: str):
+    """A class for isinstance(); one whose module nobody imported has no instances."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return isinstance(tensor, _class("torch.distributed.tensor", "DTensor"))
+
+
+def reshard(model: nn.Module) -> None:
+    """Gives modules under fully_shard their own parameters back, which optimizers and files mean.
+
+    Between a forward and a backward they may have gathered copies in their place.
+    """
+    fully_sharded = _class("torch.distributed.fsdp", "FSDPModule")
+    for module in model.modules():
+        if isinstance(module, fully_sharded):
+            module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor's full value, for which all processes of its mesh must ask; others as they are."""
+    if not is_sharded(tensor):
+        return tensor
+    return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+
+
+def assign(target: Tensor, value: Tensor) -> None:
+    """target.copy_(value); of a value that all processes have, a DTensor takes its part."""
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = target.device_mesh, target.placements
+        value = value.to(mesh.device_type, target.dtype)
+        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    target.copy_(value)
+
+
+def check_unsharded(operation: str, tensors: Mapping[str, Tensor | None], way_out: str) -> None:
+    """Refuses matrices that are sharded over processes.
+
+    Raises:
+        ValueError: naming the operation, the tensor and the way out.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and is_sharded(tensor):
+            raise ValueError(
+                f"{operation}: {name} must be whole in this process, got a DTensor "
+                f"{list(tensor.shape)}, sharded over processes; {way_out}"
+            )
+    check_matrices(operation, tensors)
+
+
+def check_matrices(operation: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Refuses what FullyShardedDataParallel made of matrices: parts of a flat parameter.
+
+    Raises:
+        ValueError: naming the operation, the tensor and the way out.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dim() == 1:
+            raise ValueError(
+                f"{operation}: {name} must be a matrix, got [{tensor.numel()}]; if the model is "
+                "under FullyShardedDataParallel, which flattens parameters, call it within "
+                "FullyShardedDataParallel.summon_full_params(model)"
+            )
+
+
+def check_not_flat(operation: str, model: nn.Module) -> None:
+    """Refuses a model whose parameters are no longer there, but one flat parameter for them all.
+
+    Raises:
+        ValueError: naming the operation and the way out.
+    """
+    flat = _class("torch.distributed.fsdp._flat_param", "FlatParameter")
+    if any(isinstance(parameter, flat) for parameter in model.parameters()):
+        raise ValueError(
+            f"{operation}: the model is under FullyShardedDataParallel and has a FlatParameter in "
+            "place of its own; wrap it with use_orig_params=True"
+        )
+
+
+@contextmanager
+def naming(operation: str, tensors: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """Adds to what torch says of tensors that are not plain memory which they are.
+
+    Raises:
+        RuntimeError: at once for those that torch itself would read at a wrong address.
+    """
+    kinds = {n: kind_without_memory(t) for n, t in tensors.items() if t is not None}
+    what = ", ".join(f"{name} is {kind}" for name, kind in kinds.items() if kind)
+    if "freed memory" in kinds.values():
+        raise RuntimeError(f"{operation}: {what}, whose values are elsewhere now")
+    try:
+        yield
+    except Exception as error:
+        if not what:
+            raise
+        raise RuntimeError(f"{operation}: {what}: {error}") from error
+
+
+def mesh_of(tensors: Iterable[Tensor]):
+    """The largest mesh that a tensor is sharded over, or None."""
+    meshes = [tensor.device_mesh for tensor in tensors if is_sharded(tensor)]
+    return max(meshes, key=lambda mesh: mesh.size(), default=None)
+
+
+@contextmanager
+def shared_outcome(mesh) -> Iterator[bool]:
+    """Runs the block on all processes of a mesh, which wait for each other at its end.
+
+    What fails on one of them is raised on all. True on the mesh's first process, and where there is
+    no mesh; the block itself must not communicate.
+    """
+    if mesh is None:
+        yield True
+        return
+    failure: Exception | None = None
+    try:
+        yield not any(mesh.get_coordinate())
+    except Exception as error:
+        failure = error
+    failures = [None if failure is None else (type(failure), str(failure))]
+    for dim in range(mesh.ndim):
+        group = mesh.get_group(dim)
+        gathered: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, failures, group=group)
+        failures = [one for part in gathered for one in part if one is not None]
+    if failure is not None:
+        raise failure
+    for kind, text in failures:
+        raise kind(f"{text} (in another process)")

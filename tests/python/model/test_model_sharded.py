@@ -1,0 +1,147 @@
+# Models under fully_shard, on two processes: training, the reports, and what is refused by name.
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_processes
+from sharded_models import WAYS, adapted, full, inputs, sharded, trained
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import rankwise as rw
+
+
+def test_a_sharded_model_trains_and_tells_as_a_whole_one():
+    run_processes(_every_way, 2)
+
+
+def _every_way(rank: int) -> None:
+    for way in WAYS:
+        _trains(way, rank)
+        _reports(way, rank)
+        _refuses(way, rank)
+    _computes_its_base(rank)
+    _takes_no_adapters(rank)
+
+
+def _step(model: nn.Module, optimizer, x: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def _trains(way: str, rank: int) -> None:
+    """Sharded over two batches as in one process over both."""
+    if way == "one layer":
+        return  # the other layers' gradients are nobody's to average
+    model, reference = sharded(way), adapted()
+    optimizers = [torch.optim.SGD(trained(m), lr=0.1) for m in (model, reference)]
+    for step in range(3):
+        _step(model, optimizers[0], inputs(10 * step + rank))
+        _step(reference, optimizers[1], torch.cat([inputs(10 * step + r) for r in range(2)]))
+    tolerance = 0.02 if way == "in bfloat16" else 1e-5
+    wanted = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            full(parameter), wanted[name].detach(), rtol=tolerance, atol=tolerance, msg=name
+        )
+
+
+def _reports(way: str, rank: int) -> None:
+    model = sharded(way)
+    wanted = rw.summary(adapted())
+    assert rw.summary(model) == wanted
+    assert "no gradient" in str(rw.health_check(model))
+    model(inputs(rank)).square().mean().backward()
+    assert rw.summary(model) == wanted
+    report = rw.health_check(model)
+    assert report.ok and report.checked == 2, report
+    gradient = model.up.lora_B.grad.to_local()
+    if rank == 1:
+        gradient[-1, -1] = torch.inf
+    assert rw.health_check(model).problems == ["up.lora_B: the gradient is not finite"]
+
+
+def _refuses(way: str, rank: int) -> None:
+    model = adapted()
+    rw.add_adapter(model, "other", rw.LoRAConfig(rank=2, target_modules=["up"]))
+    WAYS[way](model, init_device_mesh("cpu", (2,)))
+    before = {name: full(p) for name, p in model.named_parameters()}
+    with torch.no_grad():
+        wanted = model(inputs(rank))
+    with pytest.raises(ValueError, match="up: merge: weight must be whole .* DTensor"):
+        rw.merge(model)
+    for change in (
+        lambda: rw.activate_adapter(model, "other"),
+        lambda: rw.activate_adapter(model, None),
+        lambda: rw.delete_adapter(model, "default"),
+        lambda: rw.load_adapter(model, "nowhere", name="other"),
+    ):
+        with pytest.raises((ValueError, rw.FileError), match="DTensor.*before fully_shard|nowhere"):
+            change()
+    with torch.no_grad():
+        assert torch.equal(model(inputs(rank)), wanted)
+    if way != "one layer":
+        model.reshard()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(full(parameter), before[name]), name
+
+
+def _computes_its_base(rank: int) -> None:
+    model, reference = sharded("blocks"), adapted()
+    with torch.no_grad():
+        wanted = reference(inputs(rank))
+        with rw.disable_adapters(model), rw.disable_adapters(reference):
+            torch.testing.assert_close(model(inputs(rank)), reference(inputs(rank)))
+        torch.testing.assert_close(model(inputs(rank)), wanted)
+
+
+def _takes_no_adapters(rank: int) -> None:
+    for way in ("root", "one layer"):
+        for gathered in (False, True):
+            model = nn.Sequential()
+            for name in ("up", "down", "head"):
+                model.add_module(name, nn.Linear(8, 8))
+            modules = dict(model.named_modules())
+            WAYS[way](model, init_device_mesh("cpu", (2,)))
+            if gathered:
+                model(inputs(rank))
+            with pytest.raises(ValueError, match="fully_shard|FSDPLinear"):
+                rw.apply_lora(model, rw.LoRAConfig(rank=2, target_modules=["up"]))
+            assert dict(model.named_modules()) == modules
+
+
+def test_what_is_flattened_is_refused_by_name(tmp_path):
+    rw.save_adapter(adapted(), tmp_path / "plain")
+    run_processes(_every_flattened, 2, tmp_path)
+
+
+def _every_flattened(rank: int, folder: Path) -> None:
+    for use_orig_params in (True, False):
+        _flattened(rank, folder, use_orig_params)
+
+
+def _flattened(rank: int, folder: Path, use_orig_params: bool) -> None:
+    """FSDP's first form, which makes parts of one flat parameter of all matrices."""
+    model = adapted()
+    if not use_orig_params:
+        model.requires_grad_(True)  # it flattens nothing else
+    wrapped = FullyShardedDataParallel(
+        model, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    wrapped(inputs(rank)).sum().backward()
+    for action in (
+        lambda: rw.summary(wrapped),
+        lambda: rw.health_check(wrapped),
+        lambda: rw.merge(wrapped),
+        lambda: rw.save_adapter(model, folder / "sharded"),
+        lambda: rw.export_lora(model, folder / "sharded"),
+        lambda: rw.load_adapter(model, folder / "plain"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match="up|down|FlatParameter"):
+            action()
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        rw.save_adapter(model, folder / f"{rank} {use_orig_params}")
+    got = (folder / f"{rank} {use_orig_params}" / "adapter_model.safetensors").read_bytes()
+    assert got == (folder / "plain" / "adapter_model.safetensors").read_bytes()
