@@ -14,37 +14,31 @@ from torch import Tensor, nn
 
 from ._library import library
 from .adapted import Adapted, HeldAdapter, StoredAdapter
-from .file_config import (
-    EMBEDDING_PARTS,
-    LINEAR_PARTS,
-    TRIPLET_PARTS,
-    Adapters,
-    adapter_of,
-    add_method,
-    plain_file,
-    plan_of,
-    shared_config,
-)
+from .file_config import Adapters, adapter_of, add_method, plain_file, plan_of, shared_config
+from .file_slots import Slot, factors_of, slots_of
 from .model import (
     ModelAdapters,
     activate_adapter,
+    check_switch,
     install_adapter,
     prepare_adapter,
 )
-from .tree import Tree, plain_state
+from .sharding import mesh_of, reshard, shared_outcome
+from .tree import Tree
 
 FileError = library.FileError
 HINTS = 20  # tensors whose nearest module an error names: each is looked for among all modules
-_Key, _Part = library.AdapterKey, library.AdapterKey.Part
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | None = None) -> None:
     """Writes an adapter as PEFT's folder: adapter_config.json and adapter_model.safetensors.
 
     Of LoRA or of AdaLoRA, as the layers are. Atomic: a process killed at any moment leaves the
-    folder's old adapter or the new one. LoRA layers of rank 0 are left out, for PEFT knows none and
-    they compute their base. AdaLoRA's schedule is stored where it is known (see adalora_config);
-    else the folder has a placeholder, for PEFT wants one: total_step 1 and target_r = init_r.
+    folder's old adapter or the new one. All processes must save a model under fully_shard: they
+    gather it, the first one writes and the others wait for it. LoRA layers of rank 0 are left out,
+    for PEFT knows none and they compute their base. AdaLoRA's schedule is stored where it is known
+    (see adalora_config); else the folder has a placeholder, for PEFT wants one: total_step 1 and
+    target_r = init_r.
 
     Args:
         model: with adapters.
@@ -56,6 +50,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
             one initial rank and one alpha for all layers, and no rslora. export_lora can.
         FileError: the folder cannot be written.
     """
+    reshard(model)
     layers, adapters, whole = adapter_of("save_adapter", model, name)
     adapters = {p: a for p, a in adapters.items() if a.rank > 0 or a.options.triplets}
     if not adapters:
@@ -63,8 +58,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     config = shared_config(model, layers, adapters)
     add_method(config, adapters)
     config.modules_to_save = list(whole)
-    tensors = _slots(layers, adapters, whole)
-    library.write_adapter(directory, library.AdapterFile(config, tensors))
+    slots = slots_of("save_adapter", layers, adapters, whole)
+    mesh = mesh_of(slot.tensor for slot in slots.values())
+    _write(directory, config, {key: slot.value() for key, slot in slots.items()}, mesh)
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike, name: str | None = None) -> None:
@@ -83,28 +79,40 @@ def export_lora(model: nn.Module, directory: str | os.PathLike, name: str | None
             in the adapter's dtype.
         FileError: the folder cannot be written.
     """
+    reshard(model)
     layers, adapters, whole = adapter_of("export_lora", model, name)
     adapters = {p: a for p, a in adapters.items() if a.rank > 0}
     if not adapters:
         raise ValueError("export_lora: every layer has rank 0; there is nothing to write")
-    updates = [
-        library.AdapterUpdate(
-            p, *_active(a), a.options.scaling, isinstance(layers[p], nn.Embedding)
-        )
-        for p, a in adapters.items()
-    ]
+    slots = slots_of("export_lora", layers, adapters, whole)
+    mesh = mesh_of(slot.tensor for slot in slots.values())
+    updates = [_update(path, a, layers[path]) for path, a in adapters.items()]
     config = shared_config(model, layers, adapters)
     config.modules_to_save = list(whole)
     folded = library.fold_adapter(updates, config)
     folded.config.target_modules = config.target_modules  # short names, where the model allows it
-    tensors = folded.tensors | _slots(layers, {}, whole)
-    library.write_adapter(directory, library.AdapterFile(folded.config, tensors))
+    saved = slots_of("export_lora", {}, {}, whole)
+    tensors = folded.tensors | {key: slot.value() for key, slot in saved.items()}
+    _write(directory, folded.config, tensors, mesh)
     if whole:
         warnings.warn(
             f"export_lora: the folder has modules trained whole ({', '.join(whole)}), which PEFT "
             "reads; vLLM and llama.cpp's conversion stop there",
             stacklevel=2,
         )
+
+
+def _update(path: str, adapter: HeldAdapter, layer: Adapted):
+    A, B, *E = (slot.value() for slot in factors_of(adapter))
+    embedding = isinstance(layer, nn.Embedding)
+    return library.AdapterUpdate(path, A, B, *(E or [None]), adapter.options.scaling, embedding)
+
+
+def _write(directory: str | os.PathLike, config, tensors: Mapping[str, Tensor], mesh) -> None:
+    """Writes the folder, over a mesh in its first process alone."""
+    with shared_outcome(mesh) as first:
+        if first:
+            library.write_adapter(directory, library.AdapterFile(config, tensors))
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,9 @@ def load_adapter(
     allows it, widened with a warning where not, never rounded. Nothing is changed unless everything
     fits.
 
+    Of a model under fully_shard, whose adapter must be there and active, all processes must load:
+    each takes its part, and none if one of them fails.
+
     Args:
         model: plain or with adapters.
         directory: with adapter_config.json and adapter_model.safetensors.
@@ -143,27 +154,30 @@ def load_adapter(
         FileError: the folder cannot be read, is damaged, or does not fit the model: every missing,
             extra or wrongly shaped tensor is listed.
     """
+    reshard(model)
     tree = Tree(model)
-    file = plain_file(library.read_adapter(directory), tree)
     layers = tree.adapted
-    if any(layer.merged for layer in layers.values()):
-        raise RuntimeError("load_adapter: the model is merged; call unmerge(model) first")
-    state = ModelAdapters.of(model) if layers else ModelAdapters()
-    prepared = None
-    if name in state.names:
-        layers = {path: m for path, m in layers.items() if name in m.adapter_names}
-        adapters: Adapters = {path: m.held_adapter(name) for path, m in layers.items()}
-        whole = state.whole[name]
-    else:
-        prepared = prepare_adapter(tree, state, name, *plan_of(tree, file))
-        layers, adapters, whole = prepared.layers, prepared.adapters, prepared.copies
-        settings = library.ModuleSettings(file.config)
-        for path, adapter in adapters.items():
-            _keep_first(adapter, settings.rank_of(path))
-    slots, tensors = _slots(layers, adapters, whole), file.tensors
-    report = _check(tree, directory, file, slots, adapters, strict)
+    with shared_outcome(_mesh(layers, name)):
+        file = plain_file(library.read_adapter(directory), tree)
+        if any(layer.merged for layer in layers.values()):
+            raise RuntimeError("load_adapter: the model is merged; call unmerge(model) first")
+        state = ModelAdapters.of(model) if layers else ModelAdapters()
+        prepared = None
+        if name in state.names:
+            check_switch(layers, name)
+            layers = {path: m for path, m in layers.items() if name in m.adapter_names}
+            adapters: Adapters = {path: m.held_adapter(name) for path, m in layers.items()}
+            whole = state.whole[name]
+        else:
+            prepared = prepare_adapter(tree, state, name, *plan_of(tree, file))
+            layers, adapters, whole = prepared.layers, prepared.adapters, prepared.copies
+            settings = library.ModuleSettings(file.config)
+            for path, adapter in adapters.items():
+                _keep_first(adapter, settings.rank_of(path))
+        slots, tensors = slots_of("load_adapter", layers, adapters, whole), file.tensors
+        report = _check(tree, directory, file, slots, adapters, strict)
     for key in slots.keys() & tensors.keys():
-        slots[key].copy_(tensors[key])
+        slots[key].fill(tensors[key])
     if prepared is not None:
         if not state.names:
             model.requires_grad_(False)
@@ -175,6 +189,12 @@ def load_adapter(
     return report
 
 
+def _mesh(layers: Mapping[str, Adapted], name: str):
+    """The processes that the factors of the adapter of this name are sharded over, or None."""
+    held = [m.held_adapter(name) for m in layers.values() if name in m.adapter_names]
+    return mesh_of(slot.tensor for adapter in held for slot in factors_of(adapter))
+
+
 def _keep_first(adapter: StoredAdapter, rank: int) -> None:
     """Lowers the rank of a new adapter; directions that are not active are zero."""
     adapter.rank = rank
@@ -183,36 +203,11 @@ def _keep_first(adapter: StoredAdapter, rank: int) -> None:
             factor.detach()[rank:] = 0
 
 
-def _active(adapter: HeldAdapter | StoredAdapter) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The directions in use of lora_A, lora_B and lora_E, detached."""
-    rank, E = adapter.rank, adapter.lora_E
-    A, B = adapter.lora_A.detach()[:rank], adapter.lora_B.detach()[:, :rank]
-    return A, B, None if E is None else E.detach()[:rank]
-
-
-def _slots(
-    layers: Mapping[str, Adapted], adapters: Adapters, whole: Mapping[str, nn.Module]
-) -> dict[str, Tensor]:
-    """{PEFT's key: the tensor it stands for}, detached: active directions, and whole modules."""
-    slots: dict[str, Tensor] = {}
-    for path, adapter in adapters.items():
-        linear = LINEAR_PARTS if adapter.lora_E is None else TRIPLET_PARTS
-        parts = EMBEDDING_PARTS if isinstance(layers[path], nn.Embedding) else linear
-        factors = [factor for factor in _active(adapter) if factor is not None]
-        for part, factor in zip(parts, factors, strict=True):
-            slots[str(_Key(path, part))] = factor
-    for path, module in whole.items():
-        for key, tensor in plain_state(module).items():
-            owner, _, parameter = f"{path}.{key}".rpartition(".")
-            slots[str(_Key(owner, _Part.saved, parameter))] = tensor
-    return slots
-
-
 def _check(
     tree: Tree,
     directory: str | os.PathLike,
     file,
-    slots: Mapping[str, Tensor],
+    slots: Mapping[str, Slot],
     adapters: Adapters,
     strict: bool,
 ) -> LoadReport:
@@ -224,8 +219,10 @@ def _check(
     problems = []
     for key in sorted(slots.keys() & tensors.keys()):
         wanted, got = slots[key], tensors[key]
-        if wanted.shape != got.shape:
-            problems.append(f"{key}: must be {list(wanted.shape)}, got {list(got.shape)}")
+        if wanted.why_not_filled:
+            problems.append(f"{key}: the model's {wanted.why_not_filled}")
+        elif wanted.shape != list(got.shape):
+            problems.append(f"{key}: must be {wanted.shape}, got {list(got.shape)}")
         elif torch.promote_types(wanted.dtype, got.dtype) != wanted.dtype:
             problems.append(f"{key}: {got.dtype} would be rounded to the model's {wanted.dtype}")
         elif wanted.dtype != got.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -189,20 +189,20 @@ def activate_adapter(model: nn.Module, name: str | None) -> None:
     state = ModelAdapters.of(model)
     if name is not None and name not in state.whole:
         raise KeyError(f"activate_adapter: adapters are {state.names}, got {name!r}")
-    layers = adapted_layers(model).values()
-    if any(layer.merged for layer in layers):
+    reshard(model)
+    layers = adapted_layers(model)
+    if any(layer.merged for layer in layers.values()):
         raise RuntimeError("activate_adapter: the model is merged; call unmerge(model) first")
-    check_switch(model, name)
-    for layer in layers:
+    check_switch(layers, name)
+    for layer in layers.values():
         layer.activate_adapter(name)
     state.active = name
     state.use_whole(model)
 
 
-def check_switch(model: nn.Module, name: str | None) -> None:
+def check_switch(layers: Mapping[str, Adapted], name: str | None) -> None:
     """Refuses, by name, what activate_adapter() cannot switch: factors that are sharded."""
-    reshard(model)
-    for path, layer in adapted_layers(model).items():
+    for path, layer in layers.items():
         try:
             layer.check_switch(name)
         except ValueError as error:

@@ -126,13 +126,13 @@ def restore_nested_tensors(model: nn.Module) -> None:
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state_dict() under the names of the plain module, without its wrappers' own."""
+    """A module's own tensors as state_dict() names them in the plain module, without wrappers'."""
     tree = Tree(module)
     if not tree.wrapped:
-        return module.state_dict()
+        return module.state_dict(keep_vars=True)
     state: dict[str, Tensor] = {}
     for name, part in tree.modules.items():
-        part._save_to_state_dict(state, f"{name}." if name else "", keep_vars=False)
+        part._save_to_state_dict(state, f"{name}." if name else "", keep_vars=True)
     return state
 
 

@@ -1,0 +1,103 @@
+"""Where the tensors of an adapter's file stand in a model, and their values in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ._library import library
+from .adapted import Adapted, HeldAdapter, StoredAdapter
+from .file_config import EMBEDDING_PARTS, LINEAR_PARTS, TRIPLET_PARTS, Adapters
+from .sharding import assign, check_matrices, is_sharded, kind_without_memory, whole
+from .tree import plain_state
+
+_Key, _Part = library.AdapterKey, library.AdapterKey.Part
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The leading `rank` directions of a factor, along `dim`; or with rank None all of a tensor."""
+
+    tensor: Tensor
+    dim: int = 0
+    rank: int | None = None
+
+    @property
+    def shape(self) -> list[int]:
+        sizes = list(self.tensor.shape)
+        if self.rank is not None:
+            sizes[self.dim] = self.rank
+        return sizes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def kind(self) -> str:
+        """What the tensor is instead when it can be neither read nor written; "" for most."""
+        return "" if is_sharded(self.tensor) else kind_without_memory(self.tensor)
+
+    @property
+    def why_not_filled(self) -> str:
+        """Why fill() cannot write the tensor; "" when it can."""
+        if self.kind:
+            return f"must be dense, with data, got {self.kind}"
+        overlaps = not is_sharded(self.tensor) and library.has_overlap(self.tensor)
+        return "has elements that share memory" if overlaps else ""
+
+    def value(self) -> Tensor:
+        """The values, detached; of a DTensor gathered, for which all its processes must ask.
+
+        A tensor that cannot be read comes as it is: who reads it refuses it by name.
+        """
+        if self.kind:
+            return self.tensor
+        return self._directions(whole(self.tensor).detach())
+
+    def fill(self, value: Tensor) -> None:
+        """Writes the values; a sharded factor's directions behind `rank`, not in use, become 0."""
+        target = self.tensor.detach()
+        if not is_sharded(target):
+            self._directions(target).copy_(value)
+            return
+        full = torch.zeros(target.shape, dtype=value.dtype)
+        self._directions(full).copy_(value)
+        assign(target, full)
+
+    def _directions(self, tensor: Tensor) -> Tensor:
+        return tensor if self.rank is None else tensor.narrow(self.dim, 0, self.rank)
+
+
+def factors_of(adapter: HeldAdapter | StoredAdapter) -> list[Slot]:
+    """lora_A, lora_B and, of AdaLoRA, lora_E: the directions in use."""
+    slots = [Slot(adapter.lora_A, 0, adapter.rank), Slot(adapter.lora_B, 1, adapter.rank)]
+    return slots if adapter.lora_E is None else [*slots, Slot(adapter.lora_E, 0, adapter.rank)]
+
+
+def slots_of(
+    operation: str,
+    layers: Mapping[str, Adapted],
+    adapters: Adapters,
+    copies: Mapping[str, nn.Module],
+) -> dict[str, Slot]:
+    """{PEFT's key: the place it stands for}: active directions, and modules trained whole.
+
+    Raises:
+        ValueError: a factor was flattened by FullyShardedDataParallel.
+    """
+    slots: dict[str, Slot] = {}
+    for path, adapter in adapters.items():
+        linear = LINEAR_PARTS if adapter.lora_E is None else TRIPLET_PARTS
+        parts = EMBEDDING_PARTS if isinstance(layers[path], nn.Embedding) else linear
+        for part, slot in zip(parts, factors_of(adapter), strict=True):
+            slots[str(_Key(path, part))] = slot
+    check_matrices(operation, {key: slot.tensor for key, slot in slots.items()})
+    for path, module in copies.items():
+        for key, tensor in plain_state(module).items():
+            owner, _, parameter = f"{path}.{key}".rpartition(".")
+            slots[str(_Key(owner, _Part.saved, parameter))] = Slot(tensor)
+    return slots
