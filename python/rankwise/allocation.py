@@ -14,9 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from ._library import library
 from .adapted import Adapted
 from .config import AdaLoRAConfig
+from .sharding import check_unsharded, reshard
 from .tree import adapted_layers, enclosing
 from .wrappers import without_wrappers
 
+_UNSHARDED = (
+    "use DistributedDataParallel, or leave the factors out of fully_shard (ignored_params) and "
+    "average their gradients"
+)
 PENALTY_FORMS = ("squared_sum", "mean_norm")
 
 
@@ -40,7 +45,8 @@ class RankAllocator:
             here. ``adalora_config(model)`` is that of an adapter already in the model.
 
     Raises:
-        ValueError: the model has no AdaLoRA adapters, or an option is wrong.
+        ValueError: the model has no AdaLoRA adapters, their factors are sharded, or an option is
+            wrong.
     """
 
     def __init__(self, model: nn.Module, config: AdaLoRAConfig) -> None:
@@ -56,6 +62,8 @@ class RankAllocator:
             )
         self.config = config
         self._layers = layers
+        reshard(model)
+        self._check_unsharded()
         self._core = library.RankAllocator(
             [_adapter(name, layer) for name, layer in layers.items()], config.allocation_options()
         )
@@ -78,6 +86,7 @@ class RankAllocator:
             raise TypeError(
                 f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
+        self._check_unsharded()
         while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = optimizer.optimizer  # Accelerate's wrapper, which has no hooks of its own
         return optimizer.register_step_post_hook(lambda stepped, args, kwargs: self.step(stepped))
@@ -93,6 +102,7 @@ class RankAllocator:
                 "RankAllocator: the model was unloaded and has no adapters; call remove() on the "
                 "handle that attach() returned"
             )
+        self._check_unsharded()
         self._core.step(*_view(optimizer))
 
     def freeze(self, optimizer: Optimizer | None) -> None:
@@ -101,6 +111,7 @@ class RankAllocator:
         Args:
             optimizer: whose state must follow the directions; None where there is none.
         """
+        self._check_unsharded()
         self._core.freeze(*_view(optimizer))
 
     def orthogonality_penalty(self, form: str = "squared_sum") -> Tensor:
@@ -117,7 +128,14 @@ class RankAllocator:
             raise ValueError(
                 f"orthogonality_penalty: form must be in {PENALTY_FORMS}, got {form!r}"
             )
+        self._check_unsharded()
         return self._core.orthogonality_penalty(squared=form == "squared_sum")
+
+    def _check_unsharded(self) -> None:
+        """Also for layers that were sharded after the allocator was made over their factors."""
+        for name, layer in self._layers.items():
+            factors = {f"{name}.{f}": getattr(layer, f) for f in ("lora_A", "lora_B", "lora_E")}
+            check_unsharded("RankAllocator", factors, _UNSHARDED)
 
     @property
     def ranks(self) -> dict[str, int]:
