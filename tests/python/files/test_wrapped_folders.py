@@ -5,8 +5,10 @@ import warnings
 import peft
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from wrapped_models import WRAPPERS, compiled, parts_wrapped, plain, wrapped
 
 import rankwise as rw
@@ -111,6 +113,55 @@ def test_adalora_ranks_and_schedule_of_a_compiled_model(tmp_path):
     other = loaded(nn.DataParallel(plain()), tmp_path)
     assert rw.adalora_config(other).target_modules == rw.adalora_config(model).target_modules
     assert [layer.rank for layer in rw.summary(other).layers] == [3, 1]
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(process_group, tmp_path):
+    model = nn.parallel.DistributedDataParallel(trained(plain()))
+    model(X).sum().backward()
+    rw.save_adapter(model, tmp_path / "saved")
+    assert keys(tmp_path / "saved") == KEYS
+    other = loaded(nn.parallel.DistributedDataParallel(plain()), tmp_path / "saved")
+    same(other, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fully_sharded_parts(process_group, tmp_path):
+    inner = trained(plain())
+    inner[2] = FullyShardedDataParallel(
+        inner[2], use_orig_params=True, device_id=torch.device("cpu")
+    )
+    model = compiled(inner)
+    assert [layer.name for layer in rw.summary(model).layers] == ["0", "2"]
+    with FullyShardedDataParallel.summon_full_params(model):
+        rw.save_adapter(model, tmp_path / "saved")
+    assert keys(tmp_path / "saved") == KEYS
+    same(loaded(plain(), tmp_path / "saved"), trained(plain()))
+
+
+def test_regions_compiled_by_accelerate(tmp_path):
+    def build():
+        return nn.ModuleDict({"blocks": nn.ModuleList([plain(), plain()]), "head": plain()})
+
+    targets = r"blocks\.\d\.[02]"
+    model = compile_regions(build(), backend="aot_eager")
+    assert any("_orig_mod" in name for name, _ in model.named_modules())
+    trained(model, target_modules=targets, modules_to_save=["head"])
+    reference = trained(build(), target_modules=targets, modules_to_save=["head"])
+    for name, this in (("wrapped", model), ("plain", reference)):
+        rw.save_adapter(this, tmp_path / name)
+    found, wanted = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("wrapped", "plain")
+    )
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def with_prefix(folder, prefix: str) -> None:

@@ -144,6 +144,25 @@ def test_a_pickled_averaged_model_has_its_adapters():
     assert rw.adapter_names(pickle.loads(pickle.dumps(model))) == ["mine"]
 
 
+def test_a_wrapper_that_holds_a_model_twice():
+    class Fabric(nn.Module):
+        """As Lightning Fabric's: known by its name."""
+
+        __module__, __qualname__ = "lightning.fabric.wrappers", "_FabricModule"
+
+        def __init__(self, inner):
+            super().__init__()
+            self._forward_module, self._original_module = nn.DataParallel(inner), inner
+
+        def forward(self, x):
+            return self._forward_module(x)
+
+    model, reference = Fabric(plain()), rw.apply_lora(plain(), config())
+    rw.apply_lora(model, config())
+    assert names(model) == LAYERS
+    torch.testing.assert_close(randomise(model)(X), randomise(reference)(X), rtol=1e-12, atol=1e-12)
+
+
 def test_all_linear_leaves_a_compiled_output_layer():
     model, reference = llama(), rw.apply_lora(llama(), config(target_modules="all-linear"))
     model.lm_head = compiled(model.lm_head)
