@@ -100,6 +100,39 @@ TEST(LoraLinear, ErrorsNameOpArgumentWantedAndGot) {
   }
 }
 
+TEST(LoraLinear, OfNestedTensorsIsThatOfTheirComponents) {
+  const Sample sample;
+  const auto components = sample.x.detach().split_with_sizes({2, 1});
+  const auto nested = at::_nested_tensor_from_tensor_list(components).requires_grad_();
+  const auto y = lora_linear(nested, sample.weight, sample.bias, sample.A, sample.B, sample.E, 0.7);
+  ASSERT_TRUE(y.is_nested());
+  const auto flat = torch::cat(y.unbind()), expected = sample.expected(0.7, 6);
+  EXPECT_LT(distance(flat, expected), 1e-12);
+  const auto dy = torch::randn_like(flat);
+  std::vector<torch::Tensor> leaves = sample.leaves();
+  const auto wanted = torch::autograd::grad({expected}, leaves, {dy});
+  leaves[0] = nested;
+  auto got = torch::autograd::grad({flat}, leaves, {dy});
+  got[0] = torch::cat(got[0].unbind());
+  for (size_t i = 0; i < got.size(); ++i) EXPECT_LT(distance(got[i], wanted[i]), 1e-11) << i;
+}
+
+TEST(LoraLinear, NamesNestedAndSparseArguments) {
+  const Sample sample;
+  const auto message = [&](const torch::Tensor& weight, const torch::Tensor& A) -> std::string {
+    try {
+      lora_linear(sample.x, weight, {}, A, sample.B);
+    } catch (const c10::Error& error) {
+      return error.what_without_backtrace();
+    }
+    return "no error";
+  };
+  const auto nested = at::_nested_tensor_from_tensor_list(sample.weight.detach().chunk(2));
+  EXPECT_EQ(message(nested, sample.A), "lora_linear: weight must be dense, got a nested tensor");
+  EXPECT_EQ(message(sample.weight, sample.A.detach().to_sparse()),
+            "lora_linear: lora_A must be dense, got layout Sparse; call to_dense() first");
+}
+
 TEST(LoraEmbedding, FollowsTheFormula) {
   const Sample sample;
   const auto indices = torch::tensor({0, 3, 3, 10});
