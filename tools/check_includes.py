@@ -34,6 +34,7 @@ LIBRARY_USERS = {
     "config.py",
     "doctor.py",
     "file_config.py",
+    "file_names.py",
     "file_slots.py",
     "files.py",
     "ops.py",

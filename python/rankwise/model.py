@@ -11,6 +11,7 @@ from torch import nn
 
 from .adapted import Adapted, StoredAdapter, check_adapter_name
 from .config import AdapterOptions, TargetConfig
+from .file_names import check_savable
 from .left_out import warn_of_left_out
 from .nn import adapt
 from .patterns import pattern_values
@@ -18,7 +19,7 @@ from .sharding import reshard
 from .stand_in import adopt_hooks
 from .targets import ALL_LINEAR, find_targets, named
 from .tree import Tree, adapted_layers, required_layers
-from .whole import WholeModules, check_apart, check_savable, find_whole, use_whole
+from .whole import WholeModules, check_apart, find_whole, use_whole
 from .wrappers import unwrapped
 
 

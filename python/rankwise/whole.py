@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import nn
 
-from ._library import library
 from .targets import check_ties, near_misses, parameter_users
-from .tree import AdaptedLayer, Tree, enclosing, plain_state
+from .tree import AdaptedLayer, Tree, enclosing
 
 # adapter -> {module name: its own trained copy}; under None the base's originals.
 WholeModules = dict[str | None, dict[str, nn.Module]]
@@ -46,25 +45,6 @@ def find_whole(tree: Tree, names: Iterable[str]) -> dict[str, nn.Module]:
         for own in module.modules():
             check_ties("modules_to_save", name, own, users, inside)
     return found
-
-
-def check_savable(whole: Mapping[str, nn.Module]) -> None:
-    """Refuses modules whose tensors' names PEFT's files take for something else's.
-
-    Raises:
-        ValueError: naming the module and the tensor.
-    """
-    saved = library.AdapterKey.Part.saved
-    for path, module in whole.items():
-        for key in plain_state(module):
-            owner, _, parameter = f"{path}.{key}".rpartition(".")
-            read = library.parse_adapter_key(str(library.AdapterKey(owner, saved, parameter)))
-            if read is None or read.part != saved:
-                raise ValueError(
-                    f"modules_to_save: {path!r} could be trained but not saved: in PEFT's files "
-                    f"the name of its tensor '{owner}.{parameter}' means a LoRA factor; rename "
-                    "what begins with 'lora_'"
-                )
 
 
 def use_whole(model: nn.Module, whole: WholeModules, name: str | None) -> None:
