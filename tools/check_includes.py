@@ -33,6 +33,7 @@ LIBRARY_USERS = {
     "allocation.py",
     "config.py",
     "doctor.py",
+    "file_base.py",
     "file_config.py",
     "file_names.py",
     "file_slots.py",

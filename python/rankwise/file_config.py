@@ -14,7 +14,8 @@ from .adapted import Adapted, HeldAdapter, StoredAdapter
 from .config import AdaLoRAConfig, AdapterOptions
 from .model import ModelAdapters
 from .nn import is_adaptable
-from .tree import Tree, adapted_layers
+from .sharding import has_values
+from .tree import Tree, adapted_layers, enclosing, endings_of
 from .whole import find_whole
 
 # A module's adapter in the model (HeldAdapter) or made for it (StoredAdapter): the same attributes.
@@ -225,8 +226,43 @@ def plan_of(tree: Tree, file) -> tuple[dict[str, AdapterOptions], list[str]]:
             triplets=triplets,
             allocation=file.config.allocation if triplets else None,
         )
+    return options, list(find_whole(tree, _saved_whole(tree, file)))
+
+
+def _saved_whole(tree: Tree, file) -> list[str]:
+    """The modules that a file's modules_to_save mean, as far as the model has them.
+
+    PEFT adds the names of its usual heads to every classifier, and matches endings within a word
+    too: "classifier" is also DistilBERT's pre_classifier, which a file has then.
+    """
     wanted = [name for name in file.config.modules_to_save if name in tree.endings]
-    return options, list(find_whole(tree, wanted))
+    for key, tensor in file.tensors.items():
+        parsed = library.parse_adapter_key(key)
+        if parsed is None or parsed.part != _Part.saved or parsed.module not in tree.modules:
+            continue
+        parameter = tree.modules[parsed.module]._parameters.get(parsed.parameter)
+        if parameter is not None and not has_values(parameter, tensor):
+            wanted += _within_words(parsed.module, file.config.modules_to_save)
+    return wanted
+
+
+def _within_words(path: str, endings: Iterable[str]) -> list[str]:
+    """Of a module and those that hold it, the names that end so, but not at a dot."""
+    parts = path.split(".")
+    names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return [n for n in names for e in endings if n.endswith(e) and e not in endings_of(n)]
+
+
+def saved_beside(model: nn.Module, whole: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules trained whole, and those that PEFT looks for in the file because names end alike."""
+    also = {
+        name: module
+        for name, module in Tree(model).modules.items()
+        if any(_within_words(name, [path])[-1:] == [name] for path in whole)
+        and enclosing(name, whole) is None
+        and not any(isinstance(part, Adapted) for part in module.modules())
+    }
+    return {**also, **whole}
 
 
 def _factor_dtype(stored: torch.dtype, base: torch.dtype) -> torch.dtype | None:

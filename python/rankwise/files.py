@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from ._library import library
 from .adapted import Adapted, HeldAdapter, StoredAdapter
-from .file_config import Adapters, adapter_of, add_method, plain_file, plan_of, shared_config
+from .base_parameters import base_parameters, untie_copies
+from .file_base import brought_by, stored_copies, take_base
+from .file_config import (
+    Adapters,
+    adapter_of,
+    add_method,
+    plain_file,
+    plan_of,
+    saved_beside,
+    shared_config,
+)
 from .file_slots import Slot, factors_of, slots_of
 from .model import (
     ModelAdapters,
@@ -58,7 +68,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     config = shared_config(model, layers, adapters)
     add_method(config, adapters)
     config.modules_to_save = list(whole)
-    slots = slots_of("save_adapter", layers, adapters, whole)
+    slots = slots_of("save_adapter", layers, adapters, saved_beside(model, whole))
+    slots |= brought_by("save_adapter", model, name, adapters)
     mesh = mesh_of(slot.tensor for slot in slots.values())
     _write(directory, config, {key: slot.value() for key, slot in slots.items()}, mesh)
 
@@ -91,7 +102,8 @@ def export_lora(model: nn.Module, directory: str | os.PathLike, name: str | None
     config.modules_to_save = list(whole)
     folded = library.fold_adapter(updates, config)
     folded.config.target_modules = config.target_modules  # short names, where the model allows it
-    saved = slots_of("export_lora", {}, {}, whole)
+    saved = slots_of("export_lora", {}, {}, saved_beside(model, whole))
+    saved |= brought_by("export_lora", model, name, adapters)
     tensors = folded.tensors | {key: slot.value() for key, slot in saved.items()}
     _write(directory, folded.config, tensors, mesh)
     if whole:
@@ -117,15 +129,17 @@ def _write(directory: str | os.PathLike, config, tensors: Mapping[str, Tensor], 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load with strict=False left out.
+    """What a load with strict=False left out, and what the folder has of the base.
 
     Args:
         missing: tensors of the model's adapter that the file lacks.
         unexpected: tensors of the file that have no place in the model.
+        base: the base's tensors in the file that differ from the model's; the adapter uses its own.
     """
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    base: list[str] = field(default_factory=list)
 
 
 def load_adapter(
@@ -137,8 +151,9 @@ def load_adapter(
     with the initial rank as its capacity); otherwise the tensors go into the adapter that is there,
     which must be of the same method and have the same ranks and scalings, and which takes the
     file's schedule when it knows none (see adalora_config). The file's dtype is kept where the base
-    allows it, widened with a warning where not, never rounded. Nothing is changed unless everything
-    fits.
+    allows it, widened with a warning where not, never rounded. Weights of the base in the folder,
+    which PEFT stores of adapted or resized embeddings, take the place of the model's, also of those
+    tied to them, while the adapter is active. Nothing is changed unless everything fits.
 
     Of a model under fully_shard, whose adapter must be there and active, all processes must load:
     each takes its part, and none if one of them fails.
@@ -159,6 +174,7 @@ def load_adapter(
     layers = tree.adapted
     with shared_outcome(_mesh(layers, name)):
         file = plain_file(library.read_adapter(directory), tree)
+        tensors = dict(file.tensors)
         if any(layer.merged for layer in layers.values()):
             raise RuntimeError("load_adapter: the model is merged; call unmerge(model) first")
         state = ModelAdapters.of(model) if layers else ModelAdapters()
@@ -167,17 +183,25 @@ def load_adapter(
             check_switch(layers, name)
             layers = {path: m for path, m in layers.items() if name in m.adapter_names}
             adapters: Adapters = {path: m.held_adapter(name) for path, m in layers.items()}
-            whole = state.whole[name]
+            whole, own = state.whole[name], state.parameters.setdefault(name, {})
         else:
             prepared = prepare_adapter(tree, state, name, *plan_of(tree, file))
             layers, adapters, whole = prepared.layers, prepared.adapters, prepared.copies
+            own = prepared.own
+            untie_copies(own, whole, stored_copies(own, tensors))
             settings = library.ModuleSettings(file.config)
             for path, adapter in adapters.items():
                 _keep_first(adapter, settings.rank_of(path))
-        slots, tensors = slots_of("load_adapter", layers, adapters, whole), file.tensors
-        report = _check(tree, directory, file, slots, adapters, strict)
+        slots = slots_of("load_adapter", layers, adapters, whole)
+        base = base_parameters(tree, state.whole, state.parameters)
+        brought = take_base(tree, tensors, slots, base, own, whole)
+        report = _check(tree, directory, file.config, tensors, slots, adapters, strict)
     for key in slots.keys() & tensors.keys():
         slots[key].fill(tensors[key])
+    new = {id(parameter) for parameter in brought.values()}
+    report.base.extend(k for k in sorted(tensors) if k in slots and id(slots[k].tensor) in new)
+    own.update(brought)
+    state.parameters[None].update({place: base[place] for place in brought})
     if prepared is not None:
         if not state.names:
             model.requires_grad_(False)
@@ -206,23 +230,30 @@ def _keep_first(adapter: StoredAdapter, rank: int) -> None:
 def _check(
     tree: Tree,
     directory: str | os.PathLike,
-    file,
+    config,
+    tensors: Mapping[str, Tensor],
     slots: Mapping[str, Slot],
     adapters: Adapters,
     strict: bool,
 ) -> LoadReport:
     """Raises FileError with everything that does not fit."""
-    tensors, settings = file.tensors, library.ModuleSettings(file.config)
+    settings = library.ModuleSettings(config)
     report = LoadReport(
         sorted(slots.keys() - tensors.keys()), sorted(tensors.keys() - slots.keys())
     )
     problems = []
+    first: dict[int, str] = {}
     for key in sorted(slots.keys() & tensors.keys()):
         wanted, got = slots[key], tensors[key]
+        twin = first.setdefault(id(wanted.tensor), key)
+        if twin != key and not torch.equal(tensors[twin], got):
+            problems.append(f"{key}: differs from {twin}, to which it is tied in the model")
         if wanted.why_not_filled:
             problems.append(f"{key}: the model's {wanted.why_not_filled}")
         elif wanted.shape != list(got.shape):
-            problems.append(f"{key}: must be {wanted.shape}, got {list(got.shape)}")
+            resized = wanted.rank is None and wanted.shape[1:] == list(got.shape[1:])
+            way = "; resize the model's vocabulary first (resize_token_embeddings)" * resized
+            problems.append(f"{key}: must be {wanted.shape}, got {list(got.shape)}{way}")
         elif torch.promote_types(wanted.dtype, got.dtype) != wanted.dtype:
             problems.append(f"{key}: {got.dtype} would be rounded to the model's {wanted.dtype}")
         elif wanted.dtype != got.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,15 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .adapted import Adapted, StoredAdapter, check_adapter_name
+from .base_parameters import (
+    OwnParameters,
+    Place,
+    base_parameters,
+    check_not_sharded,
+    copies_of,
+    tied_ends,
+    use_parameters,
+)
 from .config import AdapterOptions, TargetConfig
 from .file_names import check_savable
 from .left_out import warn_of_left_out
@@ -19,7 +27,7 @@ from .sharding import reshard
 from .stand_in import adopt_hooks
 from .targets import ALL_LINEAR, find_targets, named
 from .tree import Tree, adapted_layers, required_layers
-from .whole import WholeModules, check_apart, find_whole, use_whole
+from .whole import WholeModules, check_apart, check_owners, find_whole, use_whole
 from .wrappers import unwrapped
 
 
@@ -34,11 +42,13 @@ class ModelAdapters:
         active: the adapter in use, or None for the base alone.
         disabled: how many disable_adapters() blocks we are in.
         whole: adapter -> {module name: its own trained copy}; under None the base's originals.
+        parameters: adapter -> {place: its own parameter there}; under None the base's.
     """
 
     active: str | None = None
     disabled: int = 0
     whole: WholeModules = field(default_factory=lambda: {None: {}})
+    parameters: OwnParameters = field(default_factory=lambda: {None: {}})
 
     @property
     def names(self) -> list[str]:
@@ -57,15 +67,23 @@ class ModelAdapters:
         return model._rankwise
 
     def use_whole(self, model: nn.Module) -> None:
-        """Puts the active adapter's own whole modules in place, or the base's while disabled."""
-        use_whole(model, self.whole, None if self.disabled else self.active)
+        """Puts the active adapter's own modules and parameters in place, or while disabled the
+        base's."""
+        use_whole(model, self.whole, self.in_use)
+        use_parameters(model, self.whole, self.parameters, self.in_use)
+
+    @property
+    def in_use(self) -> str | None:
+        """The active adapter, or None while disabled."""
+        return None if self.disabled else self.active
 
 
 def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") -> nn.Module:
     """Puts adapted layers in the place of a model's linear and embedding layers, in place.
 
     Every other parameter is frozen but those of `config.modules_to_save`, which are copied and
-    trained whole. Parameters are shared, never copied.
+    trained whole. Parameters are shared, never copied. Of modules with a tied weight, such as an
+    embedding and the output layer, all that are named train one copy; the others keep the base's.
 
     Args:
         model: any nn.Module that contains (not is) the layers to adapt; it may be compiled or in
@@ -100,6 +118,7 @@ def add_adapter(model: nn.Module, name: str, config: TargetConfig) -> None:
 def plan(tree: Tree, config: TargetConfig) -> tuple[dict[str, AdapterOptions], list[str]]:
     """({layer: options}, modules trained whole) that a configuration means for a model."""
     whole = find_whole(tree, config.modules_to_save)
+    check_owners(tree, whole)
     check_savable(whole)
     targets = find_targets(tree, config, whole)
     if config.target_modules == ALL_LINEAR:
@@ -123,12 +142,16 @@ class PreparedAdapter:
         layers: layer name -> the adapted layer (new, or in the model already).
         adapters: layer name -> its adapter.
         originals, copies: module name -> the base's module and the adapter's own, trained whole.
+        base, own: place -> the base's parameter and the adapter's own, where that is not copies'
+            business alone: a tied weight, or one that a folder brings.
     """
 
     layers: dict[str, Adapted]
     adapters: dict[str, StoredAdapter]
     originals: dict[str, nn.Module]
     copies: dict[str, nn.Module]
+    base: dict[Place, nn.Parameter]
+    own: dict[Place, nn.Parameter]
 
 
 def prepare_adapter(
@@ -147,11 +170,16 @@ def prepare_adapter(
     check_apart(tree, state.whole, options, whole)
     layers = {path: _adapted(path, tree.modules[path], options[path]) for path in options}
     originals = {**{path: tree.modules[path] for path in whole}, **state.whole[None]}
+    base = base_parameters(tree, state.whole, state.parameters)
+    copies = copies_of({path: originals[path] for path in whole}, state.parameters[None])
+    ends = list(tied_ends(base, copies, layers))
     return PreparedAdapter(
         layers,
         {path: _new_adapter(path, layer, options[path]) for path, layer in layers.items()},
         originals,
-        {path: copy.deepcopy(originals[path]) for path in whole},
+        copies,
+        {place: parameter for place, parameter, _ in ends},
+        {place: own for place, _, own in ends if own is not None},
     )
 
 
@@ -179,6 +207,8 @@ def install_adapter(tree: Tree, state: ModelAdapters, name: str, prepared: Prepa
         tree.replace(tree.modules[path], layer)
         adopt_hooks(layer)
     state.whole.update({None: prepared.originals, name: prepared.copies})
+    state.parameters[None].update(prepared.base)
+    state.parameters[name] = prepared.own
     tree.model._rankwise = state
 
 
@@ -221,6 +251,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         if name in layer.adapter_names:
             layer.delete_adapter(name)
     del state.whole[name]
+    state.parameters.pop(name, None)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -232,6 +263,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model computes its base, merged or not; also modules trained whole."""
     state = ModelAdapters.of(model)
+    check_not_sharded("disable_adapters", Tree(model), state.whole, state.parameters, state.in_use)
     before = {layer: layer.adapters_enabled for layer in adapted_layers(model).values()}
     for layer in before:
         layer.adapters_enabled = False

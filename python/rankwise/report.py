@@ -10,6 +10,7 @@ from torch import nn
 
 from . import ops
 from .adapted import Adapted
+from .base_parameters import tied_since
 from .model import ModelAdapters
 from .sharding import check_matrices, check_not_flat, naming, reshard, whole
 from .tree import Tree, adapted_layers
@@ -127,8 +128,9 @@ def health_check(model: nn.Module) -> HealthReport:
     """Whether every active adapter trains: call it after backward, while the gradients are there.
 
     Looks for adapters without a gradient or with one that is not finite, factors in another dtype
-    than was asked for, layers switched off or merged, weights tied to an adapted layer's, and says
-    which implementation runs. All processes must check a model under fully_shard: they gather it.
+    than was asked for, layers switched off or merged, weights tied to an adapted layer's or against
+    the adapter, and says which implementation runs. All processes must check a model under
+    fully_shard: they gather it.
     """
     reshard(model)
     state, tree = ModelAdapters.of(model), Tree(model)
@@ -139,7 +141,9 @@ def health_check(model: nn.Module) -> HealthReport:
         for name, part in Tree(tree.modules[path]).modules.items():
             for key, parameter in part.named_parameters(recurse=False):
                 problems += _gradient_problems(".".join(filter(None, (path, name, key))), parameter)
-    problems += _tied(tree, layers)
+    problems += tied_since(tree, state.whole, state.parameters, state.in_use)
+    known = {id(p) for own in state.parameters.values() for p in own.values()}
+    problems += _tied(tree, layers, known)
     if not layers:
         problems.append("no adapter is active")
     paths = Counter(_path(layer) for layer in layers.values())
@@ -189,7 +193,8 @@ def _gradient_problems(name: str, parameter: nn.Parameter) -> list[str]:
     return [] if finite else [f"{name}: the gradient is not finite"]
 
 
-def _tied(tree: Tree, layers: dict[str, Adapted]) -> list[str]:
+def _tied(tree: Tree, layers: dict[str, Adapted], known: set[int]) -> list[str]:
+    """Ties but for those that were there when the adapter came, from a folder."""
     owners: dict[int, list[str]] = {}
     for module, names in tree.names.items():
         weight = _base_weight(module)
@@ -199,7 +204,7 @@ def _tied(tree: Tree, layers: dict[str, Adapted]) -> list[str]:
         f"{name}: the weight is tied to {other}'s"
         for name, layer in layers.items()
         for other in owners.get(id(_base_weight(layer)), [])
-        if other != name
+        if other != name and id(_base_weight(layer)) not in known
     ]
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -50,6 +51,17 @@ def assign(target: Tensor, value: Tensor) -> None:
         value = value.to(mesh.device_type, target.dtype)
         value = distribute_tensor(value, mesh, placements, src_data_rank=None)
     target.copy_(value)
+
+
+def has_values(tensor: Tensor, value: Tensor) -> bool:
+    """Whether a tensor has these values, rounded to its dtype; a DTensor in this process's part."""
+    readable = is_sharded(tensor) or not kind_without_memory(tensor)
+    if not readable or tensor.shape != value.shape:
+        return False
+    target = torch.empty_like(tensor, requires_grad=False)
+    assign(target, value)
+    local = [t.to_local() if is_sharded(t) else t for t in (target, tensor.detach())]
+    return torch.equal(*local)
 
 
 def check_unsharded(operation: str, tensors: Mapping[str, Tensor | None], way_out: str) -> None:

@@ -38,13 +38,31 @@ def find_whole(tree: Tree, names: Iterable[str]) -> dict[str, nn.Module]:
                 + near_misses(wanted, filter(None, tree.modules))
             )
         found.update({tree.names[module][0]: module for module in tree.endings[wanted]})
-    found = {n: m for n, m in found.items() if enclosing(n.rpartition(".")[0], found) is None}
-    users = parameter_users(tree) if found else {}
-    for name, module in found.items():
-        inside = set(module.modules())
-        for own in module.modules():
-            check_ties("modules_to_save", name, own, users, inside)
-    return found
+    return {n: m for n, m in found.items() if enclosing(n.rpartition(".")[0], found) is None}
+
+
+def check_owners(tree: Tree, whole: Mapping[str, nn.Module]) -> None:
+    """Refuses modules with a tied weight of an earlier module's, but together with that.
+
+    The first module that uses a weight owns it: transformers' tie_weights() gives it to the others.
+    """
+    users = parameter_users(tree) if whole else {}
+    order = {module: place for place, module in enumerate(tree.names)}
+    together = {part for module in whole.values() for part in module.modules()}
+    for name, module in whole.items():
+        for part in module.modules():
+            tied = [user for p in part._parameters.values() for user, _ in users.get(id(p), ())]
+            later = {user for user in tied if order[user] > order.get(part, -1)}
+            check_ties("modules_to_save", name, part, users, together | later)
+
+
+def parts_of_whole(whole: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """{name in the model: module} of modules trained whole and all that is in them."""
+    return {
+        f"{top}.{name}".removesuffix("."): part
+        for top, module in whole.items()
+        for name, part in Tree(module).modules.items()
+    }
 
 
 def use_whole(model: nn.Module, whole: WholeModules, name: str | None) -> None:
