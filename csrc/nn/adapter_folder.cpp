@@ -131,7 +131,8 @@ Placed adapters_of_file(const Layers& layers, const AdapterFile& file) {
 // Compares a file with the layers and collects what does not fit.
 class FitCheck {
  public:
-  explicit FitCheck(const AdapterFile& file) : file_(file), settings_(file.config) {}
+  FitCheck(const AdapterFile& file, const torch::nn::Module& model)
+      : file_(file), settings_(file.config), parameters_(model.named_parameters()) {}
 
   void adapter(const PlacedAdapter& placed) {
     const auto& [path, adapter, embedding] = placed;
@@ -148,7 +149,7 @@ class FitCheck {
 
   void finish(const std::filesystem::path& directory) {
     for (const auto& [key, tensor] : file_.tensors) {
-      if (!expected_.contains(key)) fault(key, "the model's layers have no place for it");
+      if (!expected_.contains(key)) surplus(key, tensor);
     }
     if (faults_.empty()) return;
     throw io::FileError("load_adapter: " + directory.string() +
@@ -156,6 +157,27 @@ class FitCheck {
   }
 
  private:
+  // PEFT also writes the weights of embeddings, which may be the model's own: nothing to do then.
+  void surplus(const std::string& key, const at::Tensor& stored) {
+    const at::Tensor* base = base_of(key);
+    if (!base) return fault(key, "the model's layers have no place for it");
+    if (base->sizes() != stored.sizes()) {
+      fault(key, c10::str("must be ", base->sizes(), ", got ", stored.sizes()));
+    } else if (!stored.to(base->options()).equal(*base)) {
+      fault(key, "differs from the model's own, and trees in C++ keep the base that they have");
+    }
+  }
+
+  const at::Tensor* base_of(const std::string& key) const {
+    const std::optional<AdapterKey> parsed = parse_adapter_key(key);
+    if (!parsed || parsed->part != Part::saved) return nullptr;
+    const std::string &module = parsed->module, inner = ".base_layer";
+    if (const at::Tensor* base = parameters_.find(module + "." + parsed->parameter)) return base;
+    if (!module.ends_with(inner)) return nullptr;
+    const std::string adapted = module.substr(0, module.size() - inner.size());
+    return parameters_.find(adapted + "." + parsed->parameter);
+  }
+
   void tensor(const Slot& slot, int64_t rank) {
     expected_.insert(slot.key);
     const auto it = file_.tensors.find(slot.key);
@@ -179,6 +201,7 @@ class FitCheck {
 
   const AdapterFile& file_;
   const ModuleSettings settings_;
+  const torch::OrderedDict<std::string, at::Tensor> parameters_;
   std::set<std::string> expected_;
   std::string faults_;
 };
@@ -217,7 +240,7 @@ void load_adapter(torch::nn::Module& model, const std::filesystem::path& directo
   std::erase_if(adapters, [&](const PlacedAdapter& placed) {
     return placed.adapter.rank == 0 && !file.tensors.contains(slots_of(placed).front().key);
   });
-  FitCheck check(file);
+  FitCheck check(file, model);
   for (const PlacedAdapter& placed : adapters) check.adapter(placed);
   check.finish(directory);
 

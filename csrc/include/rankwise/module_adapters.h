@@ -65,9 +65,10 @@ void save_adapter(torch::nn::Module& model, const std::filesystem::path& directo
 /// Else the layers that have it must fit: with the file's scalings and capacity for its ranks;
 /// their ranks become the file's, and its schedule theirs where they know none. Factors are written
 /// in place; the file's dtypes are widened to the layers', never rounded. Strict: every tensor must
-/// have its place and the reverse; only an adapter of rank 0 may be missing. Throws io::FileError
-/// that lists all that does not fit, std::invalid_argument for a wrong name, and c10::Error when a
-/// layer is merged; the model is then unchanged.
+/// have its place and the reverse; only an adapter of rank 0 may be missing, and weights of the
+/// base may be there that are the tree's own (PEFT stores those of embeddings). Throws
+/// io::FileError that lists all that does not fit, std::invalid_argument for a wrong name, and
+/// c10::Error when a layer is merged; the model is then unchanged.
 void load_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
                   const std::string& name = "default");
 

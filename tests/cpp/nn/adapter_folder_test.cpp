@@ -148,6 +148,32 @@ TEST(AdapterFolder, EveryProblemIsListedAndNothingChanged) {
               HasSubstr("\n  base_model.model.fc.lora_E: missing in the file"));
 }
 
+TEST(AdapterFolder, StoredBaseWeightsMustBeTheModelsOwn) {
+  const TemporaryFolder folder;
+  const auto saved = net_of<LoRALinear>(small, large);
+  rankwise::save_adapter(*saved, folder.path());
+  auto file = rankwise::read_adapter(folder.path());
+  const auto load = [&](const std::string& key, const at::Tensor& tensor) {
+    rankwise::AdapterFile changed = file;
+    changed.tensors[start + key] = tensor;
+    rankwise::write_adapter(folder.path(), changed);
+    const auto loaded = net_of<LoRALinear>(small, large, false);
+    rankwise::load_adapter(*loaded, folder.path());
+    EXPECT_TRUE(loaded->forward(x()).equal(saved->forward(x())));
+  };
+  const at::Tensor own = saved->fc->weight.detach().clone();
+  for (const char* key : {"fc.base_layer.weight", "fc.weight"}) {
+    load(key, own);
+    EXPECT_THAT(message_of<FileError>([&] { load(key, own + 1); }),
+                HasSubstr(std::string(key) + ": differs from the model's own"));
+    EXPECT_THAT(message_of<FileError>([&] { load(key, own.narrow(0, 0, 2)); }),
+                HasSubstr(std::string(key) + ": must be [4, 5], got [2, 5]"));
+  }
+  load("block.fc.base_layer.bias", saved->inner().bias.detach());
+  EXPECT_THAT(message_of<FileError>([&] { load("gone.base_layer.weight", own); }),
+              HasSubstr("gone.base_layer.weight: the model's layers have no place for it"));
+}
+
 TEST(AdapterFolder, AMergedModelIsSavedButNotLoaded) {
   const TemporaryFolder folder;
   const auto net = net_of<LoRALinear>(small, large),
