@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace rankwise::io {
 
@@ -16,11 +17,13 @@ constexpr int64_t max_steps = int64_t{1} << 53;
 /// Bytes. AdaLoRA's lists take PEFT 13 bytes per direction and module.
 constexpr uint64_t max_config_size = uint64_t{4} << 20;
 
-/// Parses the text of an adapter_config.json. Missing fields take PEFT's defaults, unknown ones are
-/// ignored, and what makes PEFT compute something else than W0 x + scaling B E A x on the untouched
-/// W0 (DoRA, biases, PiSSA-like initialisations that changed the base weight, ...) is refused by
-/// name. Throws FileError beginning with `file`: field, wanted, got.
-AdapterConfig parse_adapter_config(std::string_view text, const std::string& file);
+/// Parses the text of an adapter_config.json. Missing fields take PEFT's defaults, and what makes
+/// PEFT compute something else than W0 x + scaling B E A x on the untouched W0 (DoRA, biases,
+/// PiSSA-like initialisations that changed the base weight, ...) is refused by name. Fields that
+/// PEFT 0.21 does not have are ignored; `unknown` gets those in force (not null, false or empty),
+/// each as `"name" = value`. Throws FileError beginning with `file`: field, wanted, got.
+AdapterConfig parse_adapter_config(std::string_view text, const std::string& file,
+                                   std::vector<std::string>* unknown = nullptr);
 
 /// The text PEFT loads, keys sorted; patterns keep their order. Throws FileError beginning with
 /// `file` when check_adapter_config does, when a text is not UTF-8, and when the result exceeds

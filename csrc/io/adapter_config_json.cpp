@@ -2,6 +2,7 @@
 // src/peft/tuners/lora/config.py.
 #include <rankwise/file_error.h>
 
+#include <algorithm>
 #include <array>
 #include <nlohmann/json.hpp>
 
@@ -75,6 +76,23 @@ void refuse_changed_base(const JsonFields& fields) {
               described(*init));
 }
 
+/// PEFT's fields without an effect here: about the file, the start of training that is over
+/// (refuse_changed_base), Megatron and QA-LoRA, which are refused, and LoRA's that AdaLoRA has too.
+constexpr std::array<std::string_view, 12> without_effect = {
+    "auto_mapping", "peft_version",   "inference_mode", "loftq_config",      "eva_config",
+    "corda_config", "lora_ga_config", "megatron_core",  "qalora_group_size", "r",
+    "use_rslora",   "alpha_pattern"};
+
+std::vector<std::string> unknown_in_force(const JsonFields& fields) {
+  std::vector<std::string> unknown;
+  fields.not_asked_for([&](const std::string& name, const Json& value) {
+    const bool known = std::ranges::find(without_effect, name) != without_effect.end();
+    if (!known && (value.is_number() || truthy(value)))
+      unknown.push_back(in_quotes(name) + " = " + described(value));
+  });
+  return unknown;
+}
+
 void read_layers(const JsonFields& fields, AdapterConfig& config) {
   if (const Json* layers = fields.find("layers_to_transform")) {
     for (const Json& layer : layers->is_array() ? *layers : Json::array({*layers})) {
@@ -99,7 +117,8 @@ Json or_null(const std::vector<std::string>& names, const std::string& regex = "
 
 }  // namespace
 
-AdapterConfig parse_adapter_config(std::string_view text, const std::string& file) {
+AdapterConfig parse_adapter_config(std::string_view text, const std::string& file,
+                                   std::vector<std::string>* unknown) {
   const JsonObject json = parse_json_object(text, file);
   const JsonFields fields(json, file);
   AdapterConfig config;
@@ -120,6 +139,7 @@ AdapterConfig parse_adapter_config(std::string_view text, const std::string& fil
   config.revision = fields.string("revision");
   config.task_type = fields.string("task_type");
   check_adapter_config(config, file);
+  if (unknown) *unknown = unknown_in_force(fields);
   return config;
 }
 

@@ -2,6 +2,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
 #include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
 #include <rankwise/adapter_file.h>
 
 #include <algorithm>
@@ -88,13 +89,29 @@ at::Tensor read_tensor(const io::File& file, const io::TensorInfo& info, uint64_
   return tensor;
 }
 
+AdapterConfig parse_config(const std::string& text, const std::string& path) {
+  constexpr size_t shown = 20;
+  std::vector<std::string> unknown;
+  AdapterConfig config = io::parse_adapter_config(text, path, &unknown);
+  if (unknown.size() > shown) {
+    const std::string more = "and " + std::to_string(unknown.size() - shown) + " more";
+    unknown.resize(shown);
+    unknown.push_back(more);
+  }
+  if (!unknown.empty()) {
+    TORCH_WARN(path, ": options that are not known here are ignored, whatever they change: ",
+               c10::Join(", ", unknown));
+  }
+  return config;
+}
+
 }  // namespace
 
 AdapterFile read_adapter(const fs::path& directory) {
   const std::vector<io::File> files = open_adapter(directory);
   const std::string &model_path = files[0].path(), &config_path = files[1].path();
   const std::string config = read_config(files[1]);
-  AdapterFile adapter{io::parse_adapter_config(config, config_path), {}, {}};
+  AdapterFile adapter{parse_config(config, config_path), {}, {}};
   io::Header header = read_header(files[0]);
   io::check_adapter_layout(header.tensors, adapter.config, model_path);
   std::optional<io::AdapterChecksums> checksums;

@@ -17,9 +17,22 @@ void JsonFields::fail(const std::string& field, const std::string& wanted,
   throw FileError(file_ + ": " + field + " must be " + wanted + ", got " + got);
 }
 
-const Json* JsonFields::find(const char* field) const {
+const Json* JsonFields::member(const char* field) const {
+  asked_for_.insert(field);
   const auto it = object_.find(field);
-  return it == object_.end() || it->is_null() ? nullptr : &*it;
+  return it == object_.end() ? nullptr : &*it;
+}
+
+const Json* JsonFields::find(const char* field) const {
+  const Json* value = member(field);
+  return value && !value->is_null() ? value : nullptr;
+}
+
+void JsonFields::not_asked_for(
+    const std::function<void(const std::string&, const Json&)>& visit) const {
+  for (const auto& [key, value] : object_.items()) {
+    if (!asked_for_.contains(key)) visit(key, value);
+  }
 }
 
 bool JsonFields::boolean(const char* field) const {
@@ -61,13 +74,13 @@ void JsonFields::strings_or_regex(const char* field, std::vector<std::string>& n
 }
 
 int64_t JsonFields::integer(const char* field, int64_t otherwise) const {
-  const auto it = object_.find(field);
-  return it == object_.end() ? otherwise : to_integer(field, *it);
+  const Json* value = member(field);
+  return value ? to_integer(field, *value) : otherwise;
 }
 
 double JsonFields::number(const char* field, double otherwise) const {
-  const auto it = object_.find(field);
-  return it == object_.end() ? otherwise : to_number(field, *it);
+  const Json* value = member(field);
+  return value ? to_number(field, *value) : otherwise;
 }
 
 int64_t JsonFields::to_integer(const std::string& field, const Json& value) const {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,10 @@ class JsonFields {
 
   /// The member, or nullptr when it is missing or null.
   const nlohmann::json* find(const char* field) const;
+
+  /// Calls `visit(key, member)` for the members that no function here was asked for.
+  void not_asked_for(
+      const std::function<void(const std::string& key, const nlohmann::json& value)>& visit) const;
 
   /// false when the member is missing or null; the lists and strings below are then empty.
   bool boolean(const char* field) const;
@@ -48,7 +53,9 @@ class JsonFields {
 
  private:
   std::string to_string(const std::string& field, const nlohmann::json& value) const;
+  const nlohmann::json* member(const char* field) const;
 
+  mutable std::set<std::string, std::less<>> asked_for_;
   const nlohmann::json& object_;
   const std::map<std::string, std::vector<std::string>>& key_order_;
   const std::string& file_;

@@ -29,8 +29,8 @@ struct AdapterFile {
 /// read. Each module must have lora_A [rank, in] and lora_B [out, rank] (or the two lora_embedding
 /// tensors; in an AdaLoRA folder also lora_E [rank, 1]) with rank = config.rank_of(module); all
 /// that is wrong is listed in one error. Tensors that are not factors are returned as they are:
-/// whether the model wants them only the model can tell. A tensor with NaN or Inf is reported by
-/// TORCH_WARN.
+/// whether the model wants them only the model can tell. TORCH_WARN reports a tensor with NaN or
+/// Inf, and options in force (not null, false or empty) that are none of PEFT 0.21's.
 ///
 /// What write_adapter saved carries checksums of the tensors and of the configuration: whatever
 /// differs is refused, apart from base_model_name_or_path and revision, which may be edited.

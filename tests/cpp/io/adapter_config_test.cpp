@@ -197,6 +197,27 @@ TEST(AdapterConfig, EveryActiveFeatureIsRefusedAndInactiveOnesAreNot) {
             AdapterConfig());
 }
 
+TEST(AdapterConfig, UnknownOptionsInForceAreTold) {
+  const auto unknown = [](const std::string& members) {
+    std::vector<std::string> told;
+    parse_adapter_config("{" + members + R"(, "target_modules": ["q"]})", "F", &told);
+    return told;
+  };
+  const std::string lora = R"("peft_type": "LORA", "r": 8, "lora_alpha": 2)";
+  EXPECT_THAT(unknown(lora + R"(, "a": 0, "b": true, "c": "x", "d": [1], "e": {"r": 2})"),
+              ElementsAre("\"a\" = number 0", "\"b\" = boolean true", "\"c\" = \"x\"",
+                          "\"d\" = array [1]", "\"e\" = object {\"r\":2}"));
+  EXPECT_THAT(unknown(lora + R"(, "a": null, "b": false, "c": "", "d": [], "e": {})"),
+              testing::IsEmpty());
+  const std::string known = R"(, "peft_version": "1", "inference_mode": true, "megatron_core": "x",
+      "auto_mapping": {"a": "b"}, "eva_config": {"rho": 2.0}, "qalora_group_size": 16)";
+  EXPECT_THAT(unknown(lora + known), testing::IsEmpty());
+  const std::string schedule = R"(, "init_r": 8, "tinit": 5, "total_step": 9, "beta1": 0.9)";
+  EXPECT_EQ(unknown(lora + schedule).size(), 4) << "AdaLoRA's";
+  const std::string adalora = R"("peft_type": "ADALORA", "r": 8, "alpha_pattern": {"a": 1})";
+  EXPECT_THAT(unknown(adalora + schedule + known), testing::IsEmpty());
+}
+
 TEST(AdapterConfig, InitialisationsThatChangedTheBaseAreRefused) {
   for (const char* init :
        {"true", "false", "null", "\"gaussian\"", "\"eva\"", "\"orthogonal\"", "\"mica\""}) {
