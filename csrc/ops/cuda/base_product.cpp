@@ -211,8 +211,7 @@ class Cache {
  public:
   template <typename Make>
   const Value& get(const Problem& problem, const Make& make) {
-    if (const auto known = values_.find(problem); known != values_.end())
-      return known->second;
+    if (const auto known = values_.find(problem); known != values_.end()) return known->second;
     if (values_.size() >= kept) values_.clear();
     return values_.emplace(problem, make(problem)).first->second;
   }
