@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .computed import not_a_parameter
 from .config import AdapterOptions
 from .sharding import check_unsharded
 from .stand_in import adopt_hooks
@@ -175,7 +176,7 @@ class Adapted(Unloadable):
             self.adapter, self.options, self.rank = name, chosen.options, chosen.rank
 
     def check_switch(self, name: str | None) -> None:
-        """Refuses to move factors that FSDP has in its books under their names.
+        """Refuses to move factors that FSDP has in its books, or that something computes.
 
         Raises:
             ValueError: activate_adapter(name) would.
@@ -186,6 +187,10 @@ class Adapted(Unloadable):
             if holder is not None:
                 factors = {factor: getattr(holder, factor) for factor in _FACTORS}
                 check_unsharded("activate_adapter", factors, "activate it before fully_shard")
+                for factor in [factor for factor in _FACTORS if factors[factor] is not None]:
+                    found = not_a_parameter(holder, factor)
+                    if found is not None:
+                        raise ValueError(f"activate_adapter: the layer's {found}")
 
     def delete_adapter(self, name: str) -> None:
         """Forgets an adapter; when it was active the layer computes the base alone."""

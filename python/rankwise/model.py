@@ -232,7 +232,7 @@ def activate_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def check_switch(layers: Mapping[str, Adapted], name: str | None) -> None:
-    """Refuses, by name, what activate_adapter() cannot switch: factors that are sharded."""
+    """Refuses, by name, factors that activate_adapter() cannot switch: sharded or computed."""
     for path, layer in layers.items():
         try:
             layer.check_switch(name)

@@ -8,6 +8,7 @@ from torch import nn
 
 from .computed import not_a_parameter
 from .merging import Mergeable
+from .sharding import check_not_flat, check_unsharded, reshard
 from .stand_in import adopt_hooks, stand_in
 from .tree import Tree, required_layers, restore_nested_tensors
 
@@ -26,7 +27,7 @@ class Unloadable(Mergeable):
     _own_hooks: tuple[Callable, ...]
 
     def check_unload(self) -> None:
-        """Raises RuntimeError where unload() would."""
+        """Raises RuntimeError or ValueError where unload() would."""
         if "forward" in vars(self):
             raise RuntimeError(
                 "unload: the layer's forward was replaced on the instance (by a hook of "
@@ -38,6 +39,8 @@ class Unloadable(Mergeable):
             found = not_a_parameter(self, name)
             if found is not None:
                 raise RuntimeError(f"unload: the layer's {found}; nothing was changed")
+        matrices = {name: getattr(self, name) for name in ("weight", *factors)}
+        check_unsharded("unload", matrices, "load the saved adapter into a model that is not")
 
     def unload(self) -> nn.Module:
         """The plain layer that this one stands for, which is then not to be used any more.
@@ -49,6 +52,7 @@ class Unloadable(Mergeable):
         Raises:
             RuntimeError: a parametrisation or a forward put on the instance is in the way; nothing
                 is changed.
+            ValueError: a parameter is sharded; nothing is changed.
         """
         self.check_unload()
         plain = stand_in(self, self._plain_class)
@@ -82,10 +86,12 @@ def unload(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: the model has no adapters, or is itself an adapted layer.
+        ValueError: the model has no adapters, is itself an adapted layer, or is sharded.
         RuntimeError: some layers are merged and others not, the adapters are disabled, or a layer
             cannot be unloaded (see its unload()); nothing is changed.
     """
+    reshard(model)
+    check_not_flat("unload", model)
     layers = required_layers(model)
     states = [(m, vars(m)["_rankwise"]) for m in model.modules() if "_rankwise" in vars(m)]
     _check(layers)
@@ -120,5 +126,5 @@ def _check(layers: Mapping[str, Unloadable]) -> None:
     for name, layer in layers.items():
         try:
             layer.check_unload()
-        except RuntimeError as error:
-            raise RuntimeError(f"{name}: {error}") from None
+        except (RuntimeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None

@@ -134,3 +134,20 @@ def test_summary_and_health_check_of_a_model_with_a_computed_weight(compute):
     problems = rw.health_check(model).problems
     assert problems == [f"{name}.parametrizations.lora_A.original1: no gradient; the layer took no "
                         "part in the step"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("switch", [rw.activate_adapter, rw.delete_adapter])
+def test_an_adapter_whose_factors_are_computed_is_not_switched_in_part(name, switch):
+    model, layers = model_and_layers()
+    rw.add_adapter(model, "other", CONFIG)
+    path, layer = list(layers.items())[2]
+    parametrizations.weight_norm(layer, name)
+    before, wanted, flags_before = fingerprint(model), output(model).detach(), flags(model)
+    target = "other" if switch is rw.activate_adapter else "default"
+    with pytest.raises(ValueError, match=rf"{path}: .*layer's {name} is parametrised .*remove_par"):
+        switch(model, target)
+    assert_left_alone(model, before, wanted, flags_before)
+    assert [x.adapter for x in layers.values()] == ["default"] * len(layers)
+    parametrize.remove_parametrizations(layer, name)
+    switch(model, target)

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from processes import run_processes
+from sharded_models import WAYS, sharded
 from small_models import (
     BUILDERS,
     adapted,
@@ -295,3 +297,17 @@ def test_an_attached_allocator_says_that_the_model_was_unloaded():
         optimizer.step()
     handle.remove()
     optimizer.step()
+
+
+def test_a_sharded_model_is_refused_by_name():
+    run_processes(_is_refused, 2)
+
+
+def _is_refused(rank: int) -> None:
+    for way in WAYS:
+        model = sharded(way)
+        before, classes = fingerprint(model), [type(m) for m in model.modules()]
+        with pytest.raises(ValueError, match="up: unload: weight must be whole .* DTensor"):
+            rw.unload(model)
+        assert [type(m) for m in model.modules()] == classes
+        assert fingerprint(model).parameters == before.parameters
