@@ -104,6 +104,11 @@ def switch(layers, folder):
     return run
 
 
+def unload(layers, folder):
+    model = adapted(layers, modules_to_save=["norms.0"])
+    return lambda: rw.unload(model)
+
+
 def save(layers, folder):
     model = adapted(layers, rank_pattern=different(build(layers)))
     return lambda: rw.save_adapter(model, folder)
@@ -174,8 +179,8 @@ def shrink(layers, folder):
 
 WORK = [
     apply_by_names, apply_with_patterns, apply_with_escaped_patterns,
-    apply_excluding_and_training_whole, add, switch, save, save_adalora, export, load, load_adalora,
-    load_in_place, load_into_another_model, look, shrink,
+    apply_excluding_and_training_whole, add, switch, unload, save, save_adalora, export, load,
+    load_adalora, load_in_place, load_into_another_model, look, shrink,
 ]  # fmt: skip
 
 

@@ -144,6 +144,18 @@ def test_a_pickled_averaged_model_has_its_adapters():
     assert rw.adapter_names(pickle.loads(pickle.dumps(model))) == ["mine"]
 
 
+@pytest.mark.parametrize("wrap", [wrapped, parts_wrapped])
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_unloaded_inside_of_its_wrappers(kind, wrap):
+    model = rw.apply_lora(wrap(kind), config())
+    randomise(model)
+    y = model(X).detach()
+    rw.merge(model)
+    assert rw.unload(model) is model
+    assert {type(Tree(model).modules[name]) for name in LAYERS} == {nn.Linear}
+    torch.testing.assert_close(model(X), y, rtol=1e-12, atol=1e-12)
+
+
 def test_a_wrapper_that_holds_a_model_twice():
     class Fabric(nn.Module):
         """As Lightning Fabric's: known by its name."""
