@@ -4,52 +4,15 @@
 #include <c10/util/StringUtil.h>
 #include <rankwise/adapter_fold.h>
 #include <rankwise/module_adapters.h>
-#include <rankwise/tensor_memory.h>
 
 #include <algorithm>
-#include <cmath>
-#include <set>
 #include <stdexcept>
 
 #include "folder_config.h"
+#include "folder_fit.h"
 
 namespace rankwise {
 namespace {
-
-using Part = AdapterKey::Part;
-
-// A factor, its name in the file, and the dimension its directions lie along.
-struct Slot {
-  std::string key;
-  at::Tensor factor;
-  int64_t dim;
-
-  // What cannot be read stays as it is, for the writer to refuse it by name.
-  at::Tensor directions(int64_t first, int64_t count) const {
-    return kind_without_memory(factor).empty() ? factor.narrow(dim, first, count) : factor;
-  }
-  std::vector<int64_t> shape(int64_t rank) const {
-    std::vector<int64_t> sizes = factor.sizes().vec();
-    sizes[dim] = rank;
-    return sizes;
-  }
-};
-
-std::vector<Slot> slots_of(const PlacedAdapter& placed) {
-  const auto& [path, adapter, embedding] = placed;
-  const bool triplets = adapter.lora_E.defined();
-  const auto key = [&, &path = path, &embedding = embedding](Part linear, Part table,
-                                                             Part triplet) {
-    const Part part = triplets ? triplet : embedding ? table : linear;
-    return to_string({path, part, ""});
-  };
-  std::vector<Slot> slots = {
-      {key(Part::lora_A, Part::embedding_A, Part::triplet_A), adapter.lora_A.detach(), 0},
-      {key(Part::lora_B, Part::embedding_B, Part::triplet_B), adapter.lora_B.detach(), 1}};
-  if (triplets)
-    slots.push_back({to_string({path, Part::triplet_E, ""}), adapter.lora_E.detach(), 0});
-  return slots;
-}
 
 using Layers = std::vector<std::pair<std::string, std::shared_ptr<nn::Adapted>>>;
 using Placed = std::vector<PlacedAdapter>;
@@ -127,84 +90,6 @@ Placed adapters_of_file(const Layers& layers, const AdapterFile& file) {
   }
   return adapters;
 }
-
-// Compares a file with the layers and collects what does not fit.
-class FitCheck {
- public:
-  FitCheck(const AdapterFile& file, const torch::nn::Module& model)
-      : file_(file), settings_(file.config), parameters_(model.named_parameters()) {}
-
-  void adapter(const PlacedAdapter& placed) {
-    const auto& [path, adapter, embedding] = placed;
-    const int64_t rank = settings_.rank_of(path);
-    if (rank > adapter.capacity()) {
-      fault(path, c10::str("rank must be at most the layer's capacity ", adapter.capacity(),
-                           ", got ", rank));
-    }
-    const double scaling = settings_.scaling(path);  // of AdaLoRA stored rounded
-    if (std::abs(scaling - adapter.scaling()) > 1e-9 * std::abs(adapter.scaling()))
-      fault(path, c10::str("scaling must be ", adapter.scaling(), ", got ", scaling));
-    for (const Slot& slot : slots_of(placed)) tensor(slot, rank);
-  }
-
-  void finish(const std::filesystem::path& directory) {
-    for (const auto& [key, tensor] : file_.tensors) {
-      if (!expected_.contains(key)) surplus(key, tensor);
-    }
-    if (faults_.empty()) return;
-    throw io::FileError("load_adapter: " + directory.string() +
-                        " does not fit the model:" + faults_);
-  }
-
- private:
-  // PEFT also writes the weights of embeddings, which may be the model's own: nothing to do then.
-  void surplus(const std::string& key, const at::Tensor& stored) {
-    const at::Tensor* base = base_of(key);
-    if (!base) return fault(key, "the model's layers have no place for it");
-    if (base->sizes() != stored.sizes()) {
-      fault(key, c10::str("must be ", base->sizes(), ", got ", stored.sizes()));
-    } else if (!stored.to(base->options()).equal(*base)) {
-      fault(key, "differs from the model's own, and trees in C++ keep the base that they have");
-    }
-  }
-
-  const at::Tensor* base_of(const std::string& key) const {
-    const std::optional<AdapterKey> parsed = parse_adapter_key(key);
-    if (!parsed || parsed->part != Part::saved) return nullptr;
-    const std::string &module = parsed->module, inner = ".base_layer";
-    if (const at::Tensor* base = parameters_.find(module + "." + parsed->parameter)) return base;
-    if (!module.ends_with(inner)) return nullptr;
-    const std::string adapted = module.substr(0, module.size() - inner.size());
-    return parameters_.find(adapted + "." + parsed->parameter);
-  }
-
-  void tensor(const Slot& slot, int64_t rank) {
-    expected_.insert(slot.key);
-    const auto it = file_.tensors.find(slot.key);
-    if (it == file_.tensors.end()) return fault(slot.key, "missing in the file");
-    const std::string kind = kind_without_memory(slot.factor);
-    if (!kind.empty()) return fault(slot.key, "the layer's must be dense, with data, got " + kind);
-    if (has_overlap(slot.factor))
-      return fault(slot.key, "the layer's has elements that share memory");
-    const std::vector<int64_t> wanted = slot.shape(rank);
-    const at::ScalarType dtype = slot.factor.scalar_type(), stored = it->second.scalar_type();
-    if (it->second.sizes() != wanted) {
-      fault(slot.key, c10::str("must be ", at::IntArrayRef(wanted), ", got ", it->second.sizes()));
-    } else if (c10::promoteTypes(dtype, stored) != dtype) {
-      fault(slot.key, c10::str(stored, " would be rounded to the layer's ", dtype));
-    }
-  }
-
-  void fault(const std::string& what, const std::string& why) {
-    faults_ += "\n  " + what + ": " + why;
-  }
-
-  const AdapterFile& file_;
-  const ModuleSettings settings_;
-  const torch::OrderedDict<std::string, at::Tensor> parameters_;
-  std::set<std::string> expected_;
-  std::string faults_;
-};
 
 }  // namespace
 
