@@ -186,7 +186,9 @@ class Adapted(Unloadable):
         for holder in (self, self.adapters[name] if name in self.adapters else None):
             if holder is not None:
                 factors = {factor: getattr(holder, factor) for factor in _FACTORS}
-                check_unsharded("activate_adapter", factors, "activate it before fully_shard")
+                check_unsharded(
+                    "activate_adapter", factors, "activate it before the model is sharded"
+                )
                 for factor in [factor for factor in _FACTORS if factors[factor] is not None]:
                     found = not_a_parameter(holder, factor)
                     if found is not None:
@@ -209,7 +211,7 @@ class Adapted(Unloadable):
         inputs, outputs = self._sizes
         capacity = options.rank if options.capacity is None else options.capacity
         weight = self._base_weight()
-        check_unsharded("adapter", {"weight": weight}, "add adapters before fully_shard")
+        check_unsharded("adapter", {"weight": weight}, "add adapters before the model is sharded")
         dtype = options.adapter_dtype or weight.dtype
         masters = dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
         if dtype != weight.dtype and not masters:

@@ -68,6 +68,7 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """The adapted layers of a model: sizes, ranks, dtypes, and which implementation runs each."""
+    reshard(model)
     ModelAdapters.of(model)
     layers = adapted_layers(model)
     _check_whole("summary", model, layers)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._library import library
 
+SUMMON = "call it within FullyShardedDataParallel.summon_full_params(model)"
 kind_without_memory = library.kind_without_memory  # "DTensor", "meta", ...; "" for plain memory
 
 
@@ -76,10 +77,12 @@ def check_unsharded(operation: str, tensors: Mapping[str, Tensor | None], way_ou
                 f"{operation}: {name} must be whole in this process, got a DTensor "
                 f"{list(tensor.shape)}, sharded over processes; {way_out}"
             )
-    check_matrices(operation, tensors)
+    check_matrices(operation, tensors, way_out)
 
 
-def check_matrices(operation: str, tensors: Mapping[str, Tensor | None]) -> None:
+def check_matrices(
+    operation: str, tensors: Mapping[str, Tensor | None], way_out: str = SUMMON
+) -> None:
     """Refuses what FullyShardedDataParallel made of matrices: parts of a flat parameter.
 
     Raises:
@@ -88,9 +91,8 @@ def check_matrices(operation: str, tensors: Mapping[str, Tensor | None]) -> None
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dim() == 1:
             raise ValueError(
-                f"{operation}: {name} must be a matrix, got [{tensor.numel()}]; if the model is "
-                "under FullyShardedDataParallel, which flattens parameters, call it within "
-                "FullyShardedDataParallel.summon_full_params(model)"
+                f"{operation}: {name} must be a matrix, got [{tensor.numel()}], as if flattened by "
+                f"FullyShardedDataParallel; {way_out}"
             )
 
 

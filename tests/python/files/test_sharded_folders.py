@@ -85,7 +85,7 @@ def _fails_everywhere(rank: int, folder: Path) -> None:
     before = [full(parameter) for parameter in model.parameters()]
     with pytest.raises(rw.FileError, match="nowhere"):
         rw.load_adapter(model, folder / ("one" if rank == 0 else "nowhere"))
-    with pytest.raises(ValueError, match="down: adapter: weight .*DTensor.*before fully_shard"):
+    with pytest.raises(ValueError, match="down: adapter: weight .*DTensor.*before the model is"):
         rw.load_adapter(model, folder / "one", name="another")
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(full(parameter), value)

@@ -186,7 +186,7 @@ def put(model: nn.Module, place: str, make: Callable[[Tensor], Tensor]) -> None:
         return
     new = owner._parameters[name] = make(old.detach().clone())
     if old.requires_grad:
-        with contextlib.suppress(RuntimeError):  # some kinds take no gradient
+        with contextlib.suppress(RuntimeError, ValueError):  # some kinds take no gradient
             new.requires_grad_()
             new.grad = make(old.grad.clone())
 
