@@ -5,7 +5,7 @@ include(${csrc}/cmake/RankwiseJson.cmake)
 
 # The torch-free readers that they exercise, built without torch.
 set(io adapter_config adapter_config_json adapter_key adapter_layout bounded_json json_fields
-  method_json module_pattern posix_file safetensors safetensors_json save_journal)
+  method_json module_pattern pattern_index posix_file safetensors safetensors_json save_journal)
 list(TRANSFORM io REPLACE "(.+)" "${csrc}/io/\\0.cpp")
 add_library(fuzzed_io STATIC ${io})
 target_include_directories(fuzzed_io PUBLIC ${csrc} ${csrc}/include)
