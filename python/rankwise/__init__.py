@@ -15,8 +15,8 @@ from .model import (
     delete_adapter,
     disable_adapters,
 )
+from .plain import unload
 from .report import health_check, summary
-from .unloading import unload
 
 __all__ = [
     "AdaLoRAConfig",

@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from ._library import library
 from .adapted import Adapted
 from .config import AdaLoRAConfig
+from .installed import check_complete
 from .sharding import check_unsharded, reshard
-from .tree import adapted_layers, enclosing
+from .tree import Tree, enclosing
 from .wrappers import without_wrappers
 
 _UNSHARDED = (
@@ -54,7 +55,9 @@ class RankAllocator:
             raise TypeError(
                 f"RankAllocator: config must be an AdaLoRAConfig, got {type(config).__name__}"
             )
-        layers = {n: x for n, x in adapted_layers(model).items() if x.lora_E is not None}
+        tree = Tree(model)
+        check_complete("RankAllocator", tree)
+        layers = {n: x for n, x in tree.adapted.items() if x.lora_E is not None}
         if not layers:
             raise ValueError(
                 "RankAllocator: the model has no active AdaLoRA adapter; call "

@@ -26,7 +26,7 @@ OwnParameters = dict[str | None, dict[Place, nn.Parameter]]
 def _held(module: nn.Module, key: str) -> nn.Parameter | None:
     """A parameter of the base, also of a merged layer."""
     merged = isinstance(module, Mergeable) and key == "weight" and module.merged
-    return module._base_weight() if merged else module._parameters[key]
+    return module._base_weight() if merged else module._parameters.get(key)
 
 
 def _put(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
@@ -111,13 +111,19 @@ def _expected(
 def use_parameters(
     model: nn.Module, whole: WholeModules, own: OwnParameters, name: str | None
 ) -> None:
-    """Puts the adapter's own parameters in place, and the base's elsewhere."""
+    """Puts the adapter's own parameters in place, and the base's elsewhere.
+
+    What somebody else put there stays: another parameter, or one of another size.
+    """
     if not own[None]:
         return
     tree = Tree(model)
+    known = {id(parameter) for held in own.values() for parameter in held.values()}
     for (path, key), chosen in _expected(whole, own, name):
-        module = tree.modules[path]
-        current = _held(module, key)
+        module = tree.modules.get(path)
+        current = None if module is None else _held(module, key)
+        if id(current) not in known or chosen.shape != current.shape:
+            continue
         if chosen is not current and not is_sharded(current):  # FSDP has its own in our place
             chosen.data = chosen.data.to(current.device, current.dtype)  # as the model since
             _put(module, key, chosen)
@@ -133,7 +139,7 @@ def check_not_sharded(
     """
     parts = parts_of_whole(whole.get(name, {}))
     brought = [place for place in own.get(name, {}) if place[0] not in parts]
-    held = {place: _held(tree.modules[place[0]], place[1]) for place in brought}
+    held = {p: _held(tree.modules[p[0]], p[1]) for p in brought if p[0] in tree.modules}
     sharded = {
         _name(place): parameter for place, parameter in held.items() if is_sharded(parameter)
     }
@@ -142,7 +148,7 @@ def check_not_sharded(
 
 def tied_since(tree: Tree, whole: WholeModules, own: OwnParameters, name: str | None) -> list[str]:
     """Parameters that hold another's, from which the adapter keeps them apart, one text each."""
-    expected = dict(_expected(whole, own, name))
+    expected = {p: x for p, x in _expected(whole, own, name) if p[0] in tree.modules}
     held = {(path, key): _held(tree.modules[path], key) for path, key in expected}
     return [
         f"{_name(place)}: tied to {_name(other)} since the adapter was activated, which "

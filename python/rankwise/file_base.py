@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ._library import library
 from .base_parameters import Place, tied_since
 from .file_slots import Slot
-from .model import ModelAdapters
+from .model_adapters import ModelAdapters
 from .sharding import check_unsharded, has_values, is_sharded
 from .tree import Tree
 from .whole import parts_of_whole
@@ -130,7 +130,7 @@ def brought_by(
     state = ModelAdapters.of(model)
     name = state.active if name is None else name
     tied = (
-        tied_since(Tree(model), state.whole, state.parameters, name) if name == state.in_use else []
+        tied_since(state.tree, state.whole, state.parameters, name) if name == state.in_use else []
     )
     if tied:
         raise ValueError(f"{owner}: {tied[0]}")

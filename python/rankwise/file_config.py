@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ._library import library
 from .adapted import Adapted, HeldAdapter, StoredAdapter
 from .config import AdaLoRAConfig, AdapterOptions
-from .model import ModelAdapters
+from .installed import check_complete
+from .model import Plan
+from .model_adapters import ModelAdapters
 from .nn import is_adaptable
 from .sharding import has_values
-from .tree import Tree, adapted_layers, enclosing, endings_of
+from .tree import Tree, enclosing, endings_of, plain_state
 from .whole import find_whole
 
 # A module's adapter in the model (HeldAdapter) or made for it (StoredAdapter): the same attributes.
@@ -32,12 +34,13 @@ def adapter_of(
 ) -> tuple[dict[str, Adapted], dict[str, HeldAdapter], dict[str, nn.Module]]:
     """An adapter's layers, what they hold of it, and its modules trained whole; by module name."""
     state = ModelAdapters.of(model)
+    check_complete(owner, state.tree, name)
     name = state.active if name is None else name
     if name not in state.names:
         raise ValueError(f"{owner}: adapters are {state.names}, got {name!r}")
-    layers = {p: m for p, m in adapted_layers(model).items() if name in m.adapter_names}
+    layers = {p: m for p, m in state.layers.items() if name in m.adapter_names}
     adapters = {path: layer.held_adapter(name) for path, layer in layers.items()}
-    return layers, adapters, state.whole[name]
+    return layers, adapters, state.whole_of(name)
 
 
 def shared_config(model: nn.Module, layers: Mapping[str, Adapted], adapters: Adapters):
@@ -198,7 +201,7 @@ def _plain_key(key: str, tree: Tree) -> str:
     return str(library.AdapterKey(tree.plain_name(parsed.module), parsed.part, parsed.parameter))
 
 
-def plan_of(tree: Tree, file) -> tuple[dict[str, AdapterOptions], list[str]]:
+def plan_of(tree: Tree, file) -> Plan:
     """The adapter that a file describes, over the modules that the model has.
 
     The rank in the options is the initial one, which AdaLoRA's scaling counts.
@@ -226,7 +229,27 @@ def plan_of(tree: Tree, file) -> tuple[dict[str, AdapterOptions], list[str]]:
             triplets=triplets,
             allocation=file.config.allocation if triplets else None,
         )
-    return options, list(find_whole(tree, _saved_whole(tree, file)))
+    whole = find_whole(tree, _saved_whole(tree, file))
+    return options, {path: _whole_dtype(path, module, file) for path, module in whole.items()}
+
+
+def _whole_dtype(path: str, module: nn.Module, file) -> torch.dtype | None:
+    """float32 where a 16-bit module would round what is stored of it; None for the base's own."""
+    stored, tensors = file.tensors, saved_tensors(path, module)
+    wanted = {
+        _factor_dtype(stored[key].dtype, tensors[key].dtype)
+        for key in tensors.keys() & stored.keys()
+    }
+    return torch.float32 if torch.float32 in wanted else None
+
+
+def saved_tensors(path: str, module: nn.Module) -> dict[str, Tensor]:
+    """{PEFT's key: tensor} of a module trained whole."""
+    tensors = {}
+    for name, tensor in plain_state(module).items():
+        owner, _, parameter = f"{path}.{name}".rpartition(".")
+        tensors[str(library.AdapterKey(owner, _Part.saved, parameter))] = tensor
+    return tensors
 
 
 def _saved_whole(tree: Tree, file) -> list[str]:

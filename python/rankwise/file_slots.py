@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from ._library import library
 from .adapted import Adapted, HeldAdapter, StoredAdapter
-from .file_config import EMBEDDING_PARTS, LINEAR_PARTS, TRIPLET_PARTS, Adapters
+from .file_config import EMBEDDING_PARTS, LINEAR_PARTS, TRIPLET_PARTS, Adapters, saved_tensors
 from .sharding import assign, check_matrices, is_sharded, kind_without_memory, whole
-from .tree import plain_state
 
-_Key, _Part = library.AdapterKey, library.AdapterKey.Part
+_Key = library.AdapterKey
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,6 @@ def slots_of(
             slots[str(_Key(path, part))] = slot
     check_matrices(operation, {key: slot.tensor for key, slot in slots.items()})
     for path, module in copies.items():
-        for key, tensor in plain_state(module).items():
-            owner, _, parameter = f"{path}.{key}".rpartition(".")
-            slots[str(_Key(owner, _Part.saved, parameter))] = Slot(tensor)
+        for key, tensor in saved_tensors(path, module).items():
+            slots[key] = Slot(tensor)
     return slots

@@ -26,13 +26,8 @@ from .file_config import (
     shared_config,
 )
 from .file_slots import Slot, factors_of, slots_of
-from .model import (
-    ModelAdapters,
-    activate_adapter,
-    check_switch,
-    install_adapter,
-    prepare_adapter,
-)
+from .model import activate_adapter, check_switch, install_adapter, prepare_adapter
+from .model_adapters import ModelAdapters
 from .sharding import mesh_of, reshard, shared_outcome
 from .tree import Tree
 
@@ -171,23 +166,23 @@ def load_adapter(
     """
     reshard(model)
     tree = Tree(model)
-    layers = tree.adapted
+    state = ModelAdapters(tree)
+    layers = state.layers
     with shared_outcome(_mesh(layers, name)):
         file = plain_file(library.read_adapter(directory), tree)
         tensors = dict(file.tensors)
         if any(layer.merged for layer in layers.values()):
             raise RuntimeError("load_adapter: the model is merged; call unmerge(model) first")
-        state = ModelAdapters.of(model) if layers else ModelAdapters()
         prepared = None
         if name in state.names:
             check_switch(layers, name)
             layers = {path: m for path, m in layers.items() if name in m.adapter_names}
             adapters: Adapters = {path: m.held_adapter(name) for path, m in layers.items()}
-            whole, own = state.whole[name], state.parameters.setdefault(name, {})
+            whole, own = state.whole_of(name), state.parameters.get(name, {})
         else:
-            prepared = prepare_adapter(tree, state, name, *plan_of(tree, file))
-            layers, adapters, whole = prepared.layers, prepared.adapters, prepared.copies
-            own = prepared.own
+            prepared = prepare_adapter(state, name, *plan_of(tree, file))
+            layers, adapters, own = prepared.layers, prepared.adapters, prepared.own
+            whole = {path: copied.module for path, copied in prepared.copies.items()}
             untie_copies(own, whole, stored_copies(own, tensors))
             settings = library.ModuleSettings(file.config)
             for path, adapter in adapters.items():
@@ -200,12 +195,11 @@ def load_adapter(
         slots[key].fill(tensors[key])
     new = {id(parameter) for parameter in brought.values()}
     report.base.extend(k for k in sorted(tensors) if k in slots and id(slots[k].tensor) in new)
-    own.update(brought)
-    state.parameters[None].update({place: base[place] for place in brought})
     if prepared is not None:
         if not state.names:
             model.requires_grad_(False)
-        install_adapter(tree, state, name, prepared)
+        install_adapter(state, name, prepared)
+    state.add_parameters(name, {place: base[place] for place in brought}, brought)
     activate_adapter(model, name)
     for layer in layers.values():
         if layer.lora_E is not None and layer.options.allocation is None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from . import ops
 from .computed import compute_anew, not_a_parameter
 from .config import AdapterOptions
+from .installed import check_complete
 from .sharding import check_unsharded, kind_without_memory, naming, reshard
-from .tree import AdaptedLayer, required_layers
+from .tree import AdaptedLayer, Tree, required_layers
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ def merge(model: nn.Module) -> dict[str, MergeReport]:
     """
     reports: dict[str, MergeReport] = {}
     reshard(model)
+    check_complete("merge", Tree(model))
     every = required_layers(model)
     layers = {name: layer for name, layer in every.items() if layer.adapter is not None}
     if not layers:

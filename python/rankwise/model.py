@@ -4,78 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .adapted import Adapted, StoredAdapter, check_adapter_name
-from .base_parameters import (
-    OwnParameters,
-    Place,
-    base_parameters,
-    check_not_sharded,
-    copies_of,
-    tied_ends,
-    use_parameters,
-)
+from .base_parameters import Place, base_parameters, check_not_sharded, copies_of, tied_ends
 from .config import AdapterOptions, TargetConfig
 from .file_names import check_savable
+from .installed import Installed, forget_installed
 from .left_out import warn_of_left_out
+from .model_adapters import ModelAdapters
 from .nn import adapt
 from .patterns import pattern_values
+from .places import WholeCopy, WholePlace, note_place
 from .sharding import reshard
 from .stand_in import adopt_hooks
 from .targets import ALL_LINEAR, find_targets, named
-from .tree import Tree, adapted_layers, required_layers
-from .whole import WholeModules, check_apart, check_owners, find_whole, use_whole
-from .wrappers import unwrapped
-
-
-@dataclass
-class ModelAdapters:
-    """What a model's layers do not know: the adapters' names, and modules trained whole.
-
-    Kept as a plain attribute of the model, inside of wrappers, so that it is copied and pickled
-    with it.
-
-    Args:
-        active: the adapter in use, or None for the base alone.
-        disabled: how many disable_adapters() blocks we are in.
-        whole: adapter -> {module name: its own trained copy}; under None the base's originals.
-        parameters: adapter -> {place: its own parameter there}; under None the base's.
-    """
-
-    active: str | None = None
-    disabled: int = 0
-    whole: WholeModules = field(default_factory=lambda: {None: {}})
-    parameters: OwnParameters = field(default_factory=lambda: {None: {}})
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name in self.whole if name is not None]
-
-    @staticmethod
-    def of(model: nn.Module) -> ModelAdapters:
-        """The model's state; made from its layers as far as they were put there by hand."""
-        layers, model = required_layers(model).values(), unwrapped(model)
-        if "_rankwise" not in vars(model):
-            active = next((x.adapter for x in layers if x.adapter is not None), None)
-            model._rankwise = ModelAdapters(active)
-        for layer in layers:
-            for name in layer.adapter_names:
-                model._rankwise.whole.setdefault(name, {})
-        return model._rankwise
-
-    def use_whole(self, model: nn.Module) -> None:
-        """Puts the active adapter's own modules and parameters in place, or while disabled the
-        base's."""
-        use_whole(model, self.whole, self.in_use)
-        use_parameters(model, self.whole, self.parameters, self.in_use)
-
-    @property
-    def in_use(self) -> str | None:
-        """The active adapter, or None while disabled."""
-        return None if self.disabled else self.active
+from .tree import Tree
+from .whole import check_apart, check_owners, find_whole
 
 
 def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") -> nn.Module:
@@ -101,8 +49,9 @@ def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") ->
     if tree.adapted:
         raise ValueError("apply_lora: the model has adapters already; use add_adapter()")
     reshard(model)
-    state = ModelAdapters()
-    install_adapter(tree, state, name, prepare_adapter(tree, state, name, *plan(tree, config)))
+    forget_installed(tree)
+    state = ModelAdapters(tree)
+    install_adapter(state, name, prepare_adapter(state, name, *plan(tree, config)))
     model.requires_grad_(False)
     activate_adapter(model, name)
     return model
@@ -111,12 +60,15 @@ def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") ->
 def add_adapter(model: nn.Module, name: str, config: TargetConfig) -> None:
     """Adds an adapter, not active, over the same base; its targets may differ from others'."""
     reshard(model)
-    state, tree = ModelAdapters.of(model), Tree(model)
-    install_adapter(tree, state, name, prepare_adapter(tree, state, name, *plan(tree, config)))
+    state = ModelAdapters.of(model)
+    install_adapter(state, name, prepare_adapter(state, name, *plan(state.tree, config)))
 
 
-def plan(tree: Tree, config: TargetConfig) -> tuple[dict[str, AdapterOptions], list[str]]:
-    """({layer: options}, modules trained whole) that a configuration means for a model."""
+Plan = tuple[dict[str, AdapterOptions], dict[str, torch.dtype | None]]
+
+
+def plan(tree: Tree, config: TargetConfig) -> Plan:
+    """({layer: options}, {module trained whole: its dtype}) that a configuration means."""
     whole = find_whole(tree, config.modules_to_save)
     check_owners(tree, whole)
     check_savable(whole)
@@ -131,7 +83,8 @@ def plan(tree: Tree, config: TargetConfig) -> tuple[dict[str, AdapterOptions], l
         return pattern_values(field, patterns, names)
 
     ranks, alphas = values("rank_pattern"), values("alpha_pattern")
-    return {p: config.options(ranks.get(p), alphas.get(p)) for p in names}, list(whole)
+    options = {path: config.options(ranks.get(path), alphas.get(path)) for path in names}
+    return options, dict.fromkeys(whole, config.adapter_dtype)
 
 
 @dataclass
@@ -141,43 +94,46 @@ class PreparedAdapter:
     Args:
         layers: layer name -> the adapted layer (new, or in the model already).
         adapters: layer name -> its adapter.
-        originals, copies: module name -> the base's module and the adapter's own, trained whole.
+        whole: module name -> its place (new, or in the model already), without the adapter.
+        copies: module name -> the adapter's own, trained whole.
         base, own: place -> the base's parameter and the adapter's own, where that is not copies'
             business alone: a tied weight, or one that a folder brings.
     """
 
     layers: dict[str, Adapted]
     adapters: dict[str, StoredAdapter]
-    originals: dict[str, nn.Module]
-    copies: dict[str, nn.Module]
+    whole: dict[str, WholePlace]
+    copies: dict[str, WholeCopy]
     base: dict[Place, nn.Parameter]
     own: dict[Place, nn.Parameter]
 
 
 def prepare_adapter(
-    tree: Tree,
     state: ModelAdapters,
     name: str,
     options: dict[str, AdapterOptions],
-    whole: list[str],
+    whole: dict[str, torch.dtype | None],
 ) -> PreparedAdapter:
     """Makes an adapter by plan; whatever can fail fails here."""
+    tree = state.tree
+    known = {path: place for place, paths in state.places.items() for path in paths}
     check_adapter_name("add_adapter", name)
-    if name in state.whole:
+    if name in state.names:
         raise ValueError(f"add_adapter: there is an adapter {name!r} already")
     if "" in options:
         raise ValueError("the model itself is a layer; use LoRALinear.from_linear(layer) instead")
-    check_apart(tree, state.whole, options, whole)
+    check_apart(tree, known, options, whole)
     layers = {path: _adapted(path, tree.modules[path], options[path]) for path in options}
-    originals = {**{path: tree.modules[path] for path in whole}, **state.whole[None]}
+    places = {path: known.get(path) or WholePlace(tree.modules[path]) for path in whole}
+    originals = {path: place.original for path, place in places.items()}
     base = base_parameters(tree, state.whole, state.parameters)
-    copies = copies_of({path: originals[path] for path in whole}, state.parameters[None])
+    copies = copies_of(originals, state.parameters[None])
     ends = list(tied_ends(base, copies, layers))
     return PreparedAdapter(
         layers,
         {path: _new_adapter(path, layer, options[path]) for path, layer in layers.items()},
-        originals,
-        copies,
+        places,
+        {path: place.new_copy(copies[path], whole[path]) for path, place in places.items()},
         {place: parameter for place, parameter, _ in ends},
         {place: own for place, _, own in ends if own is not None},
     )
@@ -199,17 +155,21 @@ def _new_adapter(path: str, layer: Adapted, options: AdapterOptions) -> StoredAd
         raise ValueError(f"{path}: {error}") from error
 
 
-def install_adapter(tree: Tree, state: ModelAdapters, name: str, prepared: PreparedAdapter) -> None:
+def install_adapter(state: ModelAdapters, name: str, prepared: PreparedAdapter) -> None:
     """Puts a prepared adapter into the model, not active."""
+    tree, enabled = state.tree, not state.disabled
     for path, layer in prepared.layers.items():
         layer.adapters[name] = prepared.adapters[path]
-        layer.adapters_enabled = not state.disabled
+        layer.adapters_enabled = enabled
         tree.replace(tree.modules[path], layer)
         adopt_hooks(layer)
-    state.whole.update({None: prepared.originals, name: prepared.copies})
-    state.parameters[None].update(prepared.base)
-    state.parameters[name] = prepared.own
-    tree.model._rankwise = state
+    for path, place in prepared.whole.items():
+        place.add_copy(name, prepared.copies[path])
+        place.adapters_enabled = enabled
+        for own_path in tree.names[tree.modules[path]]:
+            note_place(tree, own_path, place)
+    state.add_parameters(name, prepared.base, prepared.own)
+    Installed.at(tree).places[name] = {**prepared.layers, **prepared.whole}
 
 
 def activate_adapter(model: nn.Module, name: str | None) -> None:
@@ -218,17 +178,16 @@ def activate_adapter(model: nn.Module, name: str | None) -> None:
     The active adapter's parameters require gradients, all others' do not.
     """
     state = ModelAdapters.of(model)
-    if name is not None and name not in state.whole:
+    if name is not None and name not in state.names:
         raise KeyError(f"activate_adapter: adapters are {state.names}, got {name!r}")
     reshard(model)
-    layers = adapted_layers(model)
-    if any(layer.merged for layer in layers.values()):
+    if any(layer.merged for layer in state.layers.values()):
         raise RuntimeError("activate_adapter: the model is merged; call unmerge(model) first")
-    check_switch(layers, name)
-    for layer in layers.values():
+    check_switch(state.layers, name)
+    state.whole_of(name)
+    for layer in state.layers.values():
         layer.activate_adapter(name)
-    state.active = name
-    state.use_whole(model)
+    state.activate(name)
 
 
 def check_switch(layers: Mapping[str, Adapted], name: str | None) -> None:
@@ -243,15 +202,26 @@ def check_switch(layers: Mapping[str, Adapted], name: str | None) -> None:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Forgets an adapter; if it was active, the model computes the base alone."""
     state = ModelAdapters.of(model)
-    if name not in state.whole:
+    if name not in state.names:
         raise KeyError(f"delete_adapter: adapters are {state.names}, got {name!r}")
-    if state.active == name:
-        activate_adapter(model, None)
-    for layer in adapted_layers(model).values():
+    active = {path: layer for path, layer in state.layers.items() if layer.adapter == name}
+    if any(layer.merged for layer in active.values()):
+        raise RuntimeError("delete_adapter: the model is merged; call unmerge(model) first")
+    reshard(model)
+    check_switch(active, None)
+    for layer in state.layers.values():
         if name in layer.adapter_names:
             layer.delete_adapter(name)
-    del state.whole[name]
-    state.parameters.pop(name, None)
+    for place in state.places:
+        place.adapter = None if place.adapter == name else place.adapter
+    for own in state.installed.values():
+        own.active = None if own.active == name else own.active
+    state.stand()
+    for place, paths in state.places.items():
+        place.delete_adapter(state.tree, paths, name)
+    for own in state.installed.values():
+        own.places.pop(name, None)
+        own.parameters.pop(name, None)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -263,16 +233,22 @@ def adapter_names(model: nn.Module) -> list[str]:
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model computes its base, merged or not; also modules trained whole."""
     state = ModelAdapters.of(model)
-    check_not_sharded("disable_adapters", Tree(model), state.whole, state.parameters, state.in_use)
-    before = {layer: layer.adapters_enabled for layer in adapted_layers(model).values()}
-    for layer in before:
-        layer.adapters_enabled = False
-    state.disabled += 1
-    state.use_whole(model)
+    check_not_sharded("disable_adapters", state.tree, state.whole, state.parameters, state.in_use)
+    blocks = {Installed.at(state.tree), *state.installed.values()}
+    before = {x: x.adapters_enabled for x in (*state.layers.values(), *state.places)}
+    for own in blocks:
+        own.disabled += 1
+    for held in before:
+        held.adapters_enabled = False
+    state.stand()
     try:
         yield model
     finally:
-        state.disabled -= 1
-        for layer in adapted_layers(model).values():  # also those added in the block
-            layer.adapters_enabled = before.get(layer, not state.disabled)
-        state.use_whole(model)
+        for own in blocks:
+            own.disabled -= 1
+        for held, enabled in before.items():
+            held.adapters_enabled = enabled
+        state = ModelAdapters(Tree(model))
+        for held in {*state.layers.values(), *state.places} - before.keys():  # added in the block
+            held.adapters_enabled = not state.disabled
+        state.stand()

@@ -11,9 +11,12 @@ from torch import nn
 from . import ops
 from .adapted import Adapted
 from .base_parameters import tied_since
-from .model import ModelAdapters
+from .installed import replaced
+from .masters import NARROW
+from .model_adapters import ModelAdapters
+from .places import WholePlace
 from .sharding import check_matrices, check_not_flat, naming, reshard, whole
-from .tree import Tree, adapted_layers
+from .tree import Tree
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ class Summary:
         layers: in the model's order.
         trainable, total: parameters that require a gradient, and all but those of adapters that
             are not active.
+        replaced: {name: the type there now} where the active adapter was and no longer is.
     """
 
     layers: list[LayerSummary]
     trainable: int
     total: int
+    replaced: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [("layer", "in", "out", "rank", "scaling", "dropout", "base", "adapter", "path")]
@@ -58,6 +63,7 @@ class Summary:
             rows.append((x.name, *sizes, rank, f"{x.scaling:g}", f"{x.dropout:g}", *dtypes, path))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(f"{c:<{w}}" for c, w in zip(r, widths, strict=True)) for r in rows]
+        lines += [_replaced(name, kind) for name, kind in self.replaced.items()]
         share = 100.0 * self.trainable / max(self.total, 1)
         lines.append(
             f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
@@ -69,8 +75,8 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """The adapted layers of a model: sizes, ranks, dtypes, and which implementation runs each."""
     reshard(model)
-    ModelAdapters.of(model)
-    layers = adapted_layers(model)
+    state = ModelAdapters.of(model)
+    layers = state.layers
     _check_whole("summary", model, layers)
     stored = {id(p) for m in layers.values() for p in m.adapters.parameters()}
     parameters = [p for p in model.parameters() if id(p) not in stored]
@@ -78,6 +84,7 @@ def summary(model: nn.Module) -> Summary:
         [_layer_summary(name, layer) for name, layer in layers.items()],
         trainable=sum(int(p.numel()) for p in parameters if p.requires_grad),
         total=sum(int(p.numel()) for p in parameters),
+        replaced=replaced(state.tree),
     )
 
 
@@ -134,17 +141,17 @@ def health_check(model: nn.Module) -> HealthReport:
     fully_shard: they gather it.
     """
     reshard(model)
-    state, tree = ModelAdapters.of(model), Tree(model)
-    layers = {name: m for name, m in tree.adapted.items() if m.adapter is not None}
+    state = ModelAdapters.of(model)
+    layers = {name: m for name, m in state.layers.items() if m.adapter is not None}
     _check_whole("health_check", model, layers)
     problems = [problem for name, layer in layers.items() for problem in _problems(name, layer)]
-    for path in state.whole.get(state.active, {}):
-        for name, part in Tree(tree.modules[path]).modules.items():
-            for key, parameter in part.named_parameters(recurse=False):
-                problems += _gradient_problems(".".join(filter(None, (path, name, key))), parameter)
-    problems += tied_since(tree, state.whole, state.parameters, state.in_use)
+    for place, paths in state.places.items():
+        if place.adapter in place.copies and not place.vacant:
+            problems += _whole_problems(paths[0], place)
+    problems += [_replaced(name, kind) for name, kind in replaced(state.tree).items()]
+    problems += tied_since(state.tree, state.whole, state.parameters, state.in_use)
     known = {id(p) for own in state.parameters.values() for p in own.values()}
-    problems += _tied(tree, layers, known)
+    problems += _tied(state.tree, layers, known)
     if not layers:
         problems.append("no adapter is active")
     paths = Counter(_path(layer) for layer in layers.values())
@@ -156,6 +163,10 @@ def _check_whole(operation: str, model: nn.Module, layers: dict[str, Adapted]) -
     for name, layer in layers.items():
         matrices = {f"{name}.{f}": getattr(layer, f) for f in ("weight", "lora_A", "lora_B")}
         check_matrices(operation, matrices)
+
+
+def _replaced(name: str, kind: str) -> str:
+    return f"{name}: replaced by a {kind} without the adapter"
 
 
 def _path(layer: Adapted) -> str:
@@ -176,6 +187,20 @@ def _problems(name: str, layer: Adapted) -> list[str]:
     for key, parameter in layer.named_parameters():
         if key.removeprefix("parametrizations.").startswith(tuple(factors)):  # lora_A, lora_A_orig
             problems += _gradient_problems(f"{name}.{key}", parameter)
+    return problems
+
+
+def _whole_problems(path: str, place: WholePlace) -> list[str]:
+    if not place.fits(place.adapter):
+        return [f"{path}: the base's module was replaced by one that the adapter's does not fit"]
+    problems = []
+    wanted = place.copies[place.adapter].dtype
+    for part_name, part in Tree(place.module).modules.items():
+        for key, parameter in part.named_parameters(recurse=False):
+            name = ".".join(filter(None, (path, part_name, key)))
+            if wanted is not None and parameter.dtype in NARROW:
+                problems.append(f"{name}: {parameter.dtype}, but {wanted} was asked for")
+            problems += _gradient_problems(name, parameter)
     return problems
 
 

@@ -1,28 +1,41 @@
-"""Modules trained whole beside the adapters (modules_to_save), such as a classifier."""
+"""Which modules of a model are trained whole beside the adapters (modules_to_save)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
 from .targets import check_ties, near_misses, parameter_users
 from .tree import AdaptedLayer, Tree, enclosing
 
-# adapter -> {module name: its own trained copy}; under None the base's originals.
+# adapter -> {module name: its own}; under None the base's.
 WholeModules = dict[str | None, dict[str, nn.Module]]
 
 
 def check_apart(
-    tree: Tree, whole: WholeModules, targets: Iterable[str], wanted: Iterable[str]
+    tree: Tree, tops: Collection[str], targets: Iterable[str], wanted: Collection[str]
 ) -> None:
-    """A module trained whole for one adapter cannot hold another's layers: refuses by name."""
+    """What one adapter trains whole cannot hold what is another's: refuses by name.
+
+    Args:
+        tops: names of what other adapters train whole.
+        targets, wanted: of the new adapter: its layers, and what it trains whole.
+    """
     for path in targets:
-        top = enclosing(path, whole[None])
+        top = enclosing(path, tops)
         if top is not None:
             raise ValueError(
                 f"target_modules: {path!r} is in {top!r}, which another adapter trains whole"
             )
+    for names, others in ((wanted, tops), (tops, wanted)):
+        for name in names:
+            top = enclosing(name.rpartition(".")[0], others)
+            if top is not None:
+                raise ValueError(
+                    f"modules_to_save: {name!r} is in {top!r}, and two adapters cannot train one "
+                    "of them each"
+                )
     for top in wanted:
         if any(isinstance(module, AdaptedLayer) for module in tree.modules[top].modules()):
             raise ValueError(f"modules_to_save: {top!r} holds the layers of another adapter")
@@ -63,29 +76,3 @@ def parts_of_whole(whole: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         for top, module in whole.items()
         for name, part in Tree(module).modules.items()
     }
-
-
-def use_whole(model: nn.Module, whole: WholeModules, name: str | None) -> None:
-    """Puts the adapter's own copies of whole modules in place, and the originals elsewhere."""
-    if not whole[None]:
-        return
-    tree = Tree(model)
-    for path, original in whole[None].items():
-        chosen = whole.get(name, {}).get(path, original)
-        current = tree.modules[path]
-        if chosen is current:
-            continue
-        _follow(chosen, current)
-        chosen.requires_grad_(chosen is not original)
-        tree.replace(current, chosen)
-
-
-def _follow(module: nn.Module, current: nn.Module) -> None:
-    """Gives a module that was not in place the devices, dtypes and modes of its twin that was."""
-    for mine, twin in zip(module.parameters(), current.parameters(), strict=True):
-        mine.data = mine.data.to(twin.device, twin.dtype)
-    for mine, twin in zip(module.modules(), current.modules(), strict=True):
-        mine.training = twin.training
-        for name, buffer in mine._buffers.items():
-            if buffer is not None:
-                mine._buffers[name] = buffer.to(twin._buffers[name])
