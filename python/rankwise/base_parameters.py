@@ -150,10 +150,12 @@ def tied_since(tree: Tree, whole: WholeModules, own: OwnParameters, name: str | 
     """Parameters that hold another's, from which the adapter keeps them apart, one text each."""
     expected = {p: x for p, x in _expected(whole, own, name) if p[0] in tree.modules}
     held = {(path, key): _held(tree.modules[path], key) for path, key in expected}
+    again = f"activate_adapter(model, {name!r}) puts that right"
+    resized = "the vocabulary was resized since: do that before apply_lora(), or train both whole"
     return [
         f"{_name(place)}: tied to {_name(other)} since the adapter was activated, which "
-        f"keeps them apart (by tie_weights(), for example); activate_adapter(model, {name!r}) "
-        "puts that right"
+        "keeps them apart (by tie_weights(), for example); "
+        + (again if held[place].shape == expected[place].shape else resized)
         for place in expected
         for other in expected
         if held[place] is held[other]

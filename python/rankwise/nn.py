@@ -14,6 +14,7 @@ from . import ops
 from .adapted import Adapted, StoredAdapter
 from .computed import not_a_parameter
 from .config import AdapterOptions
+from .resized import Rows
 from .stand_in import stand_in
 
 __all__ = ["AdaLoRALinear", "LoRAEmbedding", "LoRALinear"]
@@ -47,6 +48,7 @@ class LoRALinear(Adapted, nn.Linear):
 
     _triplets = False
     _plain_class = nn.Linear
+    out_features = Rows()
 
     def __init__(
         self,
@@ -142,6 +144,7 @@ class LoRAEmbedding(Adapted, nn.Embedding):
     """
 
     _plain_class = nn.Embedding
+    num_embeddings = Rows()
 
     def __init__(
         self,

@@ -136,6 +136,15 @@ def plain_head(dtype: torch.dtype, **options) -> nn.Module:
     return rw.apply_lora(bert_classifier().to(dtype), config)
 
 
+def test_a_head_put_there_later_is_a_master_too(tmp_path):
+    for head in (nn.Linear(16, 5), nn.Linear(16, 5, dtype=torch.float16)):
+        model = plain_head(torch.float16, adapter_dtype=torch.float32)
+        model.classifier = head
+        assert output(model).dtype == torch.float16 and output(model).shape == (2, 5)
+        assert dtypes(model) == {torch.float32}
+        rw.save_adapter(model, tmp_path)
+
+
 def test_without_asking_they_are_the_bases():
     assert dtypes(plain_head(torch.bfloat16)) == {torch.bfloat16}
     assert dtypes(plain_head(torch.float32, adapter_dtype=torch.float32)) == {torch.float32}
