@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from .computed import not_a_parameter
 from .config import AdapterOptions
+from .devices import FACTORS as _FACTORS
+from .devices import follow_base, values_kept
 from .sharding import check_unsharded
 from .stand_in import adopt_hooks
 from .unloading import Unloadable
-
-_FACTORS = ("lora_A", "lora_B", "lora_E")
 
 
 def check_adapter_name(operation: str, name: str) -> None:
@@ -45,6 +45,7 @@ def _forgive_missing_adapters(layer: Adapted, incompatible) -> None:
     if prefix is not None:
         missing = incompatible.missing_keys
         missing[:] = [key for key in missing if not _is_adapter_key(key, prefix)]
+        follow_base(layer)
 
 
 class StoredAdapter(nn.Module):
@@ -137,15 +138,19 @@ class Adapted(Unloadable):
         """All adapters of this layer, the active one first."""
         return ([self.adapter] if self.adapter is not None else []) + list(self.adapters)
 
+    def holder_of(self, name: str) -> Adapted | StoredAdapter:
+        """Whose parameters an adapter's factors are: the layer's own while it is active."""
+        if name not in self.adapter_names:
+            raise KeyError(f"held_adapter: adapters are {self.adapter_names}, got {name!r}")
+        return self if name == self.adapter else self.adapters[name]
+
     def held_adapter(self, name: str) -> HeldAdapter:
         """An adapter by name, active or not.
 
         Raises:
             KeyError: there is none of that name.
         """
-        if name not in self.adapter_names:
-            raise KeyError(f"held_adapter: adapters are {self.adapter_names}, got {name!r}")
-        holder = self if name == self.adapter else self.adapters[name]
+        holder = self.holder_of(name)
         factors = [getattr(holder, factor) for factor in _FACTORS]
         return HeldAdapter(*factors, holder.options, holder.rank)
 
@@ -282,6 +287,10 @@ class Adapted(Unloadable):
         )
         plain = not any(_is_adapter_key(key, prefix) for key in state_dict)
         self._plain_state = prefix if plain else None
+
+    def _apply(self, fn, recurse: bool = True):
+        with values_kept(self):
+            return super()._apply(fn, recurse)
 
     def _adapter_repr(self) -> str:
         if self.adapter is None:

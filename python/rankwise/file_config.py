@@ -20,8 +20,9 @@ from .sharding import has_values
 from .tree import Tree, enclosing, endings_of, plain_state
 from .whole import find_whole
 
-# A module's adapter in the model (HeldAdapter) or made for it (StoredAdapter): the same attributes.
-Adapters = Mapping[str, HeldAdapter | StoredAdapter]
+# A module's adapter in the model (HeldAdapter, or what holds its factors) or made for it
+# (StoredAdapter): the same attributes.
+Adapters = Mapping[str, HeldAdapter | StoredAdapter | Adapted]
 
 _Part = library.AdapterKey.Part
 LINEAR_PARTS = (_Part.lora_A, _Part.lora_B)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ._library import library
 from .adapted import Adapted, HeldAdapter, StoredAdapter
 from .base_parameters import base_parameters, untie_copies
+from .devices import realise
 from .file_base import brought_by, stored_copies, take_base
 from .file_config import (
     Adapters,
@@ -153,6 +154,10 @@ def load_adapter(
     Of a model under fully_shard, whose adapter must be there and active, all processes must load:
     each takes its part, and none if one of them fails.
 
+    On a model on the meta device the factors are real, on the CPU: they stay when the base's
+    weights come, with load_state_dict(assign=True) or to_empty(). Modules trained whole need the
+    base's weights first.
+
     Args:
         model: plain or with adapters.
         directory: with adapter_config.json and adapter_model.safetensors.
@@ -177,7 +182,7 @@ def load_adapter(
         if name in state.names:
             check_switch(layers, name)
             layers = {path: m for path, m in layers.items() if name in m.adapter_names}
-            adapters: Adapters = {path: m.held_adapter(name) for path, m in layers.items()}
+            adapters: Adapters = {path: m.holder_of(name) for path, m in layers.items()}
             whole, own = state.whole_of(name), state.parameters.get(name, {})
         else:
             prepared = prepare_adapter(state, name, *plan_of(tree, file))
@@ -187,6 +192,9 @@ def load_adapter(
             settings = library.ModuleSettings(file.config)
             for path, adapter in adapters.items():
                 _keep_first(adapter, settings.rank_of(path))
+        for path, adapter in adapters.items():
+            if layers[path]._base_weight().is_meta:
+                realise(layers[path], adapter, torch.device("cpu"))
         slots = slots_of("load_adapter", layers, adapters, whole)
         base = base_parameters(tree, state.whole, state.parameters)
         brought = take_base(tree, tensors, slots, base, own, whole)
