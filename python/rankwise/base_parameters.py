@@ -125,7 +125,9 @@ def use_parameters(
         if id(current) not in known or chosen.shape != current.shape:
             continue
         if chosen is not current and not is_sharded(current):  # FSDP has its own in our place
-            chosen.data = chosen.data.to(current.device, current.dtype)  # as the model since
+            stood = any(held.get((path, key)) is current for held in own.values())
+            dtype = current.dtype if stood else chosen.dtype  # what was tied since tells no move
+            chosen.data = chosen.data.to(current.device, dtype)  # as the model since
             _put(module, key, chosen)
 
 

@@ -129,11 +129,14 @@ def prepare_adapter(
     base = base_parameters(tree, state.whole, state.parameters)
     copies = copies_of(originals, state.parameters[None])
     ends = list(tied_ends(base, copies, layers))
+    trained = {path: place.new_copy(copies[path], whole[path]) for path, place in places.items()}
+    for copied in trained.values():
+        copied.widen()
     return PreparedAdapter(
         layers,
         {path: _new_adapter(path, layer, options[path]) for path, layer in layers.items()},
         places,
-        {path: place.new_copy(copies[path], whole[path]) for path, place in places.items()},
+        trained,
         {place: parameter for place, parameter, _ in ends},
         {place: own for place, _, own in ends if own is not None},
     )

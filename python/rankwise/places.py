@@ -28,6 +28,11 @@ class WholeCopy:
     base: list[torch.Size]
     dtype: torch.dtype | None
 
+    def widen(self) -> None:
+        """Makes the module float32 where that was asked for, once all that are tied are made."""
+        if self.dtype is not None:
+            widen(self.module)
+
 
 @dataclass(eq=False)
 class WholePlace:
@@ -120,11 +125,10 @@ class WholePlace:
             )
 
     def new_copy(self, module: nn.Module, dtype: torch.dtype | None) -> WholeCopy:
-        """A copy of the base's module for an adapter to train, in float32 where that is wanted."""
+        """A copy of the base's module for an adapter to train; not widen()ed yet."""
         masters = dtype == torch.float32
         if masters:
             mark(module)
-            widen(module)
         return WholeCopy(module, _sizes(self.original), dtype if masters else None)
 
     def add_copy(self, name: str, own: WholeCopy) -> None:

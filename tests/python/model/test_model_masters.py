@@ -17,6 +17,8 @@ CASES = {
     "embeddings": (bert_classifier, ["query"], ["word_embeddings", "LayerNorm", "pooler"]),
     "block": (bert_classifier, ["query"], ["layer.1"]),
     "llama": (llama, ["q_proj"], ["embed_tokens", "lm_head", "norm"]),
+    "tied": (lambda: llama(tied=True), ["q_proj"], ["embed_tokens", "lm_head"]),
+    "tied to the base's": (lambda: llama(tied=True), ["q_proj"], ["embed_tokens"]),
 }
 
 
@@ -129,6 +131,21 @@ def test_compiled_without_a_break(models):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     found = compiled(**inputs(model))[0]
     assert_same_bits(found.detach(), output(model).detach(), "compiled")
+
+
+def test_a_weight_tied_to_a_master_since_leaves_the_bases_its_dtype():
+    plain = llama(tied=True).half().eval()
+    config = LoRAConfig(
+        target_modules=["q_proj"], modules_to_save=["embed_tokens"], adapter_dtype=torch.float32
+    )
+    model = randomise(rw.apply_lora(copy.deepcopy(plain), config), size=0.05)
+    wanted = output(model).detach()
+    model.tie_weights()
+    assert any("tied to" in problem for problem in rw.health_check(model).problems)
+    rw.activate_adapter(model, "default")
+    assert_same_bits(output(model).detach(), wanted, "put right")
+    rw.activate_adapter(model, None)
+    assert_base_bits(model, plain.state_dict())
 
 
 def plain_head(dtype: torch.dtype, **options) -> nn.Module:
