@@ -96,16 +96,13 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
-def _expected(
+def expected_parameters(
     whole: WholeModules, own: OwnParameters, name: str | None
-) -> Iterator[tuple[Place, nn.Parameter]]:
+) -> dict[Place, nn.Parameter]:
     """What belongs in the places that some adapter has a parameter for, while `name` is active."""
     chosen, parts = own.get(name, {}), parts_of_whole(whole.get(name, {}))
-    for place, original in own[None].items():
-        if place in chosen:
-            yield place, chosen[place]
-        elif place[0] not in parts:
-            yield place, original
+    base = {place: p for place, p in own[None].items() if place[0] not in parts}
+    return base | chosen
 
 
 def use_parameters(
@@ -119,7 +116,7 @@ def use_parameters(
         return
     tree = Tree(model)
     known = {id(parameter) for held in own.values() for parameter in held.values()}
-    for (path, key), chosen in _expected(whole, own, name):
+    for (path, key), chosen in expected_parameters(whole, own, name).items():
         module = tree.modules.get(path)
         current = None if module is None else _held(module, key)
         if id(current) not in known or chosen.shape != current.shape:
@@ -150,7 +147,8 @@ def check_not_sharded(
 
 def tied_since(tree: Tree, whole: WholeModules, own: OwnParameters, name: str | None) -> list[str]:
     """Parameters that hold another's, from which the adapter keeps them apart, one text each."""
-    expected = {p: x for p, x in _expected(whole, own, name) if p[0] in tree.modules}
+    places = expected_parameters(whole, own, name).items()
+    expected = {place: p for place, p in places if place[0] in tree.modules}
     held = {(path, key): _held(tree.modules[path], key) for path, key in expected}
     again = f"activate_adapter(model, {name!r}) puts that right"
     resized = "the vocabulary was resized since: do that before apply_lora(), or train both whole"

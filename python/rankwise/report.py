@@ -10,7 +10,7 @@ from torch import nn
 
 from . import ops
 from .adapted import Adapted
-from .base_parameters import tied_since
+from .base_parameters import Place, expected_parameters, tied_since
 from .installed import replaced
 from .masters import NARROW
 from .model_adapters import ModelAdapters
@@ -150,8 +150,8 @@ def health_check(model: nn.Module) -> HealthReport:
             problems += _whole_problems(paths[0], place)
     problems += [_replaced(name, kind) for name, kind in replaced(state.tree).items()]
     problems += tied_since(state.tree, state.whole, state.parameters, state.in_use)
-    known = {id(p) for own in state.parameters.values() for p in own.values()}
-    problems += _tied(state.tree, layers, known)
+    expected = expected_parameters(state.whole, state.parameters, state.in_use)
+    problems += _tied(state.tree, layers, expected)
     if not layers:
         problems.append("no adapter is active")
     paths = Counter(_path(layer) for layer in layers.values())
@@ -219,7 +219,7 @@ def _gradient_problems(name: str, parameter: nn.Parameter) -> list[str]:
     return [] if finite else [f"{name}: the gradient is not finite"]
 
 
-def _tied(tree: Tree, layers: dict[str, Adapted], known: set[int]) -> list[str]:
+def _tied(tree: Tree, layers: dict[str, Adapted], expected: dict[Place, nn.Parameter]) -> list[str]:
     """Ties but for those that were there when the adapter came, from a folder."""
     owners: dict[int, list[str]] = {}
     for module, names in tree.names.items():
@@ -230,7 +230,8 @@ def _tied(tree: Tree, layers: dict[str, Adapted], known: set[int]) -> list[str]:
         f"{name}: the weight is tied to {other}'s"
         for name, layer in layers.items()
         for other in owners.get(id(_base_weight(layer)), [])
-        if other != name and id(_base_weight(layer)) not in known
+        if other != name
+        and expected.get((name, "weight"), layer) is not expected.get((other, "weight"))
     ]
 
 
