@@ -137,6 +137,12 @@ class Mergeable(AdaptedLayer):
         return self.weight if self.adapters_enabled else self._base_weight()
 
     def _check_trainable(self) -> None:
+        if self.merged and self.weight is self._unmerged[0]:
+            raise RuntimeError(
+                f"{type(self).__name__}: the base is back in the place of the merged weight, as "
+                "FSDP puts its own parameters back; call unmerge(), and merge a model that is not "
+                "sharded"
+            )
         if self.merged and self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
             raise RuntimeError(
                 f"{type(self).__name__}: a merged layer would train nothing; call unmerge() before "

@@ -22,6 +22,7 @@ def _every_way(rank: int) -> None:
         _reports(way, rank)
         _refuses(way, rank)
     _computes_its_base(rank)
+    _notices_a_lost_merge(rank)
     _takes_no_adapters(rank)
 
 
@@ -100,6 +101,20 @@ def _computes_its_base(rank: int) -> None:
         with rw.disable_adapters(model), rw.disable_adapters(reference):
             torch.testing.assert_close(model(inputs(rank)), reference(inputs(rank)))
         torch.testing.assert_close(model(inputs(rank)), wanted)
+
+
+def _notices_a_lost_merge(rank: int) -> None:
+    """Of one layer, merged while FSDP had whole weights in place; it puts its own back."""
+    model = sharded("root").eval()
+    with torch.no_grad():
+        wanted = model(inputs(rank))
+        model.up.merge()
+        torch.testing.assert_close(model(inputs(rank)), wanted)
+        model.reshard()
+        with pytest.raises(RuntimeError, match="the base is back .* FSDP .* call unmerge"):
+            model(inputs(rank))
+        model.up.unmerge()
+        assert torch.equal(model(inputs(rank)), wanted)
 
 
 def _takes_no_adapters(rank: int) -> None:
