@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from . import ops
 from .adapted import Adapted
@@ -132,13 +134,14 @@ class HealthReport:
         return "\n".join([f"{head}: {'ok' if self.ok else 'PROBLEMS'}", *self.problems])
 
 
-def health_check(model: nn.Module) -> HealthReport:
+def health_check(model: nn.Module, *optimizers: Optimizer) -> HealthReport:
     """Whether every active adapter trains: call it after backward, while the gradients are there.
 
     Looks for adapters without a gradient or with one that is not finite, factors in another dtype
     than was asked for, layers switched off or merged, weights tied to an adapted layer's or against
-    the adapter, and says which implementation runs. All processes must check a model under
-    fully_shard: they gather it.
+    the adapter, trainable parameters that none of the optimizers holds (where some are given), and
+    says which implementation runs. All processes must check a model under fully_shard: they gather
+    it.
     """
     reshard(model)
     state = ModelAdapters.of(model)
@@ -152,6 +155,8 @@ def health_check(model: nn.Module) -> HealthReport:
     problems += tied_since(state.tree, state.whole, state.parameters, state.in_use)
     expected = expected_parameters(state.whole, state.parameters, state.in_use)
     problems += _tied(state.tree, layers, expected)
+    if optimizers:
+        problems += _not_held(model, optimizers)
     if not layers:
         problems.append("no adapter is active")
     paths = Counter(_path(layer) for layer in layers.values())
@@ -217,6 +222,15 @@ def _gradient_problems(name: str, parameter: nn.Parameter) -> list[str]:
     except RuntimeError as error:
         return [f"{name}: the gradient cannot be checked: {error}"]
     return [] if finite else [f"{name}: the gradient is not finite"]
+
+
+def _not_held(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    return [
+        f"{name}: the optimizer does not hold it; make the optimizer after the adapters"
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in held
+    ]
 
 
 def _tied(tree: Tree, layers: dict[str, Adapted], expected: dict[Place, nn.Parameter]) -> list[str]:
