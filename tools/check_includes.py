@@ -30,8 +30,10 @@ TORCH_FREE = re.compile(r"csrc/io/(?!adapter_(file|fold|tensors)\.).*")
 # Python files that may reach the binary library directly.
 LIBRARY_USERS = {
     "_library.py",
+    "allocated.py",
     "allocation.py",
     "config.py",
+    "directions.py",
     "doctor.py",
     "file_base.py",
     "file_config.py",

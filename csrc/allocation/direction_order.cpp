@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <rankwise/tensor_memory.h>
 
+#include <algorithm>
 #include <array>
 
 namespace rankwise {
@@ -28,6 +29,26 @@ void keep(const at::Tensor& tensor, int64_t dim, int64_t rank, const at::Tensor&
 bool can_move(const Adapter& adapter, const OptimizerView& optimizer) {
   for (const at::Tensor& factor : adapter.factors()) {
     if (!state_of(factor, optimizer)) return false;
+  }
+  return true;
+}
+
+void order_directions(const Adapter& adapter, const std::vector<int64_t>& before,
+                      const std::vector<int64_t>& after) {
+  std::vector<int64_t> rows;
+  for (const int64_t direction : after)
+    rows.push_back(std::find(before.begin(), before.end(), direction) - before.begin());
+  const at::Tensor index = at::tensor(rows, at::kLong);
+  const std::array<at::Tensor, 3> factors = adapter.factors();
+  for (size_t f = 0; f < factors.size(); ++f)
+    factors[f].copy_(factors[f].index_select(directions_of[f], index.to(factors[f].device())));
+}
+
+bool zero_behind(const Adapter& adapter, int64_t rank) {
+  const std::array<at::Tensor, 3> factors = adapter.factors();
+  for (size_t f = 0; f < factors.size(); ++f) {
+    const int64_t dim = directions_of[f], rest = factors[f].size(dim) - rank;
+    if (factors[f].narrow(dim, rank, rest).any().item<bool>()) return false;
   }
   return true;
 }

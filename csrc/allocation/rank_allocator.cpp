@@ -20,7 +20,7 @@ namespace {
 }
 
 void check_adapter(const Adapter& adapter) {
-  const auto& [name, A, B, E, rank, set_rank] = adapter;
+  const auto& [name, A, B, E, rank, set_rank, rank_now, directions] = adapter;
   check_memory(adapter, /*gradients=*/false);
   const auto shape = [](const at::Tensor& tensor) {
     std::ostringstream text;
@@ -42,6 +42,10 @@ void check_adapter(const Adapter& adapter) {
   }
   if (!A.is_contiguous() || !B.is_contiguous() || !E.is_contiguous()) {
     fail("the factors of '" + name + "' must be contiguous");
+  }
+  if (directions && directions->capacity() != A.size(0)) {
+    fail("the directions of '" + name + "' must be as many as its capacity " +
+         std::to_string(A.size(0)) + ", got " + std::to_string(directions->capacity()));
   }
   if (rank < 0 || rank > A.size(0)) {
     fail("the rank of '" + name + "' must be from 0 to its capacity " + std::to_string(A.size(0)) +
@@ -105,7 +109,9 @@ RankAllocator::RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions
       options_(options),
       schedule_(make_schedule(initial_ranks_, costs_, options)) {
   const int64_t directions = std::accumulate(initial_ranks_.begin(), initial_ranks_.end(), 0LL);
-  if (directions == 0) fail("the adapters have rank 0: there is nothing to allocate");
+  const bool pruned = std::ranges::any_of(
+      adapters_, [](const Adapter& a) { return a.directions && a.directions->first_rank() > 0; });
+  if (directions == 0 && !pruned) fail("the adapters have rank 0: there is nothing to allocate");
   kept_ = at::ones({directions}, at::kBool);
   choices_ = at::empty({0, static_cast<int64_t>(adapters_.size()) + 2}, at::kLong);
   summaries_ = at::empty({0, 4}, at::kDouble);
@@ -113,6 +119,11 @@ RankAllocator::RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions
   set_progress(tensor_of({.budget = -1}));
   place();
   allocate_averages();
+  take_charge();
+}
+
+BudgetSchedule RankAllocator::schedule_from(const std::vector<int64_t>& ranks) const {
+  return make_schedule(ranks, costs_, options_);
 }
 
 void RankAllocator::allocate_averages() {
@@ -140,6 +151,7 @@ std::vector<std::pair<std::string, at::Tensor>> RankAllocator::pattern() const {
 
 at::Tensor RankAllocator::orthogonality_penalty(OrthogonalityForm form) const {
   std::vector<at::Tensor> lora_A, lora_B;
+  for (size_t m = 0; m < adapters_.size(); ++m) check_order(m);
   for (const Adapter& adapter : adapters_) {
     lora_A.push_back(adapter.lora_A);
     lora_B.push_back(adapter.lora_B);

@@ -135,9 +135,11 @@ std::map<std::string, at::Tensor> RankAllocator::state() const {
   return state;
 }
 
-void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
+void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state, bool at_work) {
+  const std::vector<int64_t> initial_ranks = ranks_in(state);
+  const BudgetSchedule schedule = schedule_from(initial_ranks);
   StateCheck check(state);
-  for (const auto& [name, value] : options_state(options_, schedule_)) check.equal(name, value);
+  for (const auto& [name, value] : options_state(options_, schedule)) check.equal(name, value);
   for (const char* name : {"steps", "skipped_steps", "frozen", "shrunk"})
     check.tensor(name, at::kLong, {});
   const auto it = state.find("frozen");
@@ -154,7 +156,7 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
   check.tensor("history.scores", at::kDouble, {n, 4});
   for (size_t m = 0; m < adapters_.size(); ++m) {
     const Adapter& adapter = adapters_[m];
-    check.tensor(adapter.name + ".kept", at::kBool, {initial_ranks_[m]});
+    check.tensor(adapter.name + ".kept", at::kBool, {initial_ranks[m]});
     const std::array<at::Tensor, 3> factors = adapter.factors();
     for (size_t f = 0; !frozen && f < factors.size(); ++f) {
       const auto dtype = at::toOpMathType(factors[f].scalar_type());
@@ -163,8 +165,12 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
     }
   }
   check.finish();
+  TORCH_CHECK(in_charge(),
+              "RankAllocator: another allocator was made for the same adapters, or "
+              "detach() was called; load the state into the one that is in charge");
 
   const auto integer = [&](const char* name) { return state.at(name).item<int64_t>(); };
+  if (initial_ranks != initial_ranks_) begin_with(initial_ranks);
   frozen_ = frozen;
   shrunk_ = integer("shrunk") != 0;
   choices_ =
@@ -178,6 +184,7 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
                           .budget = -1,
                           .recorded = n}));
   calls_ = integer("steps") + integer("skipped_steps");
+  *stepped_ = at_work && (calls_ > 0 || frozen_);
   sensitivity_.clear();
   uncertainty_.clear();
   if (!frozen_) allocate_averages();
@@ -185,7 +192,10 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state) {
   for (size_t m = 0; m < adapters_.size(); ++m) {
     Adapter& adapter = adapters_[m];
     kept.push_back(state.at(adapter.name + ".kept").cpu());
-    adapter.change_rank(shrunk_ ? kept.back().sum().item<int64_t>() : initial_ranks_[m]);
+    const at::Tensor here =
+        shrunk_ ? kept.back().nonzero().squeeze(1) : at::arange(initial_ranks_[m]);
+    arrange(m, here);
+    adapter.change_rank(here.numel());
     for (size_t f = 0; !frozen_ && f < factor_names.size(); ++f) {
       const std::string factor = adapter.name + "." + factor_names[f];
       sensitivity_[3 * m + f].copy_(state.at(factor + ".sensitivity"));

@@ -22,9 +22,12 @@ std::vector<at::Tensor> present(const c10::List<std::optional<at::Tensor>>& grad
 
 void RankAllocator::step(const OptimizerView& optimizer) {
   const at::NoGradGuard no_grad;
+  check_adapters();
   for (const Adapter& adapter : adapters_) check_memory(adapter, /*gradients=*/true);
   place();
   const Gradients gradients = frozen_ ? none() : gather();
+  warn_once(optimizer);
+  *stepped_ = true;
   std::optional<at::Tensor> found, found_inf;
   if (!frozen_) found = importance_check(present(gradients));
   if (optimizer.found_inf.defined()) found_inf = optimizer.found_inf.to(progress_.device());
@@ -49,7 +52,9 @@ void RankAllocator::step(const OptimizerView& optimizer) {
 void RankAllocator::freeze(const OptimizerView& optimizer) {
   const at::NoGradGuard no_grad;
   if (frozen_) return;
+  check_adapters();
   for (const Adapter& adapter : adapters_) check_memory(adapter, /*gradients=*/true);
+  *stepped_ = true;
   place();
   make_room(most_steps());
   kernels::Progress now = progress_of(progress_);
@@ -151,6 +156,7 @@ void RankAllocator::shrink(const OptimizerView& optimizer) {
     Adapter& adapter = adapters_[m];
     const at::Tensor directions = kept[m].nonzero().squeeze(1);
     keep_directions(adapter, directions, optimizer);
+    note_order(m, directions);
     adapter.change_rank(directions.numel());
   }
   shrunk_ = true;

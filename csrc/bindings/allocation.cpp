@@ -5,6 +5,7 @@
 #include <rankwise/rank_allocator.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <memory>
 #include <tuple>
 
 #include "bindings.h"
@@ -15,6 +16,7 @@ using rankwise::Allocation;
 using rankwise::AllocationSettings;
 using rankwise::BudgetSchedule;
 using rankwise::BudgetUnit;
+using rankwise::Directions;
 using rankwise::RankAllocator;
 
 namespace {
@@ -78,29 +80,65 @@ void bind_schedule(py::module_& m) {
 }
 
 using StateOf = std::function<std::optional<std::vector<at::Tensor>>(const at::Tensor&)>;
+using Holds = std::function<bool(const at::Tensor&)>;
 
 auto taking_optimizer(void (RankAllocator::*member)(const rankwise::OptimizerView&)) {
-  return
-      [member](RankAllocator& self, StateOf state_of, const std::optional<at::Tensor>& found_inf) {
-        released([&] { (self.*member)({std::move(state_of), found_inf.value_or(at::Tensor())}); });
-      };
+  return [member](RankAllocator& self, StateOf state_of, const std::optional<at::Tensor>& found_inf,
+                  Holds holds) {
+    released([&] {
+      (self.*member)({std::move(state_of), found_inf.value_or(at::Tensor()), std::move(holds)});
+    });
+  };
+}
+
+/// Copied and pickled with the layers that have them; its allocator stays behind.
+void bind_directions(py::module_& m) {
+  const auto values = [](const Directions& self) {
+    return std::make_tuple(self.order(), self.first_rank(), self.origin(), self.movable);
+  };
+  const auto from = [](const std::tuple<std::vector<int64_t>, int64_t, uint64_t, bool>& values) {
+    return std::make_shared<Directions>(std::make_from_tuple<Directions>(values));
+  };
+  py::class_<Directions, std::shared_ptr<Directions>>(m, "Directions")
+      .def(py::init<int64_t, int64_t>(), py::arg("capacity"), py::arg("first_rank"))
+      .def_property("order", &Directions::order, &Directions::set_order)
+      .def_property_readonly("first_rank", &Directions::first_rank)
+      .def_property_readonly("origin", &Directions::origin)
+      .def_property_readonly(
+          "allocated",
+          [](const Directions& self) {
+            const auto stepped = self.allocator.lock();
+            return stepped && *stepped;
+          },
+          "Whether they have an allocator that has made steps.")
+      .def_readwrite("movable", &Directions::movable)
+      .def("in_state", &Directions::in_state, py::arg("rank"))
+      .def("state", &Directions::state, py::arg("rank"))
+      .def("read", &Directions::read, py::arg("state"))
+      .def(py::pickle(values, from));
 }
 
 void bind_allocator(py::module_& m) {
   py::class_<rankwise::Adapter>(m, "Adapter")
       .def(py::init([](std::string name, at::Tensor A, at::Tensor B, at::Tensor E, int64_t rank,
-                       std::function<void(int64_t)> set_rank) {
-             return rankwise::Adapter{std::move(name), std::move(A), std::move(B),
-                                      std::move(E),    rank,         std::move(set_rank)};
+                       std::function<void(int64_t)> set_rank, std::function<int64_t()> rank_now,
+                       std::shared_ptr<Directions> directions) {
+             return rankwise::Adapter{
+                 std::move(name),     std::move(A),        std::move(B),         std::move(E), rank,
+                 std::move(set_rank), std::move(rank_now), std::move(directions)};
            }),
            py::arg("name"), py::arg("lora_A"), py::arg("lora_B"), py::arg("lora_E"),
-           py::arg("rank"), py::arg("set_rank") = py::none());
+           py::arg("rank"), py::arg("set_rank") = py::none(), py::arg("rank_now") = py::none(),
+           py::arg("directions") = py::none());
   py::class_<RankAllocator>(m, "RankAllocator")
       .def(py::init<std::vector<rankwise::Adapter>, const AdaLoRAOptions&>())
       .def("step", taking_optimizer(&RankAllocator::step), py::arg("state_of"),
-           py::arg("found_inf"))
+           py::arg("found_inf"), py::arg("holds"))
       .def("freeze", taking_optimizer(&RankAllocator::freeze), py::arg("state_of"),
-           py::arg("found_inf"))
+           py::arg("found_inf"), py::arg("holds"))
+      .def("detach", &RankAllocator::detach)
+      .def_property_readonly("in_charge", &RankAllocator::in_charge)
+      .def("replace_factors", &RankAllocator::replace_factors)
       .def(
           "orthogonality_penalty",
           [](const RankAllocator& self, bool squared) {
@@ -118,7 +156,7 @@ void bind_allocator(py::module_& m) {
       .def_property_readonly("scores", &RankAllocator::scores)
       .def_property_readonly("history", &RankAllocator::history)
       .def("state", &RankAllocator::state)
-      .def("load_state", &RankAllocator::load_state);
+      .def("load_state", &RankAllocator::load_state, py::arg("state"), py::arg("at_work") = true);
 }
 
 }  // namespace
@@ -126,5 +164,6 @@ void bind_allocator(py::module_& m) {
 void bind_allocation(py::module_& m) {
   bind_settings(m);
   bind_schedule(m);
+  bind_directions(m);
   bind_allocator(m);
 }

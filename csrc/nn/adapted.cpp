@@ -7,6 +7,7 @@
 #include <torch/nn/init.h>
 
 #include <cmath>
+#include <memory>
 #include <ostream>
 #include <stdexcept>
 #include <utility>
@@ -58,8 +59,12 @@ HeldAdapter Adapted::zero_adapter(AdapterSettings settings) const {
   const auto factor = [&](int64_t rows, int64_t columns) {
     return at::zeros({rows, columns}, weight.options().dtype(dtype));
   };
-  return {factor(capacity, shape.size(1)), factor(shape.size(0), capacity),
-          triplets_ ? factor(capacity, 1) : at::Tensor(), settings, settings.rank};
+  return {factor(capacity, shape.size(1)),
+          factor(shape.size(0), capacity),
+          triplets_ ? factor(capacity, 1) : at::Tensor(),
+          settings,
+          settings.rank,
+          triplets_ ? std::make_shared<Directions>(capacity, settings.rank) : nullptr};
 }
 
 void Adapted::adapt(AdapterSettings settings, bool triplets) {

@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "archived_directions.h"
+
 namespace rankwise::nn {
 namespace {
 
@@ -32,6 +34,7 @@ void AdaptedModule<Derived>::reset() {
     *tensor = at::empty_like(tensor->detach()).requires_grad_(trainable);
   }
   register_tensors();
+  separate_directions();
   for (auto& [name, stored] : waiting_) {
     stored = StoredAdapter(HeldAdapter());  // clone() then assigns it a copy of the other's
     add_child(name, stored);
@@ -71,12 +74,15 @@ template <class Derived>
 void AdaptedModule<Derived>::save(torch::serialize::OutputArchive& archive) const {
   check_unmerged("save");
   torch::nn::Module::save(archive);
+  save_directions(archive, active());
 }
 
 template <class Derived>
 void AdaptedModule<Derived>::load(torch::serialize::InputArchive& archive) {
   check_unmerged("load");
+  const auto arrangement = read_directions(archive, active());
   torch::nn::Module::load(archive);
+  if (arrangement) set_directions(arrangement->first, arrangement->second);
 }
 
 template <class Derived>

@@ -91,6 +91,13 @@ Placed adapters_of_file(const Layers& layers, const AdapterFile& file) {
   return adapters;
 }
 
+// A folder of another rank than the layer's has its directions in the order in which they were
+// made.
+void note_first_order(const nn::HeldAdapter& adapter, int64_t rank) {
+  if (!adapter.directions || rank == adapter.rank) return;
+  adapter.directions->set_order(Directions(adapter.capacity(), rank).order());
+}
+
 }  // namespace
 
 void save_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
@@ -142,6 +149,7 @@ void load_adapter(torch::nn::Module& model, const std::filesystem::path& directo
   for (const auto& [path, layer] : layers) {
     if (placed == adapters.end() || placed->path != path) continue;
     if (fresh) layer->add_adapter(name, placed->adapter);
+    note_first_order(placed->adapter, of_file.rank_of(path));
     layer->set_rank_of(placed->adapter.lora_A, of_file.rank_of(path));
     ++placed;
   }

@@ -66,8 +66,13 @@ std::vector<Adapter> adapters_of(torch::nn::Module& model) {
     const auto set_rank = [weak = std::weak_ptr(layer), A = layer->lora_A](int64_t rank) {
       if (const auto alive = weak.lock()) alive->set_rank_of(A, rank);
     };
-    adapters.push_back(
-        {path, layer->lora_A, layer->lora_B, layer->lora_E, layer->rank(), set_rank});
+    const auto rank_now = [weak = std::weak_ptr(layer), A = layer->lora_A]() -> int64_t {
+      const auto alive = weak.lock();
+      return alive ? alive->rank_of(A) : -1;
+    };
+    const nn::HeldAdapter held = layer->held_adapter(*layer->adapter());
+    adapters.push_back({path, held.lora_A, held.lora_B, held.lora_E, held.rank, set_rank, rank_now,
+                        held.directions});
   }
   return adapters;
 }

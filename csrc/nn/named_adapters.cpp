@@ -36,6 +36,22 @@ void Adapted::set_rank_of(const at::Tensor& factor, int64_t rank) {
   }
 }
 
+int64_t Adapted::rank_of(const at::Tensor& factor) const {
+  if (factor.is_same(lora_A)) return rank_;
+  for (const auto& [name, stored] : waiting_)
+    if (factor.is_same(stored->held.lora_A)) return stored->held.rank;
+  return -1;
+}
+
+void Adapted::separate_directions() {
+  if (directions_) directions_ = std::make_shared<Directions>(*directions_);
+}
+
+void Adapted::set_directions(std::vector<int64_t> order, int64_t rank) {
+  directions_->set_order(std::move(order));
+  set_rank(rank);
+}
+
 std::vector<std::string> Adapted::adapter_names() const {
   std::vector<std::string> names;
   if (adapter_) names.push_back(*adapter_);
@@ -104,6 +120,7 @@ void Adapted::set_active(const std::optional<std::string>& name, const HeldAdapt
   lora_E = adapter.lora_E;
   settings_ = adapter.settings;
   rank_ = adapter.rank;
+  directions_ = adapter.directions;
   for (const at::Tensor& factor : adapter.factors())
     if (factor.defined()) factor.requires_grad_();
 }

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .computed import not_a_parameter
 from .config import AdapterOptions
-from .devices import FACTORS as _FACTORS
-from .devices import follow_base, values_kept
+from .devices import FACTORS, follow_base, values_kept
+from .directions import ORDER, Directed, Directions
 from .sharding import check_unsharded
 from .stand_in import adopt_hooks
+from .stored_adapter import HeldAdapter, StoredAdapter
 from .unloading import Unloadable
 
 
@@ -30,7 +30,8 @@ def check_adapter_name(operation: str, name: str) -> None:
 def _is_adapter_key(key: str, prefix: str) -> bool:
     """Whether a state-dict key under `prefix` is a factor of the active or another adapter."""
     return key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in (
-        *_FACTORS,
+        *FACTORS,
+        ORDER,
         "adapters",
     )
 
@@ -48,30 +49,7 @@ def _forgive_missing_adapters(layer: Adapted, incompatible) -> None:
         follow_base(layer)
 
 
-class StoredAdapter(nn.Module):
-    """An adapter that is not active: its factors, options and rank, frozen."""
-
-    def __init__(self, factors: dict[str, nn.Parameter | None], options: AdapterOptions, rank: int):
-        super().__init__()
-        for name in _FACTORS:
-            self.register_parameter(name, factors[name])
-        self.requires_grad_(False)
-        self.options = options
-        self.rank = rank
-
-
-@dataclass(frozen=True)
-class HeldAdapter:
-    """One adapter of a layer, active or not: the parameters themselves, not copies."""
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    lora_E: nn.Parameter | None
-    options: AdapterOptions
-    rank: int
-
-
-class Adapted(Unloadable):
+class Adapted(Directed, Unloadable):
     """Mixin before nn.Linear or nn.Embedding.
 
     At most one adapter is active; its factors are the layer's own parameters, trainable. The others
@@ -105,7 +83,8 @@ class Adapted(Unloadable):
         self.adapter: str | None = None
         self.options: AdapterOptions | None = None
         self.rank = 0
-        for name in _FACTORS:
+        self.directions = None
+        for name in FACTORS:
             self.register_parameter(name, None)
 
     @property
@@ -151,7 +130,7 @@ class Adapted(Unloadable):
             KeyError: there is none of that name.
         """
         holder = self.holder_of(name)
-        factors = [getattr(holder, factor) for factor in _FACTORS]
+        factors = [getattr(holder, factor) for factor in FACTORS]
         return HeldAdapter(*factors, holder.options, holder.rank)
 
     def add_adapter(self, name: str, options: AdapterOptions) -> None:
@@ -169,16 +148,17 @@ class Adapted(Unloadable):
             raise RuntimeError("activate_adapter: the layer is merged; call unmerge() first")
         self.check_switch(name)
         if self.adapter is not None:
-            stored = {factor: getattr(self, factor) for factor in _FACTORS}
-            waiting = StoredAdapter(stored, self.options, self.rank).train(self.training)
-            self.adapters[self.adapter] = waiting
+            stored = {factor: getattr(self, factor) for factor in FACTORS}
+            waiting = StoredAdapter(stored, self.options, self.rank, self.directions)
+            self.adapters[self.adapter] = waiting.train(self.training)
             self._clear_active()
         if name in self.adapters:
             chosen = self.adapters.pop(name)
-            for factor in _FACTORS:
+            for factor in FACTORS:
                 self.register_parameter(factor, getattr(chosen, factor))
             chosen.requires_grad_(True)
             self.adapter, self.options, self.rank = name, chosen.options, chosen.rank
+            self.directions = chosen.directions
 
     def check_switch(self, name: str | None) -> None:
         """Refuses to move factors that FSDP has in its books, or that something computes.
@@ -190,11 +170,11 @@ class Adapted(Unloadable):
             return
         for holder in (self, self.adapters[name] if name in self.adapters else None):
             if holder is not None:
-                factors = {factor: getattr(holder, factor) for factor in _FACTORS}
+                factors = {factor: getattr(holder, factor) for factor in FACTORS}
                 check_unsharded(
                     "activate_adapter", factors, "activate it before the model is sharded"
                 )
-                for factor in [factor for factor in _FACTORS if factors[factor] is not None]:
+                for factor in [factor for factor in FACTORS if factors[factor] is not None]:
                     found = not_a_parameter(holder, factor)
                     if found is not None:
                         raise ValueError(f"activate_adapter: the layer's {found}")
@@ -230,7 +210,8 @@ class Adapted(Unloadable):
 
         factors = {"lora_A": new(capacity, inputs), "lora_B": new(outputs, capacity)}
         factors["lora_E"] = new(capacity, 1) if options.triplets else None
-        adapter = StoredAdapter(factors, options, options.rank).train(self.training)
+        directions = Directions(capacity, options.rank) if options.triplets else None
+        adapter = StoredAdapter(factors, options, options.rank, directions).train(self.training)
         self._reset_adapter(adapter)
         return adapter
 

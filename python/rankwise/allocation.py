@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ._library import library
-from .adapted import Adapted
+from .allocated import AllocatedAdapters
+from .attachment import Attachment, Round, round_of, unwrapped, view_of
 from .config import AdaLoRAConfig
 from .installed import check_complete
-from .sharding import check_unsharded, reshard
+from .sharding import reshard
 from .tree import Tree, enclosing
 from .wrappers import without_wrappers
 
-_UNSHARDED = (
-    "use DistributedDataParallel, or leave the factors out of fully_shard (ignored_params) and "
-    "average their gradients"
-)
 PENALTY_FORMS = ("squared_sum", "mean_norm")
 
 
@@ -40,14 +37,21 @@ class RankAllocator:
     left out under a GradScaler, changes nothing but ``skipped_steps``. Ties are decided by the
     order of layers and directions.
 
+    An adapter has one allocator at a time, which goes on with parameters that replace its own, of
+    the same shapes. Copies of the model that are averages of it (``torch.optim.swa_utils``, or any
+    that a program updates in place) are moved along; averages that are no copies, lists or dicts of
+    tensors, are not: ``config.shrink=False`` then. Copies and pickles of an allocator belong to the
+    copied layers, and are not attached.
+
     Args:
         model: with active AdaLoRA adapters (``apply_lora(model, AdaLoRAConfig(...))``).
         config: the schedule, which the adapters note for save_adapter(); its targets are not used
             here. ``adalora_config(model)`` is that of an adapter already in the model.
 
     Raises:
-        ValueError: the model has no AdaLoRA adapters, their factors are sharded, or an option is
-            wrong.
+        ValueError: the model has no AdaLoRA adapters, their factors are sharded, an option is
+            wrong, or an adapter has an allocator that has made steps; one that has made none gives
+            way to this.
     """
 
     def __init__(self, model: nn.Module, config: AdaLoRAConfig) -> None:
@@ -63,59 +67,89 @@ class RankAllocator:
                 "RankAllocator: the model has no active AdaLoRA adapter; call "
                 "apply_lora(model, AdaLoRAConfig(...)) first"
             )
-        self.config = config
-        self._layers = layers
         reshard(model)
-        self._check_unsharded()
-        self._core = library.RankAllocator(
-            [_adapter(name, layer) for name, layer in layers.items()], config.allocation_options()
-        )
+        directions = {name: layer.directions for name, layer in layers.items()}
+        self._take(config, AllocatedAdapters(layers, directions))
         for layer in layers.values():
             layer.options = replace(layer.options, allocation=config.allocation_settings())
 
-    def attach(self, optimizer: Optimizer) -> RemovableHandle:
+    def _take(self, config: AdaLoRAConfig, adapters: AllocatedAdapters) -> None:
+        self.config, self._adapters = config, adapters
+        self._core = library.RankAllocator(adapters.for_library(), config.allocation_options())
+        adapters.note_allocator()
+        self._attachment: Callable[[], Attachment | None] = lambda: None
+        self._warned = False
+
+    def attach(self, optimizer: Optimizer, *others: Optimizer) -> Attachment:
         """Runs the allocator after each step of the optimizer, before gradients are cleared.
 
         Works with any torch optimizer, plain, foreach or fused, alone, under a GradScaler or in
-        Accelerate's wrapper, which steps only when gradients are complete.
+        Accelerate's wrapper, which steps only when gradients are complete. Where several train the
+        factors (LoRA+ with an optimizer for each), give them all: the allocator runs once a round,
+        after the last of them.
 
         Returns:
             A handle whose ``remove()`` detaches the allocator.
 
         Raises:
-            RuntimeError: from the optimizer's step, when no adapter has a gradient by then.
+            RuntimeError: it is attached already: its schedule would run at double speed. And from
+                the optimizer's step, when no adapter has a gradient by then.
         """
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        optimizers = [unwrapped(each) for each in (optimizer, *others)]
+        if len(set(optimizers)) < len(optimizers):
+            raise ValueError("attach: the same optimizer was given twice")
+        if self._attached:
+            gc.collect()  # an optimizer that nobody has any more may wait for it
+        if self._attached:
+            raise RuntimeError(
+                "attach: the allocator is attached already, and twice its schedule would run at "
+                "double speed. Call remove() of the first handle before; or attach(first, second) "
+                "once, where two optimizers train the factors"
             )
-        self._check_unsharded()
-        while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = optimizer.optimizer  # Accelerate's wrapper, which has no hooks of its own
-        return optimizer.register_step_post_hook(lambda stepped, args, kwargs: self.step(stepped))
+        self._adapters.check_unsharded()
+        attachment = Attachment(self._after_round, optimizers)
+        self._attachment = weakref.ref(attachment)
+        return attachment
 
-    def step(self, optimizer: Optimizer | None) -> None:
+    def detach(self) -> None:
+        """Ends it: no optimizer runs it, and its adapters may have another allocator.
+
+        That one has a schedule of its own over the directions that are left.
+        """
+        if self._attached:
+            self._attachment().remove()
+        self._core.detach()
+
+    def step(self, optimizer: Optimizer | None, *others: Optimizer) -> None:
         """One step by hand, where attach() cannot be used: after optimizer.step().
 
         Args:
-            optimizer: whose state must follow the directions; None where there is none.
-        """
-        if any(layer.unloaded for layer in self._layers.values()):
-            raise RuntimeError(
-                "RankAllocator: the model was unloaded and has no adapters; call remove() on the "
-                "handle that attach() returned"
-            )
-        self._check_unsharded()
-        self._core.step(*_view(optimizer))
+            optimizer, others: whose state must follow the directions; None where there is none.
 
-    def freeze(self, optimizer: Optimizer | None) -> None:
+        Raises:
+            RuntimeError: no adapter has a gradient; a state with other ranks or another order of
+                directions was loaded into the model since, without this allocator's own; or another
+                allocator took its adapters over. Nothing is changed.
+        """
+        if self._attached and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "step: the allocator is attached to an optimizer, which runs it too: with both its "
+                "schedule runs at double speed",
+                stacklevel=2,
+            )
+        self._run(self._core.step, round_of(optimizer, *others))
+
+    def freeze(self, optimizer: Optimizer | None, *others: Optimizer) -> None:
         """Chooses the final directions now, for a training that ends before its schedule.
 
         Args:
-            optimizer: whose state must follow the directions; None where there is none.
+            optimizer, others: whose state must follow the directions; None where there is none.
+
+        Raises:
+            RuntimeError: as step().
         """
-        self._check_unsharded()
-        self._core.freeze(*_view(optimizer))
+        self._run(self._core.freeze, round_of(optimizer, *others))
 
     def orthogonality_penalty(self, form: str = "squared_sum") -> Tensor:
         """How far the factors are from orthonormal directions; add it, weighted, to the loss.
@@ -126,19 +160,16 @@ class RankAllocator:
 
         Returns:
             A 0-d tensor, one autograd node over all factors.
+
+        Raises:
+            RuntimeError: a state was loaded without the allocator's own, as in step().
         """
         if form not in PENALTY_FORMS:
             raise ValueError(
                 f"orthogonality_penalty: form must be in {PENALTY_FORMS}, got {form!r}"
             )
-        self._check_unsharded()
+        self._adapters.follow(self._core)
         return self._core.orthogonality_penalty(squared=form == "squared_sum")
-
-    def _check_unsharded(self) -> None:
-        """Also for layers that were sharded after the allocator was made over their factors."""
-        for name, layer in self._layers.items():
-            factors = {f"{name}.{f}": getattr(layer, f) for f in ("lora_A", "lora_B", "lora_E")}
-            check_unsharded("RankAllocator", factors, _UNSHARDED)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -185,7 +216,9 @@ class RankAllocator:
         return self._core.state()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes a state_dict() back, and with it the layers' ranks.
+        """Takes a state_dict() back, and with it the ranks and the order of the directions.
+
+        The model's state of the same step may be loaded before or after.
 
         Raises:
             ValueError: listing what differs; nothing is changed.
@@ -195,44 +228,34 @@ class RankAllocator:
         def plain(name: str) -> str:  # a state saved under wrappers may have their parts in names
             return name if enclosing(name, ranks) is not None else without_wrappers(name)
 
+        self._adapters.follow(self._core)
         self._core.load_state({plain(name): tensor for name, tensor in state.items()})
+        self._adapters.move_averages()
+
+    def __getstate__(self) -> dict:
+        return {"config": self.config, "adapters": self._adapters, "state": self.state_dict()}
+
+    def __setstate__(self, state: dict) -> None:
+        self._take(state["config"], state["adapters"])
+        self._core.load_state(state["state"], at_work=False)
 
     def __repr__(self) -> str:
         budget = self.schedule.budget(self.steps)
         phase = "frozen" if self.frozen else f"budget {budget} of {self.schedule.initial_budget}"
         return f"RankAllocator({len(self.ranks)} adapters, step {self.steps}, {phase})"
 
+    @property
+    def _attached(self) -> bool:
+        attachment = self._attachment()
+        return attachment is not None and attachment.active
 
-def _adapter(name: str, layer: Adapted):
-    factor = layer.lora_E
+    def _after_round(self, optimizers: Round) -> None:
+        if self._core.in_charge:
+            self._run(self._core.step, optimizers)
 
-    def set_rank(rank: int) -> None:  # also when another adapter is active by then, or none
-        for holder in (layer, *layer.adapters.values()):
-            if holder.lora_E is factor:
-                holder.rank = rank
-
-    return library.Adapter(name, layer.lora_A, layer.lora_B, layer.lora_E, layer.rank, set_rank)
-
-
-def _view(optimizer: Optimizer | None):
-    """What the C++ side asks of an optimizer: its state by parameter, and found_inf."""
-    if optimizer is None:
-        return None, None
-
-    @cache
-    def parameters() -> set[int]:
-        return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-    def state_of(parameter: Tensor) -> list[Tensor] | None:
-        """The state along a parameter's elements; None where some might be elsewhere."""
-        mine = id(parameter) in parameters()
-        state = optimizer.state.get(parameter, {})
-        stepped = parameter.grad is not None and any(optimizer.state.values())
-        if parameter.requires_grad and (not mine or (stepped and not state)):
-            return None  # in another optimizer, or under another parameter (LBFGS)
-        if not all(x is None or isinstance(x, (Tensor, int, float)) for x in state.values()):
-            return None
-        along = [x for x in state.values() if torch.is_tensor(x) and x.dim() > 0]
-        return along if all(x.shape == parameter.shape for x in along) else None
-
-    return state_of, getattr(optimizer, "found_inf", None)
+    def _run(self, change: Callable, optimizers: Round) -> None:
+        self._adapters.follow(self._core)
+        frozen = self._core.frozen
+        change(*view_of(optimizers))
+        if self._core.frozen != frozen:
+            self._adapters.move_averages()

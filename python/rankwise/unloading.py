@@ -7,13 +7,21 @@ from collections.abc import Callable
 from torch import nn
 
 from .computed import not_a_parameter
+from .devices import FACTORS
 from .merging import Mergeable
 from .sharding import check_unsharded
 from .stand_in import adopt_hooks, stand_in
 
-# What a plain layer has not: parameters, attributes, and of a Conv1D those of nn.Linear's too.
-_FACTORS = ("lora_A", "lora_B", "lora_E")
-_ATTRIBUTES = ("transposed", "adapters_enabled", "in_merged_model", "adapter", "options", "rank")
+# What a plain layer has not: FACTORS, attributes, and of a Conv1D those of nn.Linear's too.
+_ATTRIBUTES = (
+    "transposed",
+    "adapters_enabled",
+    "in_merged_model",
+    "adapter",
+    "options",
+    "rank",
+    "directions",
+)
 _HIDDEN = ("_unmerged", "_plain_state", "_plain_class")
 _OF_LINEAR = ("in_features", "out_features")
 
@@ -33,7 +41,7 @@ class Unloadable(Mergeable):
                 "accelerate, for example); remove that first"
             )
         parametrised = getattr(self, "parametrizations", ())
-        factors = [name for name in _FACTORS if getattr(self, name, None) is not None]
+        factors = [name for name in FACTORS if getattr(self, name, None) is not None]
         for name in (*parametrised, *factors):
             found = not_a_parameter(self, name)
             if found is not None:
@@ -59,7 +67,7 @@ class Unloadable(Mergeable):
         linear = () if isinstance(plain, (nn.Linear, nn.Embedding)) else _OF_LINEAR
         for name in (*_ATTRIBUTES, *_HIDDEN, *linear):
             vars(plain).pop(name, None)
-        for name in _FACTORS:
+        for name in FACTORS:
             del plain._parameters[name]
         del plain._modules["adapters"]
         for hooks in (plain._forward_pre_hooks, plain._load_state_dict_post_hooks):

@@ -7,6 +7,7 @@
 
 #include <iosfwd>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -54,6 +55,8 @@ class Adapted {
   void set_rank(int64_t rank);
   /// The same for the adapter that has this lora_A, active or not; nothing when it was deleted.
   void set_rank_of(const at::Tensor& lora_A, int64_t rank);
+  /// The rank of the adapter that has this lora_A, active or not; -1 when it was deleted.
+  int64_t rank_of(const at::Tensor& lora_A) const;
 
   /// Notes the active adapter's schedule, settings().allocation.
   void set_allocation(const std::optional<AllocationSettings>& allocation) {
@@ -117,6 +120,12 @@ class Adapted {
   /// The update as options to a layer's printed form: `rank=6, alpha=12, dropout=0.1, adapter=...`.
   void print_adapter(std::ostream& stream) const;
 
+  HeldAdapter active() const { return {lora_A, lora_B, lora_E, settings_, rank_, directions_}; }
+  /// For a copy of a layer: directions of its own, which no allocator moves.
+  void separate_directions();
+  /// Notes in which order the active adapter's directions lie, and how many are in use.
+  void set_directions(std::vector<int64_t> order, int64_t rank);
+
   /// First values of an adapter's active directions, which are zero.
   virtual void initialise(const at::Tensor& A, const at::Tensor& B,
                           const AdapterSettings& settings) const;
@@ -132,12 +141,12 @@ class Adapted {
   at::Tensor matrix(const at::Tensor& weight) const { return embedding() ? weight.t() : weight; }
   HeldAdapter zero_adapter(AdapterSettings settings) const;
   void draw(const HeldAdapter& adapter) const;
-  HeldAdapter active() const { return {lora_A, lora_B, lora_E, settings_, rank_}; }
   void set_active(const std::optional<std::string>& name, const HeldAdapter& adapter);
 
   std::optional<std::string> adapter_;
   AdapterSettings settings_;
   int64_t rank_ = 0;
+  std::shared_ptr<Directions> directions_;
   bool triplets_ = false;
 };
 

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <rankwise/directions.h>
 
 #include <array>
 #include <functional>
+#include <memory>
 #include <string>
 
 namespace rankwise {
@@ -18,6 +20,11 @@ struct Adapter {
   int64_t rank = 0;   ///< active directions, 0 .. capacity
   /// Told the new rank when it changes; may be empty.
   std::function<void(int64_t)> set_rank = {};
+  /// The rank that the adapter's layer has now, negative where it no longer has the adapter; may be
+  /// empty: `rank`.
+  std::function<int64_t()> rank_now = {};
+  /// Shared with the layer; null where nobody asks for the order.
+  std::shared_ptr<Directions> directions = {};
 
   /// lora_A, lora_B and lora_E, in this order.
   std::array<at::Tensor, 3> factors() const { return {lora_A, lora_B, lora_E}; }

@@ -68,7 +68,8 @@ class WithCallbacks : public Optimizer {
     const at::Tensor loss = Optimizer::step(std::move(closure));
     const OptimizerView view{
         .state_of = [this](const at::Tensor& parameter) { return state_of(parameter); },
-        .found_inf = {}};
+        .found_inf = {},
+        .holds = [this](const at::Tensor& parameter) { return steps(parameter); }};
     for (const Callback& callback : *callbacks_) callback(view);
     return loss;
   }

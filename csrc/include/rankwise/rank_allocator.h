@@ -39,6 +39,8 @@ struct OptimizerView {
   std::function<std::optional<std::vector<at::Tensor>>(const at::Tensor& parameter)> state_of = {};
   /// Not zero when the optimizer left the parameters alone (fused optimizers under a GradScaler).
   at::Tensor found_inf = {};
+  /// Whether it trains a parameter. Empty function: nothing is known.
+  std::function<bool(const at::Tensor& parameter)> holds = {};
 };
 
 /// Prunes adapters to a falling budget (AdaLoRA, arXiv 2303.10512, algorithm 1).
@@ -63,7 +65,9 @@ struct OptimizerView {
 class RankAllocator {
  public:
   /// Throws std::invalid_argument for wrong options, no adapters, repeated names, wrong shapes,
-  /// factors that are not in memory (tensor_memory.h), or a target below what min_rank needs.
+  /// factors that are not in memory (tensor_memory.h), or a target below what min_rank needs; also
+  /// where an adapter has an allocator that has made steps (adapters with `directions`): it has one
+  /// at a time. One that has made none gives way.
   RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions& options);
   /// Over the AdaLoRA layers (rankwise/nn.h) of a tree of modules, by their dotted paths; their
   /// ranks follow, and they note the schedule, for save_adapter and adalora_options. Throws as
@@ -74,16 +78,30 @@ class RankAllocator {
 
   /// Throws c10::Error when no adapter has a gradient, std::invalid_argument when a factor or a
   /// gradient is not in memory, before anything is changed; warns once of each adapter without one,
-  /// which keeps its scores, and once when all gradients are zero (on CUDA some steps later).
+  /// which keeps its scores, once when all gradients are zero (on CUDA some steps later), and in
+  /// the first step of factors that the optimizer does not hold. Throws c10::Error, too, when a
+  /// state with other ranks or another order of directions was loaded into a layer since, without
+  /// the allocator's own, or when another allocator took the adapters over.
   void step(const OptimizerView& optimizer = {});
 
   /// Chooses the final directions now, as at freeze_step: for a training that ends early.
   void freeze(const OptimizerView& optimizer = {});
 
   /// Runs step() after each of the optimizer's (rankwise/optim.h) until the handle is removed or
-  /// the allocator is destroyed.
+  /// the allocator is destroyed. Throws c10::Error when it is attached already: the schedule would
+  /// run at double speed.
   template <class Optimizer>
   auto attach(Optimizer& optimizer);
+
+  /// Lets go of the adapters, so that another allocator can be made over what is left of them.
+  void detach();
+  /// Whether detach() was not called, and no other allocator took an adapter over.
+  bool in_charge() const;
+
+  /// Goes on with other tensors in the place of an adapter's factors. Throws std::invalid_argument,
+  /// and changes nothing, unless they have the same shapes and are contiguous.
+  void replace_factors(const std::string& adapter, const at::Tensor& lora_A,
+                       const at::Tensor& lora_B, const at::Tensor& lora_E);
 
   /// The adapters' orthogonality_penalty (ops.h) over their active directions.
   at::Tensor orthogonality_penalty(OrthogonalityForm form = OrthogonalityForm::squared_sum) const;
@@ -103,15 +121,27 @@ class RankAllocator {
   /// The allocations that changed the budget or a rank.
   std::vector<Allocation> history() const;
 
-  /// Everything a bit-exact resume needs besides parameters and optimizer.
+  /// Everything a bit-exact resume needs besides modules and optimizer.
   std::map<std::string, at::Tensor> state() const;
-  /// Throws std::invalid_argument, and changes nothing, unless the state is of an allocator with
-  /// the same options and adapters.
-  void load_state(const std::map<std::string, at::Tensor>& state);
+  /// Puts the directions of the adapters in the state's order, and their ranks; the module's state
+  /// may be loaded before or after. An allocator made over what an earlier schedule left takes a
+  /// state of that schedule too, as it was before any pruning. Throws std::invalid_argument, and
+  /// changes nothing, unless the state is of an allocator with the same options and adapters.
+  /// `at_work`: the state's steps count as this allocator's own, so that it gives way to no other.
+  void load_state(const std::map<std::string, at::Tensor>& state, bool at_work = true);
 
  private:
   using Gradients = c10::List<std::optional<at::Tensor>>;
 
+  void take_charge();
+  void check_adapters() const;
+  void check_order(size_t adapter) const;
+  void warn_once(const OptimizerView& optimizer);
+  BudgetSchedule schedule_from(const std::vector<int64_t>& ranks) const;
+  std::vector<int64_t> ranks_in(const std::map<std::string, at::Tensor>& state) const;
+  void begin_with(const std::vector<int64_t>& first_ranks);
+  void note_order(size_t adapter, const at::Tensor& kept);
+  void arrange(size_t adapter, const at::Tensor& kept);
   void warn_of_missing(const std::vector<std::string>& names);
   Gradients gather();
   Gradients none() const;
@@ -132,6 +162,7 @@ class RankAllocator {
   std::vector<Adapter> adapters_;
   std::vector<at::Tensor> factors_;  // A, B, E of each adapter
   std::vector<int64_t> initial_ranks_, costs_;
+  std::vector<std::vector<int64_t>> initial_orders_, orders_;  // of adapters with `directions`
   AdaLoRAOptions options_;
   BudgetSchedule schedule_;
   std::vector<at::Tensor> sensitivity_, uncertainty_;  // of A, B, E of each adapter; until frozen
@@ -142,8 +173,11 @@ class RankAllocator {
   at::Tensor heard_;   // on the CPU: progress_, or what has arrived of it
   int64_t calls_ = 0;  // steps, the skipped ones too
   bool frozen_ = false, shrunk_ = false, warned_of_zeros_ = false;
+  bool looked_at_optimizer_ = false;
   std::set<std::string> warned_;
-  std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
+  std::shared_ptr<bool> stepped_ =
+      std::make_shared<bool>(false);  // what Directions::allocator sees
+  std::weak_ptr<bool> attachment_;
 };
 
 /// An allocator's state() to and from an archive: torch::save(allocator, file) and
@@ -156,9 +190,15 @@ torch::serialize::InputArchive& operator>>(torch::serialize::InputArchive& archi
 
 template <class Optimizer>
 auto RankAllocator::attach(Optimizer& optimizer) {
+  TORCH_CHECK(
+      attachment_.expired(),
+      "attach: the allocator is attached already, and twice its schedule would run at double "
+      "speed; call remove() of the first handle before");
+  const auto attachment = std::make_shared<bool>(true);  // lives as long as the callback
+  attachment_ = attachment;
   return optimizer.add_callback(
-      [this, alive = std::weak_ptr<bool>(alive_)](const OptimizerView& view) {
-        if (!alive.expired()) step(view);
+      [this, attachment, alive = std::weak_ptr<bool>(stepped_)](const OptimizerView& view) {
+        if (!alive.expired() && in_charge()) step(view);
       });
 }
 

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <rankwise/directions.h>
 #include <rankwise/nn_options.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/pimpl.h>
 
 #include <array>
 #include <iosfwd>
+#include <memory>
 
 namespace rankwise::nn {
 
@@ -17,7 +19,8 @@ struct HeldAdapter {
   at::Tensor lora_B;  ///< [out, capacity]
   at::Tensor lora_E;  ///< [capacity, 1] in AdaLoRA, else undefined
   AdapterSettings settings = {};
-  int64_t rank = 0;  ///< leading directions in use
+  int64_t rank = 0;                             ///< leading directions in use
+  std::shared_ptr<Directions> directions = {};  ///< of AdaLoRA, whose directions a state may move
 
   int64_t capacity() const { return lora_A.defined() ? lora_A.size(0) : 0; }
   double scaling() const { return lora_A.defined() ? settings.scaling() : 0; }
@@ -34,6 +37,8 @@ class StoredAdapterImpl : public torch::nn::Cloneable<StoredAdapterImpl> {
   /// For clone(): registers new factors like the present ones, their values not set.
   void reset() override;
   void pretty_print(std::ostream& stream) const override;
+  void save(torch::serialize::OutputArchive& archive) const override;
+  void load(torch::serialize::InputArchive& archive) override;
 
   HeldAdapter held;
 

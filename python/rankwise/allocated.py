@@ -1,0 +1,94 @@
+"""The adapters of an allocator, wherever their layers have them by now."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ._library import library
+from .adapted import Adapted
+from .directions import Directed, Directions, move_averages, note_allocator
+from .sharding import check_unsharded
+
+_UNSHARDED = (
+    "use DistributedDataParallel, or leave the factors out of fully_shard (ignored_params) and "
+    "average their gradients"
+)
+
+
+class AllocatedAdapters:
+    """{name: an adapter}: its layer, and its directions, by which it is found there.
+
+    Copied and pickled with the layers.
+    """
+
+    def __init__(self, layers: dict[str, Adapted], directions: dict[str, Directions]) -> None:
+        self._layers, self._directions = layers, directions
+        self.check_unsharded()
+        self._factors = {name: self._holder(name).factors for name in layers}
+        self._orders = self._orders_now()
+
+    def for_library(self) -> list:
+        """The adapters as the C++ side has them."""
+        return [self._for_library(name) for name in self._layers]
+
+    def note_allocator(self) -> None:
+        """Once there is an allocator for them."""
+        for directions in self._directions.values():
+            note_allocator(directions)
+
+    def check_unsharded(self) -> None:
+        """Also for layers that were sharded after the allocator was made over their factors."""
+        for name, layer in self._layers.items():
+            factors = {f"{name}.{f}": getattr(layer, f) for f in ("lora_A", "lora_B", "lora_E")}
+            check_unsharded("RankAllocator", factors, _UNSHARDED)
+
+    def follow(self, core) -> None:
+        """Before the allocator works: takes parameters that are in the place of those it has.
+
+        Raises:
+            RuntimeError: the model was unloaded.
+            ValueError: factors are sharded, or were replaced by others of another shape.
+        """
+        if any(layer.unloaded for layer in self._layers.values()):
+            raise RuntimeError(
+                "RankAllocator: the model was unloaded and has no adapters; call remove() on the "
+                "handle that attach() returned"
+            )
+        self.check_unsharded()
+        for name, known in self._factors.items():
+            holder = self._holder(name)
+            now = known if holder is None else holder.factors
+            replaced = any(mine is not theirs for mine, theirs in zip(known, now, strict=True))
+            if replaced and all(isinstance(factor, nn.Parameter) for factor in now):
+                core.replace_factors(name, *now)
+                self._factors[name] = now
+
+    def move_averages(self) -> None:
+        """After the allocator moved directions: the layers' averaged copies follow."""
+        for name, before in self._orders.items():
+            holder = self._holder(name)
+            if holder is not None and holder.directions.order != before:
+                move_averages(holder, before)
+        self._orders = self._orders_now()
+
+    def _orders_now(self) -> dict[str, list[int]]:
+        return {name: directions.order for name, directions in self._directions.items()}
+
+    def _holder(self, name: str) -> Directed | None:
+        """The layer, or one of its waiting adapters; None when the adapter was deleted."""
+        layer, directions = self._layers[name], self._directions[name]
+        holders = (layer, *layer.adapters.values())
+        return next((holder for holder in holders if holder.directions is directions), None)
+
+    def _for_library(self, name: str):
+        def set_rank(rank: int) -> None:
+            holder = self._holder(name)
+            if holder is not None:
+                holder.rank = rank
+
+        def rank_now() -> int:
+            holder = self._holder(name)
+            return -1 if holder is None else holder.rank
+
+        rank, directions = self._holder(name).rank, self._directions[name]
+        return library.Adapter(name, *self._factors[name], rank, set_rank, rank_now, directions)

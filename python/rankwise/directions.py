@@ -1,0 +1,145 @@
+"""The order of an adapter's directions: in states of modules, and in averaged copies of a model."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ._library import library
+from .devices import FACTORS
+
+Directions = library.Directions  # their order, shared with an allocator
+ORDER = "lora_directions"
+
+# Holders made by copying or unpickling others: their lora_E as it came, to tell who was averaged.
+_COPIES: WeakKeyDictionary[Directed, Tensor] = WeakKeyDictionary()
+
+
+class Directed:
+    """Mixin before nn.Module of what holds an adapter's factors and its rank.
+
+    A RankAllocator moves an AdaLoRA adapter's directions. So from then on that there is one that
+    shrinks, a state_dict() has their order beside the factors, ``lora_directions``: float
+    [capacity], the first place of the direction in each row, -1 in rows that are not in use.
+    Loading takes factors, order and rank as they were; a state without an order is that of
+    directions that were never moved.
+
+    Args:
+        directions: of AdaLoRA adapters; None for others, whose directions never move.
+    """
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    lora_E: nn.Parameter | None
+    rank: int
+    directions: Directions | None
+
+    @property
+    def factors(self) -> tuple[nn.Parameter | None, ...]:
+        """lora_A, lora_B and lora_E."""
+        return tuple(getattr(self, factor) for factor in FACTORS)
+
+    @property
+    def lora_directions(self) -> Tensor | None:
+        """The order as a state has it; setting it notes the order of factors that are there."""
+        if self.directions is None:
+            return None
+        device = self.lora_A.device
+        return self.directions.state(self.rank).to("cpu" if device.type == "meta" else device)
+
+    @lora_directions.setter
+    def lora_directions(self, state: Tensor) -> None:
+        self.directions.order, self.rank = self.directions.read(state)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.directions is not None and self.directions.in_state(self.rank):
+            destination[prefix + ORDER] = self.lora_directions
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
+        key, count = prefix + ORDER, len(errors)
+        arrangement = None
+        if self.directions is not None:
+            try:
+                arrangement = self._arrangement_in(state_dict, prefix)
+            except ValueError as error:
+                errors.append(f"{key}: {error}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
+        if self.directions is not None and key in unexpected:
+            unexpected.remove(key)
+        if arrangement is not None and len(errors) == count:
+            self._arrange(*arrangement)
+
+    def _arrangement_in(self, state_dict, prefix: str) -> tuple[list[int], int] | None:
+        """The order and rank of the factors in a state; None where it has none."""
+        here, order = (self.directions.order, self.rank), state_dict.get(prefix + ORDER)
+        first = sorted(self.directions.order)
+        found = [factor for factor in FACTORS if prefix + factor in state_dict]
+        if order is not None:
+            wanted = self.directions.read(order)
+        elif not found:
+            return None
+        elif len(found) == len(FACTORS) or self.directions.order != first:
+            wanted = (first, self.directions.first_rank)
+        else:
+            return None
+        if wanted != here and len(found) < len(FACTORS):
+            raise ValueError(
+                f"the state has {found or 'no factor'} of the adapter with its directions in "
+                f"another order than the model's; load {', '.join(FACTORS)} and {ORDER} together"
+            )
+        return wanted
+
+    def _arrange(self, order: list[int], rank: int) -> None:
+        before = self.directions.order
+        self.directions.order, self.rank = order, rank
+        if self in _COPIES:
+            _COPIES[self] = self.lora_E.detach().clone()
+        if order != before:
+            move_averages(self, before)
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        if self.directions is not None:
+            _COPIES[self] = self.lora_E.detach().clone()
+
+
+def note_allocator(directions: Directions) -> None:
+    """States of an adapter's copies get the same entries as its own."""
+    for copy in _COPIES:
+        if copy.directions is not None and copy.directions.origin == directions.origin:
+            copy.directions.movable |= directions.movable
+
+
+@torch.no_grad()
+def move_averages(moved: Directed, before: list[int]) -> None:
+    """Moves the directions of an adapter's averaged copies as its own were moved from `before`.
+
+    Averages (EMA, SWA) are formed element by element, so that both must have one order. What a copy
+    computes stays the same. A copy that nobody wrote since it was copied is none, nor is one that
+    trains or has an allocator of its own.
+    """
+    after = moved.directions.order
+    for copy, copied_E in list(_COPIES.items()):
+        own = copy.directions
+        if own is None or own.origin != moved.directions.origin or own.order != before:
+            continue
+        if own.allocated or not _was_averaged(copy, copied_E):
+            continue
+        rows = torch.tensor([before.index(direction) for direction in after])
+        for parameter, dim in zip(copy.factors, (0, 1, 0), strict=True):
+            parameter.copy_(parameter.index_select(dim, rows.to(parameter.device)))
+        own.order = after
+
+
+def _was_averaged(copy: Directed, copied_E: Tensor) -> bool:
+    if any(factor.is_meta or factor.grad is not None for factor in copy.factors):
+        return False
+    return not torch.equal(copy.lora_E.double().cpu(), copied_E.double().cpu())

@@ -1,0 +1,41 @@
+"""Adapters as a layer holds them: those that wait, and one by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import AdapterOptions
+from .devices import FACTORS
+from .directions import Directed, Directions
+
+
+class StoredAdapter(Directed, nn.Module):
+    """An adapter that is not active: its factors, options, rank and directions, frozen."""
+
+    def __init__(
+        self,
+        factors: dict[str, nn.Parameter | None],
+        options: AdapterOptions,
+        rank: int,
+        directions: Directions | None,
+    ):
+        super().__init__()
+        for name in FACTORS:
+            self.register_parameter(name, factors[name])
+        self.requires_grad_(False)
+        self.options = options
+        self.rank = rank
+        self.directions = directions
+
+
+@dataclass(frozen=True)
+class HeldAdapter:
+    """One adapter of a layer, active or not: the parameters themselves, not copies."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_E: nn.Parameter | None
+    options: AdapterOptions
+    rank: int
