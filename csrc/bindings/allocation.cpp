@@ -3,8 +3,12 @@
 #include <pybind11/operators.h>
 #include <pybind11/stl.h>
 #include <rankwise/rank_allocator.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/utils/lambda_post_hook.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <memory>
 #include <tuple>
 
@@ -118,6 +122,14 @@ void bind_directions(py::module_& m) {
       .def(py::pickle(values, from));
 }
 
+/// Whether DDP waits for a tensor's gradient in the backward pass: its hooks are such lambdas.
+bool watched(const at::Tensor& tensor) {
+  const auto accumulator = torch::autograd::impl::try_get_grad_accumulator(tensor);
+  return accumulator && std::ranges::any_of(accumulator->post_hooks(), [](const auto& hook) {
+           return dynamic_cast<torch::autograd::utils::LambdaPostHook*>(hook.get());
+         });
+}
+
 void bind_allocator(py::module_& m) {
   py::class_<rankwise::Adapter>(m, "Adapter")
       .def(py::init([](std::string name, at::Tensor A, at::Tensor B, at::Tensor E, int64_t rank,
@@ -166,4 +178,7 @@ void bind_allocation(py::module_& m) {
   bind_schedule(m);
   bind_directions(m);
   bind_allocator(m);
+  m.def("watched", [](const std::vector<at::Tensor>& tensors) {
+    return std::any_of(tensors.begin(), tensors.end(), watched);
+  });
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._library import library
 from .adapted import Adapted
@@ -30,6 +30,11 @@ class AllocatedAdapters:
     def for_library(self) -> list:
         """The adapters as the C++ side has them."""
         return [self._for_library(name) for name in self._layers]
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """All lora_A and lora_B."""
+        return [factor for A, B, _ in self._factors.values() for factor in (A, B)]
 
     def note_allocator(self) -> None:
         """Once there is an allocator for them."""

@@ -16,6 +16,7 @@ from .allocated import AllocatedAdapters
 from .attachment import Attachment, Round, round_of, unwrapped, view_of
 from .config import AdaLoRAConfig
 from .installed import check_complete
+from .late_gradients import late
 from .sharding import reshard
 from .tree import Tree, enclosing
 from .wrappers import without_wrappers
@@ -159,7 +160,10 @@ class RankAllocator:
         ("mean_norm", the paper's code and PEFT).
 
         Returns:
-            A 0-d tensor, one autograd node over all factors.
+            A 0-d tensor, one autograd node over all factors. In a model under
+            DistributedDataParallel its gradients join the others when the backward pass ends, for
+            DDP knows only those of the forward pass. So they are not averaged over the processes,
+            in which they are equal.
 
         Raises:
             RuntimeError: a state was loaded without the allocator's own, as in step().
@@ -169,7 +173,10 @@ class RankAllocator:
                 f"orthogonality_penalty: form must be in {PENALTY_FORMS}, got {form!r}"
             )
         self._adapters.follow(self._core)
-        return self._core.orthogonality_penalty(squared=form == "squared_sum")
+        penalty = self._core.orthogonality_penalty(squared=form == "squared_sum")
+        factors = self._adapters.matrices
+        joins_late = penalty.requires_grad and library.watched(factors)
+        return late(penalty, factors) if joins_late else penalty
 
     @property
     def ranks(self) -> dict[str, int]:
