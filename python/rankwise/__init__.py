@@ -15,6 +15,7 @@ from .model import (
     delete_adapter,
     disable_adapters,
 )
+from .parameters import parameter_groups, print_trainable_parameters
 from .plain import unload
 from .report import health_check, summary
 
@@ -39,6 +40,8 @@ __all__ = [
     "merge",
     "nn",
     "ops",
+    "parameter_groups",
+    "print_trainable_parameters",
     "save_adapter",
     "summary",
     "unload",
