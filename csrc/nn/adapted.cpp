@@ -50,9 +50,9 @@ HeldAdapter Adapted::zero_adapter(AdapterSettings settings) const {
   }
   const at::Tensor shape = matrix(weight);
   const at::ScalarType base = weight.scalar_type();
-  const at::ScalarType dtype = settings.adapter_dtype.value_or(base);
-  const bool masters = dtype == at::kFloat && (base == at::kBFloat16 || base == at::kHalf);
-  require(dtype == base || masters,
+  const bool narrow = base == at::kBFloat16 || base == at::kHalf;
+  const at::ScalarType dtype = settings.adapter_dtype.value_or(narrow ? at::kFloat : base);
+  require(dtype == base || (narrow && dtype == at::kFloat),
           c10::str("adapter_dtype must be ", base, " like the base's, or Float over a 16-bit base"),
           c10::str(dtype));
   const int64_t capacity = settings.capacity.value_or(settings.rank);

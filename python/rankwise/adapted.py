@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .computed import not_a_parameter
-from .config import AdapterOptions
+from .config import NARROW, AdapterOptions
 from .devices import FACTORS, follow_base, values_kept
 from .directions import ORDER, Directed, Directions
 from .sharding import check_unsharded
@@ -197,8 +197,8 @@ class Adapted(Directed, Unloadable):
         capacity = options.rank if options.capacity is None else options.capacity
         weight = self._base_weight()
         check_unsharded("adapter", {"weight": weight}, "add adapters before the model is sharded")
-        dtype = options.adapter_dtype or weight.dtype
-        masters = dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
+        dtype = options.dtype_over(weight.dtype)
+        masters = dtype == torch.float32 and weight.dtype in NARROW
         if dtype != weight.dtype and not masters:
             raise ValueError(
                 f"adapter: adapter_dtype must be {weight.dtype} like the base's, or torch.float32 "

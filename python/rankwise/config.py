@@ -12,6 +12,7 @@ from ._library import library
 
 BUDGET_UNITS = ("triplets", "parameters")
 INITS = (None, "kaiming", "gaussian", "swapped")
+NARROW = (torch.bfloat16, torch.float16)
 
 # What AdaLoRAConfig has of a schedule under the same name; the budget's unit is a word there.
 _SCHEDULE = (
@@ -54,7 +55,8 @@ class AdapterOptions:
             deviation 1 / rank, B zero) or "swapped" (A zero, B normal with 1 / rank); None for
             "kaiming" in linear layers and "swapped" in embeddings.
         capacity: directions allocated, >= rank; None for rank.
-        adapter_dtype: of the factors: the base's (None), or float32 over a 16-bit base.
+        adapter_dtype: of the factors: None for float32 over a 16-bit base and the base's dtype over
+            others; the base's 16-bit dtype on request, in which optimizers lose small updates.
         triplets: with the factor lora_E, as AdaLoRA: A and B start normal with standard deviation
             0.02, E zero, as in the paper's code; ``init`` is not used.
         allocation: AdaLoRA's schedule where a configuration or a folder gave it; it goes into saved
@@ -95,6 +97,10 @@ class AdapterOptions:
             return 0.0
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def dtype_over(self, base: torch.dtype) -> torch.dtype:
+        """The factors' dtype over a base of this one."""
+        return self.adapter_dtype or (torch.float32 if base in NARROW else base)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig:
@@ -107,7 +113,9 @@ class TargetConfig:
         rank_pattern, alpha_pattern: {name, suffix or regular expression: value} for modules whose
             (initial) rank or alpha differ; the first match counts.
         modules_to_save: names or suffixes of modules trained and saved whole, such as a classifier.
-        dropout, adapter_dtype: see AdapterOptions.
+        dropout: see AdapterOptions.
+        adapter_dtype: see AdapterOptions. Modules trained whole have their base's dtype, or float32
+            where that is asked for.
     """
 
     target_modules: Sequence[str] | str = ()

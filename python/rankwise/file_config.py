@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._library import library
 from .adapted import Adapted, HeldAdapter, StoredAdapter
-from .config import AdaLoRAConfig, AdapterOptions
+from .config import NARROW, AdaLoRAConfig, AdapterOptions
 from .installed import check_complete
 from .model import Plan
 from .model_adapters import ModelAdapters
@@ -290,6 +290,7 @@ def saved_beside(model: nn.Module, whole: Mapping[str, nn.Module]) -> dict[str, 
 
 
 def _factor_dtype(stored: torch.dtype, base: torch.dtype) -> torch.dtype | None:
-    """float32 where a 16-bit base would round what is stored; None for the base's own."""
-    narrow = base in (torch.bfloat16, torch.float16)
-    return torch.float32 if narrow and torch.promote_types(stored, base) == torch.float32 else None
+    """Over a 16-bit base float32 where that would round what is stored, else the base's dtype."""
+    if base not in NARROW:
+        return None
+    return torch.float32 if torch.promote_types(stored, base) == torch.float32 else base

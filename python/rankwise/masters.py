@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .config import NARROW
 from .tree import Tree
 
-NARROW = (torch.bfloat16, torch.float16)
 _BASE = "_base_dtype"  # an empty buffer of the base's dtype, which a move of the model reaches
 
 

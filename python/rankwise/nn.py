@@ -41,7 +41,7 @@ class LoRALinear(Adapted, nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as nn.Linear.
         rank, alpha, dropout, rslora, init, capacity: see AdapterOptions.
-        adapter_dtype: of the factors; None for the weight's.
+        adapter_dtype: of the factors; None for float32 over a 16-bit weight, else the weight's.
 
     Input ``[..., in_features]``, output ``[..., out_features]`` in the input's dtype.
     """

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from . import ops
 from .adapted import Adapted
 from .base_parameters import Place, expected_parameters, tied_since
+from .config import NARROW
 from .installed import replaced
-from .masters import NARROW
 from .model_adapters import ModelAdapters
 from .places import WholePlace
 from .sharding import check_matrices, check_not_flat, naming, reshard, whole
@@ -184,7 +184,7 @@ def _problems(name: str, layer: Adapted) -> list[str]:
     if not layer.adapters_enabled:
         return [f"{name}: adapters are disabled"]
     problems = []
-    wanted = layer.options.adapter_dtype or layer.weight.dtype
+    wanted = layer.options.dtype_over(layer.weight.dtype)
     factors = {f: getattr(layer, f) for f in ("lora_A", "lora_B", "lora_E")}
     factors = {f: parameter for f, parameter in factors.items() if parameter is not None}
     for other in {parameter.dtype for parameter in factors.values()} - {wanted}:

@@ -26,8 +26,9 @@ struct AdapterSettings {
   bool rslora = false;  ///< scaling by alpha / sqrt(rank) (arXiv 2312.03732)
   std::optional<LoRAInit> init;     ///< default: kaiming in linear layers, swapped in embeddings
   std::optional<int64_t> capacity;  ///< directions allocated, >= rank; default: rank
-  std::optional<at::ScalarType> adapter_dtype;  ///< default: the base's; or float over 16 bits
-  bool triplets = false;                        ///< with lora_E, as AdaLoRA
+  /// Of the factors: the base's, or float over a 16-bit base, which is the default there.
+  std::optional<at::ScalarType> adapter_dtype;
+  bool triplets = false;  ///< with lora_E, as AdaLoRA
   /// AdaLoRA's schedule where a RankAllocator or a folder gave it; it goes into saved folders.
   std::optional<AllocationSettings> allocation;
 

@@ -161,6 +161,10 @@ TEST(Layers, AroundALayerSharesItsTensors) {
   AdaLoRALinear masters(linear, AdapterOptions().rank(2).adapter_dtype(at::kFloat));
   EXPECT_EQ(masters->lora_A.scalar_type(), at::kFloat);
   EXPECT_EQ(masters->forward(x.to(at::kBFloat16)).scalar_type(), at::kBFloat16);
+  LoRALinear usual(linear, AdapterOptions().rank(2));
+  EXPECT_EQ(usual->lora_A.scalar_type(), at::kFloat);
+  LoRALinear narrow(linear, AdapterOptions().rank(2).adapter_dtype(at::kBFloat16));
+  EXPECT_EQ(narrow->lora_A.scalar_type(), at::kBFloat16);
 
   torch::nn::Embedding embedding(torch::nn::EmbeddingOptions(9, 5).padding_idx(0));
   LoRAEmbedding adapted(embedding, AdapterOptions().rank(2));

@@ -76,6 +76,8 @@ def bench(
     pattern = dict(zip(names, ranks, strict=True))
     config = rw.AdaLoRAConfig(target_modules=names, rank_pattern=pattern, **options)
     model = rw.apply_lora(nn.ModuleList(linears), config)
+    for layer, dtype in zip(model, dtypes, strict=True):
+        layer.to(dtype)
     return Bench(model, config, rw.RankAllocator(model, config))
 
 
@@ -107,7 +109,9 @@ def network(
     """An adapted Network, the same for the same seed, with E and A, B of a size that matters."""
     torch.manual_seed(seed)
     options = dict(initial_rank=6, target_rank=2, total_steps=12, alpha=6.0) | options
-    config = rw.AdaLoRAConfig(target_modules=LAYERS, dropout=dropout, **options)
+    config = rw.AdaLoRAConfig(
+        target_modules=LAYERS, dropout=dropout, adapter_dtype=dtype, **options
+    )
     model = rw.apply_lora(Network(dtype, dropout), config)
     with torch.no_grad():
         for name in LAYERS:

@@ -122,7 +122,7 @@ def test_layers_of_rank_0_are_not_targets(tmp_path):
 
 def test_we_read_it_back_in_every_dtype(tmp_path):
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        model = adalora(lambda dtype=dtype: bert().to(dtype), ranks=(3, 1))
+        model = adalora(lambda dtype=dtype: bert().to(dtype), ranks=(3, 1), adapter_dtype=dtype)
         rw.export_lora(model, tmp_path)
         again = bert().to(dtype)
         rw.load_adapter(again, tmp_path)
@@ -169,7 +169,7 @@ def test_errors(tmp_path):
         rw.export_lora(lora(), tmp_path / "new", name="other")
     with pytest.raises(ValueError, match="the model has no adapters"):
         rw.export_lora(bert(), tmp_path / "new")
-    model = adalora(lambda: bert().half())
+    model = adalora(lambda: bert().half(), adapter_dtype=torch.float16)
     with torch.no_grad():
         layers_of(model)["encoder.layer.1.attention.self.value"].lora_E.fill_(6e4)
         layers_of(model)["encoder.layer.1.attention.self.value"].lora_B.fill_(2.0)

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections import OrderedDict
+from dataclasses import replace
 
 import peft
 import pytest
@@ -119,7 +120,11 @@ def test_dtypes_are_kept_or_widened_never_rounded(tmp_path):
     assert {p.dtype for n, p in loaded.named_parameters() if "lora_" in n} == {torch.float32}
 
     config = rw.LoRAConfig(rank=4, target_modules=["query"])
-    rw.save_adapter(rw.apply_lora(bert().half(), config), tmp_path / "fp16")
+    narrow = replace(config, adapter_dtype=torch.float16)
+    rw.save_adapter(rw.apply_lora(bert().half(), narrow), tmp_path / "fp16")
+    loaded = bert().half()
+    rw.load_adapter(loaded, tmp_path / "fp16")
+    assert {p.dtype for n, p in loaded.named_parameters() if "lora_" in n} == {torch.float16}
     with pytest.warns(UserWarning, match=r"is torch.float16 and becomes torch.float32"):
         rw.load_adapter(bert(), tmp_path / "fp16")
 

@@ -115,15 +115,12 @@ def test_generation_with_a_cache_is_the_same_as_without():
     assert cached.shape == (2, 12)
 
 
-@pytest.mark.parametrize("masters", [False, True])
-def test_sixteen_bit_models_keep_their_output_dtype(masters):
+@pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16])
+def test_sixteen_bit_models_keep_their_output_dtype(asked):
     model = bert().bfloat16().eval()
-    config = rw.LoRAConfig(
-        target_modules="all-linear", adapter_dtype=torch.float32 if masters else None
-    )
-    rw.apply_lora(model, config)
+    rw.apply_lora(model, rw.LoRAConfig(target_modules="all-linear", adapter_dtype=asked))
     assert output(randomise(model)).dtype == torch.bfloat16
-    wanted = torch.float32 if masters else torch.bfloat16
+    wanted = asked or torch.float32
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {wanted}
 
 

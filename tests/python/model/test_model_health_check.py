@@ -1,4 +1,6 @@
 # health_check(model): silent when all is well, and one sentence for each thing that is not.
+from dataclasses import replace
+
 import pytest
 import torch
 from small_models import adapted, bert, bert_classifier, gpt2, llama, loss, randomise
@@ -82,7 +84,7 @@ def test_half_after_asking_for_float32_factors():
 
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
 def test_one_factor_cast_up_by_hand(factor):
-    model = step(rw.apply_lora(bert().bfloat16(), QV))
+    model = step(rw.apply_lora(bert().bfloat16(), replace(QV, adapter_dtype=torch.bfloat16)))
     parameter = getattr(model.encoder.layer[0].attention.self.query, factor)
     parameter.grad = None
     parameter.data = parameter.data.float()
@@ -93,7 +95,7 @@ def test_one_factor_cast_up_by_hand(factor):
 
 
 def test_every_factor_cast_up_where_the_bases_dtype_was_asked_for():
-    model = step(rw.apply_lora(bert().bfloat16(), QV))
+    model = step(rw.apply_lora(bert().bfloat16(), replace(QV, adapter_dtype=torch.bfloat16)))
     for layer in adapted(model).values():
         for parameter in (layer.lora_A, layer.lora_B):
             parameter.grad = None

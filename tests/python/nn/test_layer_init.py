@@ -56,7 +56,7 @@ def test_the_embedding_starts_as_in_the_papers_code():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_factors_start_with_the_same_spread(dtype):
-    layer = big(dtype=dtype)
+    layer = big(dtype=dtype, adapter_dtype=dtype)
     assert layer.lora_A.dtype == dtype
     assert layer.lora_A.float().std().item() == pytest.approx(0.05 / math.sqrt(3), rel=0.02)
 
