@@ -34,6 +34,8 @@ void bind_config(py::module_& m) {
       .def_readwrite("allocation", &AdapterConfig::allocation)
       .def_readwrite("base_model_name_or_path", &AdapterConfig::base_model_name_or_path)
       .def_readwrite("task_type", &AdapterConfig::task_type)
+      .def_readwrite("base_model_class", &AdapterConfig::base_model_class)
+      .def_readwrite("parent_library", &AdapterConfig::parent_library)
       .def("rank_of", &AdapterConfig::rank_of)
       .def("alpha_of", &AdapterConfig::alpha_of)
       .def("scaling", &AdapterConfig::scaling);

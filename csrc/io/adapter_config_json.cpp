@@ -17,6 +17,9 @@ namespace {
 
 using Json = nlohmann::json;
 
+/// Whose format the files have.
+constexpr const char* peft_version = "0.21.2";
+
 /// When a field of LoraConfig is in force.
 enum class Active { truthy, not_null };
 
@@ -78,10 +81,10 @@ void refuse_changed_base(const JsonFields& fields) {
 
 /// PEFT's fields without an effect here: about the file, the start of training that is over
 /// (refuse_changed_base), Megatron and QA-LoRA, which are refused, and LoRA's that AdaLoRA has too.
-constexpr std::array<std::string_view, 12> without_effect = {
-    "auto_mapping", "peft_version",   "inference_mode", "loftq_config",      "eva_config",
-    "corda_config", "lora_ga_config", "megatron_core",  "qalora_group_size", "r",
-    "use_rslora",   "alpha_pattern"};
+constexpr std::array<std::string_view, 11> without_effect = {
+    "peft_version",   "inference_mode", "loftq_config",      "eva_config", "corda_config",
+    "lora_ga_config", "megatron_core",  "qalora_group_size", "r",          "use_rslora",
+    "alpha_pattern"};
 
 std::vector<std::string> unknown_in_force(const JsonFields& fields) {
   std::vector<std::string> unknown;
@@ -105,6 +108,23 @@ void read_layers(const JsonFields& fields, AdapterConfig& config) {
   } else {
     config.layers_pattern = fields.strings("layers_pattern");
   }
+}
+
+/// Custom models have other mappings, which say nothing here.
+void read_base_class(const JsonFields& fields, AdapterConfig& config) {
+  const Json* mapping = fields.find("auto_mapping");
+  if (!mapping || !mapping->is_object()) return;
+  const auto name = mapping->find("base_model_class");
+  const auto library = mapping->find("parent_library");
+  if (name == mapping->end() || library == mapping->end()) return;
+  if (!name->is_string() || !library->is_string()) return;
+  config.base_model_class = name->get<std::string>();
+  config.parent_library = library->get<std::string>();
+}
+
+Json auto_mapping(const AdapterConfig& config) {
+  if (config.base_model_class.empty()) return {};
+  return {{"base_model_class", config.base_model_class}, {"parent_library", config.parent_library}};
 }
 
 Json or_null(const std::string& text) {
@@ -138,6 +158,7 @@ AdapterConfig parse_adapter_config(std::string_view text, const std::string& fil
   config.base_model_name_or_path = fields.string("base_model_name_or_path");
   config.revision = fields.string("revision");
   config.task_type = fields.string("task_type");
+  read_base_class(fields, config);
   check_adapter_config(config, file);
   if (unknown) *unknown = unknown_in_force(fields);
   return config;
@@ -147,6 +168,7 @@ std::string format_adapter_config(const AdapterConfig& config, const std::string
   check_adapter_config(config, file);
   JsonMembers members = method_members(config);
   members.merge(JsonMembers{
+      {"auto_mapping", auto_mapping(config)},
       {"base_model_name_or_path", or_null(config.base_model_name_or_path)},
       {"bias", "none"},
       {"exclude_modules", or_null(config.exclude_modules, config.exclude_modules_regex)},
@@ -159,6 +181,7 @@ std::string format_adapter_config(const AdapterConfig& config, const std::string
       {"lora_dropout", config.dropout},
       {"modules_to_save", or_null(config.modules_to_save)},
       {"peft_type", config.peft_type},
+      {"peft_version", peft_version},
       {"revision", or_null(config.revision)},
       {"target_modules", or_null(config.target_modules, config.target_modules_regex)},
       {"task_type", or_null(config.task_type)},

@@ -82,6 +82,8 @@ AdapterConfig folded_config(AdapterConfig config, int64_t rank, std::vector<std:
   folded.base_model_name_or_path = std::move(config.base_model_name_or_path);
   folded.revision = std::move(config.revision);
   folded.task_type = std::move(config.task_type);
+  folded.base_model_class = std::move(config.base_model_class);
+  folded.parent_library = std::move(config.parent_library);
   return folded;
 }
 

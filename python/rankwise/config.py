@@ -61,6 +61,7 @@ class AdapterOptions:
             0.02, E zero, as in the paper's code; ``init`` is not used.
         allocation: AdaLoRA's schedule where a configuration or a folder gave it; it goes into saved
             folders.
+        task_type: PEFT's name of the task, where a folder gave it; it goes into saved folders.
     """
 
     rank: int = 8
@@ -72,6 +73,7 @@ class AdapterOptions:
     adapter_dtype: torch.dtype | None = None
     triplets: bool = False
     allocation: library.AllocationSettings | None = None
+    task_type: str = ""
 
     def __post_init__(self) -> None:
         def require(condition: bool, name: str, wanted: str, got: object) -> None:

@@ -54,6 +54,7 @@ def shared_config(model: nn.Module, layers: Mapping[str, Adapted], adapters: Ada
     tree = Tree(model)
     config.target_modules = library.target_names(list(adapters), list(tree.modules))
     config.base_model_name_or_path = getattr(tree.model, "name_or_path", "") or ""
+    config.task_type = _most_common(a.options.task_type for a in adapters.values())
     return config
 
 
@@ -229,6 +230,7 @@ def plan_of(tree: Tree, file) -> Plan:
             adapter_dtype=_factor_dtype(tensor.dtype, base.weight.dtype),
             triplets=triplets,
             allocation=file.config.allocation if triplets else None,
+            task_type=file.config.task_type,
         )
     whole = find_whole(tree, _saved_whole(tree, file))
     return options, {path: _whole_dtype(path, module, file) for path, module in whole.items()}

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ._library import library
-from .adapted import Adapted, HeldAdapter, StoredAdapter
+from .adapted import Adapted, HeldAdapter
 from .base_parameters import base_parameters, untie_copies
 from .devices import realise
 from .file_base import brought_by, stored_copies, take_base
+from .file_base_model import check_task, name_task
 from .file_config import (
     Adapters,
     adapter_of,
@@ -36,7 +37,12 @@ FileError = library.FileError
 HINTS = 20  # tensors whose nearest module an error names: each is looked for among all modules
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    name: str | None = None,
+    task_type: str | None = None,
+) -> None:
     """Writes an adapter as PEFT's folder: adapter_config.json and adapter_model.safetensors.
 
     Of LoRA or of AdaLoRA, as the layers are. Atomic: a process killed at any moment leaves the
@@ -50,18 +56,23 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
         model: with adapters.
         directory: created if missing; stock PEFT reads it with PeftModel.from_pretrained.
         name: of the adapter; None for the active one.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM", for the folder's readers; None for
+            that of the folder from which the adapter was loaded. Where there is none, the folder
+            names the model's class, and any AutoPeftModel class of PEFT can make the base model.
 
     Raises:
-        ValueError: there is no such adapter, or PEFT's format cannot hold it: one for AdaLoRA has
+        ValueError: there is no such adapter or task, or PEFT's format cannot hold it: AdaLoRA's has
             one initial rank and one alpha for all layers, and no rslora. export_lora can.
         FileError: the folder cannot be written.
     """
+    check_task("save_adapter", task_type)
     reshard(model)
     layers, adapters, whole = adapter_of("save_adapter", model, name)
     adapters = {p: a for p, a in adapters.items() if a.rank > 0 or a.options.triplets}
     if not adapters:
         raise ValueError("save_adapter: every layer has rank 0; there is nothing to save")
     config = shared_config(model, layers, adapters)
+    name_task(config, model, task_type)
     add_method(config, adapters)
     config.modules_to_save = list(whole)
     slots = slots_of("save_adapter", layers, adapters, saved_beside(model, whole))
@@ -70,7 +81,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, name: str | Non
     _write(directory, config, {key: slot.value() for key, slot in slots.items()}, mesh)
 
 
-def export_lora(model: nn.Module, directory: str | os.PathLike, name: str | None = None) -> None:
+def export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    name: str | None = None,
+    task_type: str | None = None,
+) -> None:
     """Writes any adapter as a plain LoRA folder that PEFT, vLLM and llama.cpp read alike.
 
     One rank for all layers, the largest, reached with zeros; lora_alpha = r, so that the scale is
@@ -79,13 +95,14 @@ def export_lora(model: nn.Module, directory: str | os.PathLike, name: str | None
     them, vLLM and llama.cpp do not.
 
     Args:
-        model, directory, name: as save_adapter.
+        model, directory, name, task_type: as save_adapter.
 
     Raises:
-        ValueError: there is no such adapter, every layer has rank 0, or a value would not be finite
-            in the adapter's dtype.
+        ValueError: there is no such adapter or task, every layer has rank 0, or a value would not
+            be finite in the adapter's dtype.
         FileError: the folder cannot be written.
     """
+    check_task("export_lora", task_type)
     reshard(model)
     layers, adapters, whole = adapter_of("export_lora", model, name)
     adapters = {p: a for p, a in adapters.items() if a.rank > 0}
@@ -95,6 +112,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike, name: str | None
     mesh = mesh_of(slot.tensor for slot in slots.values())
     updates = [_update(path, a, layers[path]) for path, a in adapters.items()]
     config = shared_config(model, layers, adapters)
+    name_task(config, model, task_type)
     config.modules_to_save = list(whole)
     folded = library.fold_adapter(updates, config)
     folded.config.target_modules = config.target_modules  # short names, where the model allows it
@@ -191,7 +209,7 @@ def load_adapter(
             untie_copies(own, whole, stored_copies(own, tensors))
             settings = library.ModuleSettings(file.config)
             for path, adapter in adapters.items():
-                _keep_first(adapter, settings.rank_of(path))
+                adapter.keep_first(settings.rank_of(path))
         for path, adapter in adapters.items():
             if layers[path]._base_weight().is_meta:
                 realise(layers[path], adapter, torch.device("cpu"))
@@ -219,14 +237,6 @@ def _mesh(layers: Mapping[str, Adapted], name: str):
     """The processes that the factors of the adapter of this name are sharded over, or None."""
     held = [m.held_adapter(name) for m in layers.values() if name in m.adapter_names]
     return mesh_of(slot.tensor for adapter in held for slot in factors_of(adapter))
-
-
-def _keep_first(adapter: StoredAdapter, rank: int) -> None:
-    """Lowers the rank of a new adapter; directions that are not active are zero."""
-    adapter.rank = rank
-    for factor in (adapter.lora_A, adapter.lora_B.t(), adapter.lora_E):
-        if factor is not None:
-            factor.detach()[rank:] = 0
 
 
 def _check(

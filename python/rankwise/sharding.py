@@ -25,6 +25,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, _class("torch.distributed.tensor", "DTensor"))
 
 
+def plain_class(module: nn.Module) -> type:
+    """A module's class without the mixin that fully_shard put before it."""
+    fully_sharded = _class("torch.distributed.fsdp", "FSDPModule")
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, fully_sharded))
+
+
 def reshard(model: nn.Module) -> None:
     """Gives modules under fully_shard their own parameters back, which optimizers and files mean.
 

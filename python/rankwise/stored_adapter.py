@@ -29,6 +29,13 @@ class StoredAdapter(Directed, nn.Module):
         self.rank = rank
         self.directions = directions
 
+    def keep_first(self, rank: int) -> None:
+        """Lowers the rank of a new adapter; directions that are not active are zero."""
+        self.rank = rank
+        for factor in (self.lora_A, self.lora_B.t(), self.lora_E):
+            if factor is not None:
+                factor.detach()[rank:] = 0
+
 
 @dataclass(frozen=True)
 class HeldAdapter:

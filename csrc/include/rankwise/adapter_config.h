@@ -57,6 +57,10 @@ struct AdapterConfig {
   std::string base_model_name_or_path;  ///< empty: null in the file
   std::string revision;                 ///< of the base model; empty: null
   std::string task_type;                ///< e.g. "CAUSAL_LM"; empty: null
+  /// `auto_mapping`, by which PEFT's AutoPeftModel finds the base model's class where there is no
+  /// task_type: its name and its Python module; empty: null.
+  std::string base_model_class;
+  std::string parent_library;
 
   /// Rank of a module (path inside the base model): the directions it kept, where kept_directions
   /// names it, else the first matching rank_pattern, else rank.

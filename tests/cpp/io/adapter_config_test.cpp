@@ -46,6 +46,8 @@ AdapterConfig full_config() {
   config.base_model_name_or_path = "some/model";
   config.revision = "main";
   config.task_type = "CAUSAL_LM";
+  config.base_model_class = "LlamaForCausalLM";
+  config.parent_library = "transformers.models.llama.modeling_llama";
   return config;
 }
 
@@ -72,10 +74,23 @@ TEST(AdapterConfig, WritesPeftsFields) {
   EXPECT_EQ(json.at("use_rslora"), true);
   EXPECT_EQ(json.at("bias"), "none");
   EXPECT_EQ(json.at("inference_mode"), true);
+  EXPECT_EQ(json.at("auto_mapping").at("base_model_class"), "LlamaForCausalLM");
+  EXPECT_EQ(json.at("auto_mapping").at("parent_library"),
+            "transformers.models.llama.modeling_llama");
+  EXPECT_EQ(json.at("peft_version"), "0.21.2");
   EXPECT_EQ(json.at("exclude_modules"), ".*head");
   const auto empty = nlohmann::json::parse(format_adapter_config(AdapterConfig(), "F"));
   EXPECT_TRUE(empty.at("target_modules").is_null());
   EXPECT_TRUE(empty.at("task_type").is_null());
+  EXPECT_TRUE(empty.at("auto_mapping").is_null());
+}
+
+TEST(AdapterConfig, OtherMappingsOfClassesSayNothing) {
+  for (const char* mapping :
+       {"null", "[]", "\"x\"", "{}", R"({"AutoConfig": "a.B"})", R"({"base_model_class": "A"})",
+        R"({"parent_library": "a"})", R"({"base_model_class": 1, "parent_library": "a"})"}) {
+    EXPECT_EQ(parse("\"auto_mapping\": " + std::string(mapping) + ", "), AdapterConfig());
+  }
 }
 
 TEST(AdapterConfig, ListsAndSingleStringsAreKeptApart) {
