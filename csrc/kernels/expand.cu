@@ -94,7 +94,9 @@ int launch_by_rank(const Expand& problem, const Source& source, void* stream) {
 }  // namespace
 
 int launch_expand(const Expand& problem, void* stream) {
-  if (problem.bias && (!problem.transposed || problem.dropout.threshold > 0)) {
+  const bool on_top = problem.bias || problem.base;
+  if (on_top &&
+      (!problem.transposed || problem.dropout.threshold > 0 || (problem.bias && problem.base))) {
     return cudaErrorInvalidValue;
   }
   if (problem.rows == 0 || problem.cols == 0) return cudaSuccess;
@@ -103,7 +105,12 @@ int launch_expand(const Expand& problem, void* stream) {
     using Types = decltype(types);
     using Wide = typename Types::Wide;
     if (!problem.transposed) return launch_by_rank<Types, false>(problem, masked, stream);
-    if (!problem.bias) return launch_by_rank<Types, true>(problem, masked, stream);
+    if (!on_top) return launch_by_rank<Types, true>(problem, masked, stream);
+    if (problem.base) {
+      const OnTable<Wide> base{
+          view<Wide>(problem.base, problem.rows, problem.cols, problem.base_stride), {}};
+      return launch_by_rank<Types, true>(problem, base, stream);
+    }
     const OnBias<Wide> result{view<Wide>(problem.bias, 1, problem.cols, 0)};
     return launch_by_rank<Types, true>(problem, result, stream);
   });

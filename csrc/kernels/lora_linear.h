@@ -6,7 +6,8 @@
 //   output_gradient  dh = scaling * keep_scale * (dy B) o E^T
 //                    g = scaling * hidden^T dy,   dB = (g o E)^T,   dE_i = sum_n B[n, i] g[i, n]
 //   input_factor_gradient   dA = dh^T mask(x)
-//   expand           out = scale * mask(H A),   scale * mask(H B^T)   or   scale * H B^T + bias
+//   expand           out = scale * mask(H A),   scale * mask(H B^T),
+//                    scale * H B^T + bias   or   scale * H B^T + base
 //
 // Types: a wide matrix is bfloat16, float16 or float32; the factors (A, B, E), hidden, gated, dh
 // and the factors' gradients share one type, that of the wide matrix or float32. Products are
@@ -95,7 +96,10 @@ struct Expand {
   DropoutMask dropout;
   void* out;  // written, [rows, cols]
   int64_t out_stride;
-  const void* bias = nullptr;  // [cols] of wide_type, or null; for `transposed` without dropout
+  // At most one of these, of wide_type, is added; for `transposed` without dropout.
+  const void* bias = nullptr;  // [cols]
+  const void* base = nullptr;  // [rows, cols]
+  int64_t base_stride = 0;
 };
 int launch_expand(const Expand& problem, void* stream);
 

@@ -106,22 +106,21 @@ void check_dropout_p(const char* op, double dropout_p) {
               dropout_p);
 }
 
-void check_factors(const char* op, const at::Tensor& weight, const c10::SymInt& in_features,
-                   const c10::SymInt& out_features, const AdapterOperands& adapter) {
+void check_factors(const char* op, const char* like_name, const at::Tensor& like,
+                   const c10::SymInt& in_features, const c10::SymInt& out_features,
+                   const AdapterOperands& adapter) {
   const auto& [lora_A, lora_B, lora_E, scaling, dropout_p, rank] = adapter;
   check_dense_factors(op, lora_A, lora_B, lora_E);
   const c10::SymInt capacity = active_rank(op, lora_A, in_features, {});
   check_shape(op, "lora_A", lora_A, capacity, "rank", in_features, nullptr);
   check_shape(op, "lora_B", lora_B, out_features, nullptr, capacity, nullptr);
-  TORCH_CHECK(lora_A.device() == weight.device(), op, ": lora_A must be on ", weight.device(),
-              " like weight, got ", lora_A.device());
-  const bool is_master =
-      lora_A.scalar_type() == at::kFloat &&
-      (weight.scalar_type() == at::kBFloat16 || weight.scalar_type() == at::kHalf);
-  TORCH_CHECK(is_master || lora_A.scalar_type() == weight.scalar_type(), op, ": lora_A must be ",
-              dtype_name(weight.scalar_type()),
-              " like weight, or float32 over a 16-bit weight, got ",
-              dtype_name(lora_A.scalar_type()));
+  TORCH_CHECK(lora_A.device() == like.device(), op, ": lora_A must be on ", like.device(), " like ",
+              like_name, ", got ", lora_A.device());
+  const bool is_master = lora_A.scalar_type() == at::kFloat &&
+                         (like.scalar_type() == at::kBFloat16 || like.scalar_type() == at::kHalf);
+  TORCH_CHECK(is_master || lora_A.scalar_type() == like.scalar_type(), op, ": lora_A must be ",
+              dtype_name(like.scalar_type()), " like ", like_name, ", or float32 over a 16-bit ",
+              like_name, ", got ", dtype_name(lora_A.scalar_type()));
   check_like(op, "lora_B", lora_B, "lora_A", lora_A);
   if (has(lora_E)) {
     check_shape(op, "lora_E", *lora_E, capacity, nullptr, 1, nullptr);
@@ -156,8 +155,27 @@ void check_lora_linear(const char* op, const at::Tensor& input, const at::Tensor
                     "], got ", bias->sym_sizes());
     check_like(op, "bias", *bias, "input", input);
   }
-  check_factors(op, weight, in_features, out_features, adapter);
+  check_factors(op, "weight", weight, in_features, out_features, adapter);
   check_dropout_p(op, adapter.dropout_p);
+}
+
+void check_lora_update(const char* op, const at::Tensor& base_output, const at::Tensor& input,
+                       const AdapterOperands& adapter) {
+  check_dense(op, "input", input);
+  if (base_output.defined()) check_dense(op, "base_output", base_output);
+  TORCH_CHECK(is_supported(input.scalar_type()), op,
+              ": input must be float64, float32, bfloat16 or float16, got ",
+              dtype_name(input.scalar_type()));
+  TORCH_CHECK(input.dim() >= 1, op, ": input must be [..., in_features], got a scalar");
+  TORCH_CHECK(adapter.lora_B.dim() == 2, op, ": lora_B must be [out_features, rank], got ",
+              adapter.lora_B.sym_sizes());
+  check_factors(op, "input", input, input.sym_size(-1), adapter.lora_B.sym_size(0), adapter);
+  check_dropout_p(op, adapter.dropout_p);
+  if (!base_output.defined()) return;
+  auto wanted = input.sym_sizes().vec();
+  wanted.back() = adapter.lora_B.sym_size(0);
+  check_sizes(op, "base_output", base_output, wanted);
+  check_like(op, "base_output", base_output, "input", input);
 }
 
 void check_table(const char* op, const at::Tensor& indices, const at::Tensor& weight) {
@@ -174,7 +192,7 @@ void check_table(const char* op, const at::Tensor& indices, const at::Tensor& we
 void check_lora_embedding(const char* op, const at::Tensor& indices, const at::Tensor& weight,
                           const AdapterOperands& adapter) {
   check_table(op, indices, weight);
-  check_factors(op, weight, weight.sym_size(0), weight.sym_size(1), adapter);
+  check_factors(op, "weight", weight, weight.sym_size(0), weight.sym_size(1), adapter);
 }
 
 void check_embedding_backward(const char* op, const at::Tensor& grad_output,
@@ -198,11 +216,11 @@ void check_seed(const char* op, const at::Tensor& seed, double dropout_p) {
 }
 
 void check_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
-                    const at::Tensor& weight, const AdapterOperands& adapter,
-                    const at::Tensor& hidden, const at::Tensor& seed) {
+                    const AdapterOperands& adapter, const at::Tensor& hidden,
+                    const at::Tensor& seed) {
   check_dense(op, "input", input);  // the forward takes sparse ones
   auto wanted = input.sym_sizes().vec();
-  wanted.back() = weight.sym_size(0);
+  wanted.back() = adapter.lora_B.sym_size(0);
   check_sizes(op, "grad_output", grad_output, wanted);
   check_like(op, "grad_output", grad_output, "input", input);
   check_shape(op, "hidden", hidden, sym_token_count(input), nullptr, adapter.rank, nullptr);

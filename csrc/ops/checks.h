@@ -27,15 +27,20 @@ void check_table(const char* op, const at::Tensor& indices, const at::Tensor& we
 void check_lora_embedding(const char* op, const at::Tensor& indices, const at::Tensor& weight,
                           const AdapterOperands& adapter);
 
-// The factors alone, against a base of [out, in] in `base_dtype`.
-void check_factors(const char* op, const at::Tensor& weight, const c10::SymInt& in_features,
-                   const c10::SymInt& out_features, const AdapterOperands& adapter);
+// lora_update's, in forward and backward: a base_output that is undefined is not looked at.
+void check_lora_update(const char* op, const at::Tensor& base_output, const at::Tensor& input,
+                       const AdapterOperands& adapter);
+
+// The factors alone, against a base of [out, in] with the device and dtype of `like`.
+void check_factors(const char* op, const char* like_name, const at::Tensor& like,
+                   const c10::SymInt& in_features, const c10::SymInt& out_features,
+                   const AdapterOperands& adapter);
 
 // What backward gets besides the forward's arguments: grad_output like the output, `hidden` and
 // `seed` as the forward returned them.
 void check_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& input,
-                    const at::Tensor& weight, const AdapterOperands& adapter,
-                    const at::Tensor& hidden, const at::Tensor& seed);
+                    const AdapterOperands& adapter, const at::Tensor& hidden,
+                    const at::Tensor& seed);
 
 void check_embedding_backward(const char* op, const at::Tensor& grad_output,
                               const at::Tensor& indices, const at::Tensor& weight,

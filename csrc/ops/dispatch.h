@@ -46,6 +46,19 @@ using LinearBackward = BackwardResult(const at::Tensor& grad_output, const at::T
 LinearForward lora_linear_forward;
 LinearBackward lora_linear_backward;
 
+// The same without a base's product: output = base_output + the update. Gradients of input, lora_A,
+// lora_B, lora_E; that of base_output is the output's own.
+using UpdateBackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+using UpdateForward = ForwardResult(const at::Tensor& base_output, const at::Tensor& input,
+                                    const AdapterOperands& adapter);
+using UpdateBackward = UpdateBackwardResult(const at::Tensor& grad_output, const at::Tensor& input,
+                                            const AdapterOperands& adapter,
+                                            const at::Tensor& hidden, const at::Tensor& seed,
+                                            std::array<bool, 4> output_mask);
+UpdateForward lora_update_forward;
+UpdateBackward lora_update_backward;
+
 // [rows, cols] of 0 and 1 in `dtype`: element (i, j) depends on seed and i * cols + j alone.
 at::Tensor dropout_mask(const at::Tensor& seed, c10::SymInt rows, c10::SymInt cols,
                         double dropout_p, at::ScalarType dtype);
@@ -88,6 +101,25 @@ BackwardResult linear_backward(const at::Tensor& grad_output, const at::Tensor& 
   return kernel(grad_output, input, weight,
                 {lora_A, lora_B, lora_E, scaling, dropout_p, std::move(rank)}, hidden, seed,
                 output_mask);
+}
+
+template <UpdateForward& kernel>
+ForwardResult update_forward(const at::Tensor& base_output, const at::Tensor& input,
+                             const at::Tensor& lora_A, const at::Tensor& lora_B,
+                             const std::optional<at::Tensor>& lora_E, double scaling,
+                             double dropout_p, c10::SymInt rank) {
+  return kernel(base_output, input, {lora_A, lora_B, lora_E, scaling, dropout_p, std::move(rank)});
+}
+
+template <UpdateBackward& kernel>
+UpdateBackwardResult update_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                     const at::Tensor& lora_A, const at::Tensor& lora_B,
+                                     const std::optional<at::Tensor>& lora_E,
+                                     const at::Tensor& hidden, const at::Tensor& seed,
+                                     double scaling, double dropout_p, c10::SymInt rank,
+                                     std::array<bool, 4> output_mask) {
+  return kernel(grad_output, input, {lora_A, lora_B, lora_E, scaling, dropout_p, std::move(rank)},
+                hidden, seed, output_mask);
 }
 
 template <EmbeddingForward& kernel>

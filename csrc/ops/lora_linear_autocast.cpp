@@ -1,5 +1,5 @@
-// Autocast: x, W0 and bias go to the lower precision as in F.linear; the adapter keeps its own
-// dtype when that is float32, so masters get float32 gradients.
+// Autocast: x, W0, bias and a base output go to the lower precision as in F.linear; the adapter
+// keeps its own dtype when that is float32, so masters get float32 gradients.
 #include <ATen/autocast_mode.h>
 #include <rankwise/ops.h>
 #include <torch/library.h>
@@ -10,30 +10,60 @@
 namespace rankwise {
 namespace {
 
+// Tensors of a call in the precisions that they have under autocast.
+class Casts {
+ public:
+  explicit Casts(c10::DeviceType device)
+      : device_(device), lower_(at::autocast::get_autocast_dtype(device)) {}
+
+  at::Tensor base(const at::Tensor& tensor) const {
+    return at::autocast::cached_cast(lower_, tensor, device_);
+  }
+  // A factor in another 16-bit dtype, or a float64 one, follows the base.
+  at::Tensor factor(const at::Tensor& tensor, at::ScalarType base_dtype) const {
+    return tensor.scalar_type() == at::kFloat
+               ? tensor
+               : at::autocast::cached_cast(base_dtype, tensor, device_);
+  }
+  std::optional<at::Tensor> factor(const std::optional<at::Tensor>& tensor,
+                                   at::ScalarType base_dtype) const {
+    return has(tensor) ? std::optional(factor(*tensor, base_dtype)) : std::nullopt;
+  }
+
+ private:
+  c10::DeviceType device_;
+  at::ScalarType lower_;
+};
+
 template <c10::DeviceType device_type>
 at::Tensor lora_linear_autocast(const at::Tensor& input, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias, const at::Tensor& lora_A,
                                 const at::Tensor& lora_B, const std::optional<at::Tensor>& lora_E,
                                 double scaling, double dropout_p, std::optional<c10::SymInt> rank) {
   const c10::impl::ExcludeDispatchKeyGuard below(c10::autocast_dispatch_keyset);
-  const auto lower = at::autocast::get_autocast_dtype(device_type);
-  const auto base = [&](const at::Tensor& tensor) {
-    return at::autocast::cached_cast(lower, tensor, device_type);
-  };
-  const at::Tensor x = base(input);
-  const auto factor = [&](const at::Tensor& tensor) {
-    // A factor in another 16-bit dtype, or a float64 one, follows the base.
-    return tensor.scalar_type() == at::kFloat
-               ? tensor
-               : at::autocast::cached_cast(x.scalar_type(), tensor, device_type);
-  };
-  std::optional<at::Tensor> low_bias, low_E;
-  if (has(bias)) low_bias = base(*bias);
-  if (has(lora_E)) low_E = factor(*lora_E);
+  const Casts cast(device_type);
+  const at::Tensor x = cast.base(input);
+  const at::ScalarType dtype = x.scalar_type();
   static const auto op =
       find_op<decltype(lora_linear_autocast<device_type>)>("rankwise::lora_linear");
-  return op.call(x, base(weight), low_bias, factor(lora_A), factor(lora_B), low_E, scaling,
-                 dropout_p, rank);
+  return op.call(x, cast.base(weight), has(bias) ? std::optional(cast.base(*bias)) : std::nullopt,
+                 cast.factor(lora_A, dtype), cast.factor(lora_B, dtype), cast.factor(lora_E, dtype),
+                 scaling, dropout_p, rank);
+}
+
+template <c10::DeviceType device_type>
+at::Tensor lora_update_autocast(const at::Tensor& base_output, const at::Tensor& input,
+                                const at::Tensor& lora_A, const at::Tensor& lora_B,
+                                const std::optional<at::Tensor>& lora_E, double scaling,
+                                double dropout_p, std::optional<c10::SymInt> rank) {
+  const c10::impl::ExcludeDispatchKeyGuard below(c10::autocast_dispatch_keyset);
+  const Casts cast(device_type);
+  const at::Tensor x = cast.base(input);
+  const at::ScalarType dtype = x.scalar_type();
+  static const auto op =
+      find_op<decltype(lora_update_autocast<device_type>)>("rankwise::lora_update");
+  return op.call(cast.base(base_output), x, cast.factor(lora_A, dtype), cast.factor(lora_B, dtype),
+                 cast.factor(lora_E, dtype), scaling, dropout_p, rank);
 }
 
 }  // namespace
@@ -41,8 +71,10 @@ at::Tensor lora_linear_autocast(const at::Tensor& input, const at::Tensor& weigh
 
 TORCH_LIBRARY_IMPL(rankwise, AutocastCPU, m) {
   m.impl("lora_linear", &rankwise::lora_linear_autocast<c10::DeviceType::CPU>);
+  m.impl("lora_update", &rankwise::lora_update_autocast<c10::DeviceType::CPU>);
 }
 
 TORCH_LIBRARY_IMPL(rankwise, AutocastCUDA, m) {
   m.impl("lora_linear", &rankwise::lora_linear_autocast<c10::DeviceType::CUDA>);
+  m.impl("lora_update", &rankwise::lora_update_autocast<c10::DeviceType::CUDA>);
 }

@@ -1,4 +1,5 @@
-// lora_linear from ATen ops: y = x W0^T + b + scaling * ((drop(x) A^T) * E^T) B^T.
+// lora_update and lora_linear from ATen ops: y = base + scaling * ((drop(x) A^T) * E^T) B^T, and
+// with base = x W0^T + b.
 #include "lora_linear_composite.h"
 
 #include <ATen/ATen.h>
@@ -36,30 +37,80 @@ at::Tensor flat(const at::Tensor& tensor) {
   return tensor.reshape_symint({sym_token_count(tensor), tensor.sym_size(-1)});
 }
 
+// Gradients of an adapter's input and factors, from dy [tokens, out] in the adapter's dtype.
+struct AdapterGradients {
+  at::Tensor x, A, B, E;  // x [tokens, in], in the adapter's dtype
+
+  AdapterGradients(const at::Tensor& dy, const at::Tensor& input, const AdapterOperands& of,
+                   const at::Tensor& seed, std::array<bool, 4> output_mask) {
+    const auto [need_x, need_A, need_B, need_E] = output_mask;
+    const c10::SymInt capacity = of.lora_A.sym_size(0);
+    const Factors f(of);
+    const at::Tensor mask_x = flat(dropped(input, seed, of.dropout_p, dy.scalar_type()));
+    const at::Tensor dh_raw = dy.matmul(f.B) * of.scaling;
+    const at::Tensor dh = f.E.defined() ? dh_raw * f.E.t() : dh_raw;
+    if (need_x) x = dropped(dh.matmul(f.A), seed, of.dropout_p, dy.scalar_type());
+    if (need_A) A = padded(dh.t().matmul(mask_x), 0, capacity);
+    if (!need_B && !need_E) return;
+    const at::Tensor h = mask_x.matmul(f.A.t());
+    if (need_B) {
+      const at::Tensor gated = f.E.defined() ? h * f.E.t() : h;
+      B = padded(dy.t().matmul(gated) * of.scaling, 1, capacity);
+    }
+    if (need_E) E = padded((dh_raw * h).sum(0).unsqueeze(1), 0, capacity);
+  }
+};
+
+ForwardResult updated(const at::Tensor& base, const at::Tensor& input,
+                      const AdapterOperands& operands) {
+  const Factors f(operands);
+  const double dropout_p = operands.dropout_p;
+  const at::Tensor seed = Dropout(dropout_p).draw_seed(input);
+  const at::Tensor hidden = at::linear(dropped(input, seed, dropout_p, f.A.scalar_type()), f.A);
+  const at::Tensor gated = f.E.defined() ? hidden * f.E.t() : hidden;
+  const at::Tensor update = at::linear(gated, f.B) * operands.scaling;
+  return {(base + update).to(input.scalar_type()), flat(hidden), seed};
+}
+
 std::string path_composite(const at::Tensor&) {
   return "composite";
 }
 
 }  // namespace
 
+ForwardResult lora_update_forward_composite(const at::Tensor& base_output, const at::Tensor& input,
+                                            const AdapterOperands& operands) {
+  check_lora_update("lora_update", base_output, input, operands);
+  if (input.dim() == 1) {  // at::linear under vmap gives a vector another dimension
+    auto [row, row_hidden, row_seed] =
+        lora_update_forward_composite(base_output.unsqueeze(0), input.unsqueeze(0), operands);
+    return {row.squeeze(0), row_hidden, row_seed};
+  }
+  return updated(base_output, input, operands);
+}
+
+UpdateBackwardResult lora_update_backward_composite(
+    const at::Tensor& grad_output, const at::Tensor& input, const AdapterOperands& operands,
+    const at::Tensor& hidden, const at::Tensor& seed, std::array<bool, 4> output_mask) {
+  check_lora_update("lora_update", {}, input, operands);
+  check_backward("lora_update", grad_output, input, operands, hidden, seed);
+  const at::Tensor dy = flat(grad_output).to(operands.lora_A.scalar_type());
+  const AdapterGradients d(dy, input, operands, seed, output_mask);
+  at::Tensor dx;
+  if (d.x.defined()) dx = d.x.to(input.scalar_type()).reshape_symint(input.sym_sizes());
+  return {dx, d.A, d.B, d.E};
+}
+
 ForwardResult lora_linear_forward_composite(const at::Tensor& input, const at::Tensor& weight,
                                             const std::optional<at::Tensor>& bias,
                                             const AdapterOperands& operands) {
   check_lora_linear("lora_linear", input, weight, bias, operands);
-  if (input.dim() == 1) {  // at::linear under vmap gives a vector another dimension
+  if (input.dim() == 1) {
     auto [row, row_hidden, row_seed] =
         lora_linear_forward_composite(input.unsqueeze(0), weight, bias, operands);
     return {row.squeeze(0), row_hidden, row_seed};
   }
-  const Factors f(operands);
-  const double dropout_p = operands.dropout_p;
-  const at::Tensor seed = Dropout(dropout_p).draw_seed(input);
-  const at::Tensor hidden = at::linear(dropped(input, seed, dropout_p, f.A.scalar_type()), f.A);
-  const at::Tensor gated = f.E.defined() ? hidden * f.E.t() : hidden;
-  const at::Tensor base = at::linear(input, weight, bias);
-  const at::Tensor output =
-      (base + at::linear(gated, f.B) * operands.scaling).to(input.scalar_type());
-  return {output, flat(hidden), seed};
+  return updated(at::linear(input, weight, bias), input, operands);
 }
 
 BackwardResult lora_linear_backward_composite(const at::Tensor& grad_output,
@@ -68,34 +119,18 @@ BackwardResult lora_linear_backward_composite(const at::Tensor& grad_output,
                                               const at::Tensor& hidden, const at::Tensor& seed,
                                               std::array<bool, 6> output_mask) {
   check_lora_linear("lora_linear", input, weight, {}, operands);
-  check_backward("lora_linear", grad_output, input, weight, operands, hidden, seed);
-  const auto dtype = operands.lora_A.scalar_type();
-  const c10::SymInt capacity = operands.lora_A.sym_size(0);
-  const double scaling = operands.scaling, dropout_p = operands.dropout_p;
-  const Factors f(operands);
+  check_backward("lora_linear", grad_output, input, operands, hidden, seed);
+  const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
   const at::Tensor dy = flat(grad_output);
-  const at::Tensor x = flat(dropped(input, seed, dropout_p, dtype));
-  const at::Tensor dy_adapter = dy.to(dtype);
-  const at::Tensor dh_raw = dy_adapter.matmul(f.B) * scaling;
-  const at::Tensor dh = f.E.defined() ? dh_raw * f.E.t() : dh_raw;
-
-  at::Tensor dx, dw, db, da, dB, de;
-  if (output_mask[0]) {
-    const at::Tensor lora = dropped(dh.matmul(f.A), seed, dropout_p, dtype);
-    dx = (dy.matmul(weight) + lora).to(input.scalar_type()).reshape_symint(input.sym_sizes());
+  const AdapterGradients d(dy.to(operands.lora_A.scalar_type()), input, operands, seed,
+                           {need_x, need_A, need_B, need_E});
+  at::Tensor dx, dw, db;
+  if (need_x) {
+    dx = (dy.matmul(weight) + d.x).to(input.scalar_type()).reshape_symint(input.sym_sizes());
   }
-  if (output_mask[1]) dw = dy.t().matmul(flat(input));
-  if (output_mask[2]) db = dy.sum(0);
-  if (output_mask[3]) da = padded(dh.t().matmul(x), 0, capacity);
-  if (output_mask[4] || output_mask[5]) {
-    const at::Tensor h = x.matmul(f.A.t());
-    if (output_mask[4]) {
-      const at::Tensor gated = f.E.defined() ? h * f.E.t() : h;
-      dB = padded(dy_adapter.t().matmul(gated) * scaling, 1, capacity);
-    }
-    if (output_mask[5]) de = padded((dh_raw * h).sum(0).unsqueeze(1), 0, capacity);
-  }
-  return {dx, dw, db, da, dB, de};
+  if (need_w) dw = dy.t().matmul(flat(input));
+  if (need_b) db = dy.sum(0);
+  return {dx, dw, db, d.A, d.B, d.E};
 }
 
 }  // namespace rankwise
@@ -105,5 +140,9 @@ TORCH_LIBRARY_IMPL(rankwise, CompositeExplicitAutograd, m) {
          &rankwise::linear_forward<rankwise::lora_linear_forward_composite>);
   m.impl("_lora_linear_backward",
          &rankwise::linear_backward<rankwise::lora_linear_backward_composite>);
+  m.impl("_lora_update_forward",
+         &rankwise::update_forward<rankwise::lora_update_forward_composite>);
+  m.impl("_lora_update_backward",
+         &rankwise::update_backward<rankwise::lora_update_backward_composite>);
   m.impl("_lora_linear_path", &rankwise::path_composite);
 }

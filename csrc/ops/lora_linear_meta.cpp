@@ -30,7 +30,7 @@ BackwardResult lora_linear_backward_meta(const at::Tensor& grad_output, const at
                                          const at::Tensor& hidden, const at::Tensor& seed,
                                          std::array<bool, 6> output_mask) {
   check_lora_linear("lora_linear", input, weight, {}, operands);
-  check_backward("lora_linear", grad_output, input, weight, operands, hidden, seed);
+  check_backward("lora_linear", grad_output, input, operands, hidden, seed);
   const auto when = [&](int i, const at::Tensor& like) {
     return output_mask[i] ? like.new_empty_symint(like.sym_sizes()) : at::Tensor();
   };

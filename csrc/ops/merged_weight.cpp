@@ -16,7 +16,7 @@ void check(const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor&
            const std::optional<at::Tensor>& lora_E, double scaling, const c10::SymInt& rank) {
   TORCH_CHECK(weight.dim() == 2, "merged_weight: weight must be [out_features, in_features], got ",
               weight.sym_sizes());
-  check_factors("merged_weight", weight, weight.sym_size(1), weight.sym_size(0),
+  check_factors("merged_weight", "weight", weight, weight.sym_size(1), weight.sym_size(0),
                 {lora_A, lora_B, lora_E, scaling, 0.0, rank});
 }
 

@@ -23,6 +23,20 @@ TORCH_LIBRARY(rankwise, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       pure);
   m.def(
+      "lora_update(Tensor base_output, Tensor input, Tensor lora_A, Tensor lora_B, "
+      "Tensor? lora_E=None, *, float scaling, float dropout_p=0.0, SymInt? rank=None) -> Tensor",
+      random);
+  m.def(
+      "_lora_update_forward(Tensor base_output, Tensor input, Tensor lora_A, Tensor lora_B, "
+      "Tensor? lora_E, float scaling, float dropout_p, SymInt rank) "
+      "-> (Tensor output, Tensor hidden, Tensor seed)",
+      random);
+  m.def(
+      "_lora_update_backward(Tensor grad_output, Tensor input, Tensor lora_A, Tensor lora_B, "
+      "Tensor? lora_E, Tensor hidden, Tensor seed, float scaling, float dropout_p, SymInt rank, "
+      "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+      pure);
+  m.def(
       "_dropout_mask(Tensor seed, SymInt rows, SymInt cols, float dropout_p, *, "
       "ScalarType dtype) -> Tensor",
       pure);

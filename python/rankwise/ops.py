@@ -77,6 +77,48 @@ def lora_linear(
     )
 
 
+def lora_update(
+    base_output: Tensor,
+    input: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_E: Tensor | None = None,
+    *,
+    scaling: float,
+    dropout_p: float = 0.0,
+    rank: int | None = None,
+) -> Tensor:
+    """A low-rank update alone: ``base_output + scaling * ((drop(x) A^T) * E^T) B^T``, as one op.
+
+    For a base that computes itself: quantised, hooked, offloaded. The base's product keeps its own
+    code and gets the adapter's.
+
+    Args:
+        base_output: ``[..., out]``; its gradient is the result's.
+        input: x ``[..., in]``, with base_output's leading dimensions, dtype and device.
+        lora_A: ``[capacity, in]``.
+        lora_B: ``[out, capacity]``.
+        lora_E: ``[capacity, 1]`` or None for ones.
+        scaling, dropout_p, rank: as lora_linear.
+
+    All tensors have one dtype (float64, float32, bfloat16 or float16), or the factors are float32
+    over 16-bit ones. Returns ``[..., out]`` in base_output's dtype, rounded once.
+
+    Raises:
+        RuntimeError: naming the argument, what was wanted and what came.
+    """
+    return _ops.lora_update(
+        base_output,
+        input,
+        lora_A,
+        lora_B,
+        lora_E,
+        scaling=scaling,
+        dropout_p=dropout_p,
+        rank=rank,
+    )
+
+
 def lora_embedding(
     indices: Tensor,
     weight: Tensor,

@@ -34,6 +34,19 @@ at::Tensor lora_linear(const at::Tensor& input, const at::Tensor& weight,
                        double scaling = 1.0, double dropout_p = 0.0,
                        std::optional<int64_t> rank = {});
 
+// A low-rank update alone, for a base that computes itself (quantised, hooked, offloaded):
+//
+//   y = base_output + scaling * ((drop(x) A^T) * E^T) B^T
+//
+//   base_output [..., out]    input  x [..., in], of base_output's dtype and device
+//   lora_*, rank, dtypes and dropout as in lora_linear
+//
+// The result has base_output's shape and dtype; base_output's gradient is the result's.
+at::Tensor lora_update(const at::Tensor& base_output, const at::Tensor& input,
+                       const at::Tensor& lora_A, const at::Tensor& lora_B,
+                       const std::optional<at::Tensor>& lora_E = {}, double scaling = 1.0,
+                       double dropout_p = 0.0, std::optional<int64_t> rank = {});
+
 // An embedding with a low-rank update: y[i] = W0[i] + scaling * (A^T[i] * E^T) B^T.
 //
 //   indices any shape, int64 or int32    weight W0 [num, dim]

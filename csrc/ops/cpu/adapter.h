@@ -50,4 +50,8 @@ struct ActiveAdapter {
   double keep_scale() const { return dropout.active() ? dropout.keep_scale() : 1.0; }
 };
 
+// The active part's gradient inside a factor-shaped tensor whose other directions are zero; `dim`
+// is that of the directions.
+at::Tensor in_capacity(const at::Tensor& active, const at::Tensor& factor, int64_t dim);
+
 }  // namespace rankwise

@@ -24,8 +24,7 @@ void put_row(F* to, int64_t count, int64_t padded, const Value& value) {
 }
 
 template <typename T, typename F>
-Projected forward(const ActiveAdapter& adapter, const at::Tensor& x, const at::Tensor& weight,
-                  const std::optional<at::Tensor>& bias) {
+Projected forward(const ActiveAdapter& adapter, const at::Tensor& x, const BaseTerm& base) {
   const int64_t rank = adapter.rank(), padded = inner_padded<F>(rank);
   const at::Tensor hidden = empty_like(adapter.A, x.size(0), rank);
   const at::Tensor gated = empty_like(adapter.A, x.size(0), padded);
@@ -44,14 +43,15 @@ Projected forward(const ActiveAdapter& adapter, const at::Tensor& x, const at::T
                            [&](int64_t i) { return scale * gate[i] * unscaled(i); });
                  }
                });
-  const Sum<T, F> y{empty_like(x, x.size(0), weight.size(0)),
-                    x,
-                    Elements<T>(weight).transposed(),
-                    gated,
-                    Elements<F>(adapter.B).transposed(),
-                    rank,
-                    has(bias) ? bias->to(at::kFloat).contiguous() : at::Tensor(),
-                    Kept()};
+  const Sum<T, F> y{
+      empty_like(x, x.size(0), adapter.B.size(0)),
+      base.rows.defined() ? no_product<T>(x) : Product<T>{x, Elements<T>(base.weight).transposed()},
+      base.rows,
+      gated,
+      Elements<F>(adapter.B).transposed(),
+      rank,
+      base.bias.defined() ? base.bias.to(at::kFloat).contiguous() : at::Tensor(),
+      Kept()};
   const std::vector<Tile> tiles = y.tiles();
   run_products(static_cast<int64_t>(tiles.size()), y.products_of(tiles),
                [&](int64_t i) { y.compute(tiles[i]); });
@@ -161,7 +161,14 @@ FactorGradients backward(const ActiveAdapter& adapter, const at::Tensor& dy, con
   }
   if (need_x) result.x = empty_like(x, x.size(0), x.size(1));
   if (need_A) result.A = empty_like(adapter.A, rank, x.size(1));
-  const Sum<T, F> dx{result.x, dy, Elements<T>(weight), dh, Elements<F>(adapter.A), rank, {}, kept};
+  const Sum<T, F> dx{result.x,
+                     weight.defined() ? Product<T>{dy, Elements<T>(weight)} : no_product<T>(dy),
+                     {},
+                     dh,
+                     Elements<F>(adapter.A),
+                     rank,
+                     {},
+                     kept};
   const std::vector<Tile> tiles = need_x ? dx.tiles() : std::vector<Tile>();
   const Split in = token_blocks(x.size(0), need_A ? x.size(1) : 0);
   OutputSide<T, F> output_side(adapter, hidden_blocks, dy, need_B, need_E);
@@ -196,17 +203,17 @@ auto with_types(const at::Tensor& x, const ActiveAdapter& adapter, const Body& b
 
 }  // namespace
 
-bool in_panels(const at::Tensor& x, const at::Tensor& weight, const ActiveAdapter& adapter) {
-  const bool even = x.size(1) % 2 == 0 && weight.size(0) % 2 == 0;
-  return x.numel() > 0 && weight.size(0) > 0 && (x.scalar_type() == at::kFloat || even) &&
+bool in_panels(const at::Tensor& x, const ActiveAdapter& adapter) {
+  const int64_t out_features = adapter.B.size(0);
+  const bool even = x.size(1) % 2 == 0 && out_features % 2 == 0;
+  return x.numel() > 0 && out_features > 0 && (x.scalar_type() == at::kFloat || even) &&
          micro_kernel_serves(x.scalar_type()) && micro_kernel_serves(adapter.dtype());
 }
 
 Projected forward_in_panels(const ActiveAdapter& adapter, const at::Tensor& x,
-                            const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  return with_types(x, adapter, [&]<typename T, typename F>() {
-    return forward<T, F>(adapter, x, weight, bias);
-  });
+                            const BaseTerm& base) {
+  return with_types(x, adapter,
+                    [&]<typename T, typename F>() { return forward<T, F>(adapter, x, base); });
 }
 
 FactorGradients backward_in_panels(const ActiveAdapter& adapter, const at::Tensor& dy,

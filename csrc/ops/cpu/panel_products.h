@@ -113,12 +113,25 @@ inline void share_last(std::vector<Tile>& tiles, int64_t threads) {
   }
 }
 
-// A result of base and LoRA: out = base weight + kept(lora factor) + bias.
+// The base's product of [tokens, inner] and [inner, features]; of no inner size where there is
+// none.
+template <typename T>
+struct Product {
+  at::Tensor left;
+  Elements<T> right;
+};
+
+template <typename T>
+Product<T> no_product(const at::Tensor& left) {
+  return {left.narrow(1, 0, 0), {nullptr, 0, 0}};
+}
+
+// A result of base and LoRA: out = base + start + kept(lora factor) + bias.
 template <typename T, typename F>
 struct Sum {
-  at::Tensor out;      // [tokens, features]
-  at::Tensor base;     // [tokens, inner]
-  Elements<T> weight;  // [inner, features]
+  at::Tensor out;  // [tokens, features]
+  Product<T> base;
+  at::Tensor start;    // [tokens, features], beside a base without inner size; undefined for zeros
   at::Tensor lora;     // [tokens, rank], rows padded to inner_multiple by zeros
   Elements<F> factor;  // [rank, features]
   int64_t rank;
@@ -128,9 +141,11 @@ struct Sum {
   std::vector<Tile> tiles() const;
   // The longest tile's time, in multiplications: reading a weight takes as long as eight.
   int64_t products_of(const std::vector<Tile>& tiles) const {
-    return (tiles[0].row.size + 8) * tiles[0].col.size * base.size(1);
+    return (tiles[0].row.size + 8) * tiles[0].col.size * std::max(base.left.size(1), rank);
   }
   void compute(const Tile& tile) const;
+  // Writes the start of a block as float32.
+  void begin(const Tile& block, Rows<float> sums) const;
 };
 
 // Rows so few that reading the weight is what takes the time.
@@ -149,6 +164,23 @@ std::vector<Tile> Sum<T, F>::tiles() const {
 }
 
 template <typename T, typename F>
+void Sum<T, F>::begin(const Tile& block, Rows<float> sums) const {
+  const auto [row, col] = block;
+  for (int64_t i = 0; i < row.size; ++i) {
+    if (!start.defined()) {
+      std::fill_n(sums[i], col.size, 0.0F);
+      continue;
+    }
+    const T* const from = &Elements<T>(start)(row.start + i, col.start);
+    if constexpr (std::is_same_v<T, float>) {
+      std::copy_n(from, col.size, sums[i]);
+    } else {
+      widen_row(from, sums[i], col.size);
+    }
+  }
+}
+
+template <typename T, typename F>
 void Sum<T, F>::compute(const Tile& tile) const {
   const MicroKernelUse<T> use_of_kernel;
   const auto [first_col, width] = tile.col;
@@ -160,9 +192,11 @@ void Sum<T, F>::compute(const Tile& tile) const {
   constexpr int64_t few_chunk = in_place ? 2 * sum_run<T> : many_chunk;
   static_assert(!in_place || (many_chunk % sum_run<T> == 0 && few_chunk % sum_run<T> == 0));
   const int64_t chunk = few ? few_chunk : many_chunk;
-  const Split blocks(tile.row.size, block_rows), chunks(base.size(1), chunk);
-  const bool in_one = chunks.count() == 1;
-  T* const panel = scratch<T>(Slot::panel, inner_padded<T>(std::min(chunk, base.size(1))) * width);
+  const int64_t inner = base.left.size(1),
+                chunk_count = std::max<int64_t>(Split(inner, chunk).count(), 1);
+  const Split blocks(tile.row.size, block_rows), chunks(inner, chunk);
+  const bool in_one = chunk_count == 1;
+  T* const panel = scratch<T>(Slot::panel, inner_padded<T>(std::min(chunk, inner)) * width);
   F* const lora_panel = scratch<F>(Slot::lora_panel, inner_padded<F>(rank) * width);
   pack<F>(factor.from(0, first_col), rank, width, lora_panel, width);
   // Sums grow where the result lies if that has their type, else in the thread's memory.
@@ -177,10 +211,10 @@ void Sum<T, F>::compute(const Tile& tile) const {
   const bool masked = kept.active() && rank > 0;
   float* const update = masked ? scratch<float>(Slot::rows, block_rows * width) : nullptr;
   const float* const row = bias.defined() ? bias.const_data_ptr<float>() + first_col : nullptr;
-  const Elements<T> left(base);
-  for (int64_t c = 0; c < chunks.count(); ++c) {
-    const bool last = c + 1 == chunks.count();
-    const Elements<T> part = weight.from(chunks[c].start, first_col);
+  const Elements<T> left(base.left);
+  for (int64_t c = 0; c < chunk_count; ++c) {
+    const bool last = c + 1 == chunk_count;
+    const Elements<T> part = base.right.from(chunks[c].start, first_col);
     const bool as_it_is = few && part.across == 1;
     if (!as_it_is) pack<T>(part, chunks[c].size, width, panel, width);
     for (int64_t b = 0; b < blocks.count(); ++b) {
@@ -188,6 +222,7 @@ void Sum<T, F>::compute(const Tile& tile) const {
       T* const to = out.mutable_data_ptr<T>() + first * out.size(1) + first_col;
       float* const sums = sums_of(b, to);
       if (last || in_place) prefetch_rows(to, count, width, out.size(1));  // else storing waits
+      if (inner == 0) begin({{first, count}, tile.col}, {sums, stride});
       multiply_block<T>(count, width, chunks[c].size, &left(first, chunks[c].start), left.down,
                         as_it_is ? part.data : panel, as_it_is ? part.down : width, sums, stride,
                         /*accumulate=*/c > 0);

@@ -98,12 +98,12 @@ std::vector<MeasuredPath> measured_paths() {
 }
 
 bool panels_chosen(Pass pass, const ActiveAdapter& adapter, const at::Tensor& x,
-                   const at::Tensor& weight, const std::function<void(bool)>& run) {
+                   const std::function<void(bool)>& run) {
   const CpuPath path = path_in_effect();
   if (path != CpuPath::measured) return path == CpuPath::micro_kernel;
   const auto tokens = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(x.size(0))));
-  const Kind kind{pass,           x.scalar_type(), adapter.dtype(), tokens,
-                  weight.size(1), weight.size(0),  adapter.rank(),  adapter.dropout.active()};
+  const Kind kind{pass,      x.scalar_type(),   adapter.dtype(), tokens,
+                  x.size(1), adapter.B.size(0), adapter.rank(),  adapter.dropout.active()};
   {
     const std::lock_guard lock(mutex);
     if (const auto found = timed.find(kind); found != timed.end())

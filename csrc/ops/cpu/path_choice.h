@@ -18,14 +18,13 @@ CpuPath path_in_effect();
 // The path's choice for a call that panels can serve. run(panels) computes the call; it is called
 // only to be timed, where the path is `measured` and no call like this one was timed before.
 bool panels_chosen(Pass pass, const ActiveAdapter& adapter, const at::Tensor& x,
-                   const at::Tensor& weight, const std::function<void(bool)>& run);
+                   const std::function<void(bool)>& run);
 
 // run(panels) on the chosen path.
 template <typename Run>
-auto on_cpu_path(Pass pass, const ActiveAdapter& adapter, const at::Tensor& x,
-                 const at::Tensor& weight, const Run& run) {
-  return run(in_panels(x, weight, adapter) &&
-             panels_chosen(pass, adapter, x, weight, [&](bool panels) { run(panels); }));
+auto on_cpu_path(Pass pass, const ActiveAdapter& adapter, const at::Tensor& x, const Run& run) {
+  return run(in_panels(x, adapter) &&
+             panels_chosen(pass, adapter, x, [&](bool panels) { run(panels); }));
 }
 
 }  // namespace rankwise

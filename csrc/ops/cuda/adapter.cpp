@@ -1,4 +1,4 @@
-// Launches the pass over dy that every layer's backward has.
+// Launches the passes that read x or dy once.
 #include "adapter.h"
 
 #include "launch.h"
@@ -52,6 +52,68 @@ void output_gradients(const CudaAdapter& adapter, const at::Tensor& dy, const at
   const at::Tensor partial = scratch(kernels::output_gradient_scratch_bytes(problem), dy);
   check_launch(
       kernels::launch_output_gradient(problem, partial.mutable_data_ptr(), current_stream()));
+}
+
+void shrink(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& hidden,
+            const at::Tensor& gated) {
+  const kernels::Shrink problem{x.size(0),
+                                x.size(1),
+                                adapter.rank(),
+                                kernel_type(x),
+                                adapter.type(),
+                                x.const_data_ptr(),
+                                x.stride(0),
+                                adapter.A.const_data_ptr(),
+                                adapter.A.stride(0),
+                                adapter.gate(),
+                                adapter.keep_scale(),
+                                adapter.mask(),
+                                hidden.mutable_data_ptr(),
+                                adapter.E.defined() ? gated.mutable_data_ptr() : nullptr};
+  const at::Tensor partial = scratch(kernels::shrink_scratch_bytes(problem), x);
+  check_launch(kernels::launch_shrink(problem, partial.mutable_data_ptr(), current_stream()));
+}
+
+void input_factor_gradient(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& dh,
+                           const at::Tensor& dA) {
+  const kernels::InputFactorGradient problem{
+      x.size(0),          x.size(1),   adapter.rank(),      kernel_type(x), adapter.type(),
+      x.const_data_ptr(), x.stride(0), dh.const_data_ptr(), adapter.mask(), dA.mutable_data_ptr(),
+      dA.stride(0)};
+  const at::Tensor partial = scratch(kernels::input_factor_gradient_scratch_bytes(problem), x);
+  check_launch(
+      kernels::launch_input_factor_gradient(problem, partial.mutable_data_ptr(), current_stream()));
+}
+
+void expand_output(const CudaAdapter& adapter, const at::Tensor& gated, const at::Tensor& out,
+                   const at::Tensor& bias, const at::Tensor& base) {
+  kernels::Expand problem{out.size(0),
+                          out.size(1),
+                          adapter.rank(),
+                          kernel_type(out),
+                          adapter.type(),
+                          gated.const_data_ptr(),
+                          adapter.B.const_data_ptr(),
+                          adapter.B.stride(0),
+                          /*transposed=*/true,
+                          static_cast<float>(adapter.scaling),
+                          kernels::DropoutMask{},
+                          out.mutable_data_ptr(),
+                          out.stride(0)};
+  if (bias.defined()) problem.bias = bias.const_data_ptr();
+  if (base.defined()) {
+    problem.base = base.const_data_ptr();
+    problem.base_stride = base.stride(0);
+  }
+  check_launch(kernels::launch_expand(problem, current_stream()));
+}
+
+void expand_input(const CudaAdapter& adapter, const at::Tensor& dh, const at::Tensor& out) {
+  check_launch(kernels::launch_expand(
+      {out.size(0), out.size(1), adapter.rank(), kernel_type(out), adapter.type(),
+       dh.const_data_ptr(), adapter.A.const_data_ptr(), adapter.A.stride(0), /*transposed=*/false,
+       1.0f, adapter.mask(), out.mutable_data_ptr(), out.stride(0)},
+      current_stream()));
 }
 
 }  // namespace rankwise

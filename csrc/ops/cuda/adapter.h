@@ -1,4 +1,5 @@
-// One call's adapter as the CUDA kernels take it, and its gradients from one pass over dy.
+// One call's adapter as the CUDA kernels take it, and the passes over x, dy and y that layers
+// share.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -55,5 +56,20 @@ struct OutputGradients {
 // dh = scaling * keep_scale * (dy B) o E^T, the gradient of mask(x) A^T; dB and dE from `hidden`.
 void output_gradients(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& hidden,
                       const OutputGradients& out);
+
+// hidden = drop(x) A^T, and gated = hidden o E^T where there is an E.
+void shrink(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& hidden,
+            const at::Tensor& gated);
+
+// out = scaling * gated B^T, on top of a bias [out] or of a base's rows; at most one is defined.
+void expand_output(const CudaAdapter& adapter, const at::Tensor& gated, const at::Tensor& out,
+                   const at::Tensor& bias, const at::Tensor& base);
+
+// out = mask(dh A).
+void expand_input(const CudaAdapter& adapter, const at::Tensor& dh, const at::Tensor& out);
+
+// dA = dh^T mask(x).
+void input_factor_gradient(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& dh,
+                           const at::Tensor& dA);
 
 }  // namespace rankwise

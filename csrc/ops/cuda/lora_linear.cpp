@@ -26,27 +26,6 @@ bool kernels_serve(const at::Tensor& input, const at::Tensor& weight, int64_t ra
          composite_reason(input.scalar_type(), input.device()).empty();
 }
 
-// hidden = drop(x) A^T, and gated = hidden o E^T where there is an E.
-void shrink(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& hidden,
-            const at::Tensor& gated) {
-  const kernels::Shrink problem{x.size(0),
-                                x.size(1),
-                                adapter.rank(),
-                                kernel_type(x),
-                                adapter.type(),
-                                x.const_data_ptr(),
-                                x.stride(0),
-                                adapter.A.const_data_ptr(),
-                                adapter.A.stride(0),
-                                adapter.gate(),
-                                adapter.keep_scale(),
-                                adapter.mask(),
-                                hidden.mutable_data_ptr(),
-                                adapter.E.defined() ? gated.mutable_data_ptr() : nullptr};
-  const at::Tensor partial = scratch(kernels::shrink_scratch_bytes(problem), x);
-  check_launch(kernels::launch_shrink(problem, partial.mutable_data_ptr(), current_stream()));
-}
-
 // y = (scaling * gated B^T + bias) + x W0^T, rounded after each of the two sums.
 at::Tensor expand_and_accumulate(const CudaAdapter& adapter, const at::Tensor& x,
                                  const at::Tensor& w, const std::optional<at::Tensor>& bias,
@@ -56,13 +35,7 @@ at::Tensor expand_and_accumulate(const CudaAdapter& adapter, const at::Tensor& x
     multiply_base(y, x, w.t(), bias);
     return y;
   }
-  const at::Tensor own_bias = has(bias) ? bias->contiguous() : at::Tensor();
-  check_launch(kernels::launch_expand(
-      {y.size(0), y.size(1), adapter.rank(), kernel_type(y), adapter.type(), gated.const_data_ptr(),
-       adapter.B.const_data_ptr(), adapter.B.stride(0), /*transposed=*/true,
-       static_cast<float>(adapter.scaling), kernels::DropoutMask{}, y.mutable_data_ptr(),
-       y.stride(0), own_bias.defined() ? own_bias.const_data_ptr() : nullptr},
-      current_stream()));
+  expand_output(adapter, gated, y, has(bias) ? bias->contiguous() : at::Tensor(), {});
   add_base(y, x, w.t());
   return y;
 }
@@ -88,18 +61,6 @@ ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor
   return {y.view(shape), hidden, seed};
 }
 
-// dA = dh^T mask(x).
-void input_factor_gradient(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& dh,
-                           const at::Tensor& dA) {
-  const kernels::InputFactorGradient problem{
-      x.size(0),          x.size(1),   adapter.rank(),      kernel_type(x), adapter.type(),
-      x.const_data_ptr(), x.stride(0), dh.const_data_ptr(), adapter.mask(), dA.mutable_data_ptr(),
-      dA.stride(0)};
-  const at::Tensor partial = scratch(kernels::input_factor_gradient_scratch_bytes(problem), x);
-  check_launch(
-      kernels::launch_input_factor_gradient(problem, partial.mutable_data_ptr(), current_stream()));
-}
-
 // dx = mask(dh A) + dy W0.
 at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
                           const at::Tensor& dh) {
@@ -108,11 +69,7 @@ at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, cons
     multiply_base(dx, dy, w, {});
     return dx;
   }
-  check_launch(kernels::launch_expand(
-      {dx.size(0), dx.size(1), adapter.rank(), kernel_type(dx), adapter.type(), dh.const_data_ptr(),
-       adapter.A.const_data_ptr(), adapter.A.stride(0), /*transposed=*/false, 1.0f, adapter.mask(),
-       dx.mutable_data_ptr(), dx.stride(0)},
-      current_stream()));
+  expand_input(adapter, dh, dx);
   add_base(dx, dy, w);
   return dx;
 }
@@ -122,7 +79,7 @@ BackwardResult lora_linear_backward_cuda(const at::Tensor& grad_output, const at
                                          const at::Tensor& hidden, const at::Tensor& seed,
                                          std::array<bool, 6> output_mask) {
   check_lora_linear("lora_linear", input, weight, {}, operands);
-  check_backward("lora_linear", grad_output, input, weight, operands, hidden, seed);
+  check_backward("lora_linear", grad_output, input, operands, hidden, seed);
   const c10::cuda::CUDAGuard guard(input.device());
   const int64_t rank = operands.active(), capacity = operands.lora_A.size(0);
   if (!kernels_serve(input, weight, rank)) {

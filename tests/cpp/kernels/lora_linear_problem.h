@@ -139,7 +139,7 @@ class Problem {
 
   void expand(bool transposed) {
     const Matrix<Factor>& factor = transposed ? B_ : A_;
-    expand(factor, transposed, dropout(), nullptr, [&](int64_t i, int64_t j) {
+    expand("expand", factor, transposed, dropout(), [&](int64_t i, int64_t j) {
       Expected e;
       for (int64_t r = 0; r < c_.rank; ++r) {
         e.add(kept(i, j) * scaling * skinny_.at(i, r) * (transposed ? B_.at(j, r) : A_.at(r, j)));
@@ -150,11 +150,13 @@ class Problem {
 
   void expand_on_bias() {
     const auto bias = Matrix<Wide>::random(1, c_.cols, random_, {0, c_.wide.offset, c_.wide.flush});
-    expand(B_, /*transposed=*/true, {}, bias.data(), [&](int64_t i, int64_t j) {
-      Expected e;
-      for (int64_t r = 0; r < c_.rank; ++r) e.add(scaling * skinny_.at(i, r) * B_.at(j, r));
-      e.add(bias.at(0, j));
-      return e;
+    expand_on("expand on bias", bias, [&](Expand& p) { p.bias = bias.data(); });
+  }
+
+  void expand_on_base() {
+    expand_on("expand on base", wide_, [&](Expand& p) {
+      p.base = wide_.data();
+      p.base_stride = wide_.stride;
     });
   }
 
@@ -165,23 +167,38 @@ class Problem {
     expand(false);
     expand(true);
     expand_on_bias();
+    expand_on_base();
   }
 
   // All that was written so far, as bytes.
   const std::vector<unsigned char>& written() const { return written_; }
 
  private:
-  void expand(const Matrix<Factor>& factor, bool transposed, const DropoutMask& dropout,
-              const void* bias, const std::function<Expected(int64_t, int64_t)>& expected) {
+  // On one row for all or on as many as the result has.
+  void expand_on(const char* what, const Matrix<Wide>& top,
+                 const std::function<void(Expand&)>& set_top) {
+    const auto expected = [&](int64_t i, int64_t j) {
+      Expected e;
+      for (int64_t r = 0; r < c_.rank; ++r) e.add(scaling * skinny_.at(i, r) * B_.at(j, r));
+      e.add(top.at(top.rows == 1 ? 0 : i, j));
+      return e;
+    };
+    expand(what, B_, /*transposed=*/true, {}, expected, set_top);
+  }
+
+  void expand(
+      const char* what, const Matrix<Factor>& factor, bool transposed, const DropoutMask& dropout,
+      const std::function<Expected(int64_t, int64_t)>& expected,
+      const std::function<void(Expand&)>& set_top = [](Expand&) {}) {
     Matrix<Wide> out(c_.rows, c_.cols, c_.result);
     Expand p{c_.rows,        c_.cols,       c_.rank,       type_of<Wide>, type_of<Factor>,
              skinny_.data(), factor.data(), factor.stride, transposed,    scaling,
-             dropout,        out.data(),    out.stride,    bias};
+             dropout,        out.data(),    out.stride};
+    set_top(p);
     ASSERT_EQ(launch_expand(p, nullptr), 0);
     // Factors of float32 keep 16 bits of each number beside results of 16 bits.
     constexpr bool cut = sizeof(Wide) == 2 && sizeof(Factor) == 4;
-    expect_close(bias ? "expand on bias" : "expand", out, cut ? c_.rank + 2 * 256 : c_.rank,
-                 expected);
+    expect_close(what, out, cut ? c_.rank + 2 * 256 : c_.rank, expected);
     keep(out.bytes());
   }
 

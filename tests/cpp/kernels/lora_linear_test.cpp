@@ -221,15 +221,24 @@ TEST(LoraLinearBias, IsAddedBeforeTheRounding) {
   for (int64_t i = 0; i < rows * cols; ++i) ASSERT_EQ(__bfloat162float(out[i]), 1.0f + 0x1p-7f);
 }
 
-TEST(LoraLinearBias, IsRefusedWhereElementsAreDroppedAndForA) {
-  Expand p{};
-  p.rows = p.cols = p.rank = 1;
-  p.wide_type = p.factor_type = Type::float32;
-  p.bias = &p;
-  EXPECT_EQ(launch_expand(p, nullptr), static_cast<int>(cudaErrorInvalidValue));
-  p.transposed = true;
-  p.dropout.threshold = 1;
-  EXPECT_EQ(launch_expand(p, nullptr), static_cast<int>(cudaErrorInvalidValue));
+// What is added to the sum is added to all of it, so not where elements are dropped, nor for A, nor
+// twice.
+TEST(LoraLinearTop, IsRefusedWhereElementsAreDroppedForAAndTwice) {
+  const auto refused = [](bool bias, bool base, bool transposed, uint32_t threshold) {
+    Expand p{};
+    p.rows = p.cols = p.rank = 1;
+    p.wide_type = p.factor_type = Type::float32;
+    p.transposed = transposed;
+    p.dropout.threshold = threshold;
+    if (bias) p.bias = &p;
+    if (base) p.base = &p;
+    return launch_expand(p, nullptr) == static_cast<int>(cudaErrorInvalidValue);
+  };
+  for (const bool bias : {false, true}) {
+    EXPECT_TRUE(refused(bias, !bias, /*transposed=*/false, 0));
+    EXPECT_TRUE(refused(bias, !bias, /*transposed=*/true, 1));
+  }
+  EXPECT_TRUE(refused(true, true, /*transposed=*/true, 0));
 }
 
 }  // namespace

@@ -133,6 +133,35 @@ TEST(LoraLinear, NamesNestedAndSparseArguments) {
             "lora_linear: lora_A must be dense, got layout Sparse; call to_dense() first");
 }
 
+TEST(LoraUpdate, IsAddedToTheRowsOfABase) {
+  const Sample sample;
+  const auto base = torch::randn({3, 5, 11}, torch::kDouble).requires_grad_();
+  const auto y = lora_update(base, sample.x, sample.A, sample.B, sample.E, 0.7, 0.0, /*rank=*/4);
+  const auto product = sample.x.matmul(sample.weight.t()) + sample.bias;
+  const auto expected = sample.expected(0.7, 4) - product.detach() + base;
+  EXPECT_LT(distance(y, expected), 1e-12);
+  const auto dy = torch::randn_like(y);
+  const std::vector<torch::Tensor> leaves = {sample.A, sample.B, sample.E, base};
+  const auto got = torch::autograd::grad({y}, leaves, {dy});
+  const auto wanted = torch::autograd::grad({expected}, leaves, {dy});
+  for (size_t i = 0; i < got.size(); ++i) EXPECT_LT(distance(got[i], wanted[i]), 1e-11) << i;
+  const auto dx = dy.matmul(sample.B.narrow(1, 0, 4)) * 0.7 * sample.E.narrow(0, 0, 4).t();
+  const auto again = lora_update(base, sample.x, sample.A, sample.B, sample.E, 0.7, 0.0, 4);
+  const auto got_dx = torch::autograd::grad({again}, {sample.x}, {dy})[0];
+  EXPECT_LT(distance(got_dx, dx.matmul(sample.A.narrow(0, 0, 4))), 1e-11);
+}
+
+TEST(LoraUpdate, ErrorsNameOpArgumentWantedAndGot) {
+  const Sample sample;
+  try {
+    lora_update(torch::zeros({3, 5, 10}, torch::kDouble), sample.x, sample.A, sample.B);
+    FAIL() << "no error";
+  } catch (const c10::Error& error) {
+    EXPECT_STREQ(error.what_without_backtrace(),
+                 "lora_update: base_output must be [3, 5, 11], got [3, 5, 10]");
+  }
+}
+
 TEST(LoraEmbedding, FollowsTheFormula) {
   const Sample sample;
   const auto indices = torch::tensor({0, 3, 3, 10});
