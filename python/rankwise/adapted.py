@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .computed import not_a_parameter
-from .config import NARROW, AdapterOptions
+from .config import AdapterOptions, factor_dtypes
 from .devices import FACTORS, follow_base, values_kept
 from .directions import ORDER, Directed, Directions
 from .sharding import check_unsharded
@@ -198,12 +198,11 @@ class Adapted(Directed, Unloadable):
         weight = self._base_weight()
         check_unsharded("adapter", {"weight": weight}, "add adapters before the model is sharded")
         dtype = options.dtype_over(weight.dtype)
-        masters = dtype == torch.float32 and weight.dtype in NARROW
-        if dtype != weight.dtype and not masters:
-            raise ValueError(
-                f"adapter: adapter_dtype must be {weight.dtype} like the base's, or torch.float32 "
-                f"over a 16-bit base, got {dtype}"
-            )
+        if dtype not in factor_dtypes(weight.dtype):
+            wanted = f"{weight.dtype} like the base's, or torch.float32 over a 16-bit base"
+            if not weight.dtype.is_floating_point:
+                wanted = "torch.float32, torch.bfloat16 or torch.float16 over a quantised base"
+            raise ValueError(f"adapter: adapter_dtype must be {wanted}, got {dtype}")
 
         def new(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(size, device=weight.device, dtype=dtype))

@@ -41,6 +41,13 @@ def _is_real(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def factor_dtypes(base: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Which dtypes factors can have over a base of this one, the default first."""
+    if base == torch.float64 or base == torch.float32:
+        return (base,)
+    return (torch.float32, base) if base in NARROW else (torch.float32, *NARROW)  # quantised
+
+
 @dataclass(frozen=True)
 class AdapterOptions:
     """One layer's adapter.
@@ -101,7 +108,7 @@ class AdapterOptions:
 
     def dtype_over(self, base: torch.dtype) -> torch.dtype:
         """The factors' dtype over a base of this one."""
-        return self.adapter_dtype or (torch.float32 if base in NARROW else base)
+        return self.adapter_dtype or factor_dtypes(base)[0]
 
 
 @dataclass(frozen=True, kw_only=True)

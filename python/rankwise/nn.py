@@ -14,6 +14,7 @@ from . import ops
 from .adapted import Adapted, StoredAdapter
 from .computed import not_a_parameter
 from .config import AdapterOptions
+from .quantised import is_quantised, over
 from .resized import Rows
 from .stand_in import stand_in
 
@@ -29,10 +30,11 @@ def _is_conv1d(module: nn.Module) -> bool:
 def is_adaptable(module: nn.Module) -> bool:
     """Whether an adapter can stand in for this module.
 
-    Only the exact types: a subclass may compute something else (quantised layers), or have its
-    weight read past its forward (the output projection of nn.MultiheadAttention).
+    Only the exact types: a subclass may compute something else, or have its weight read past its
+    forward (the output projection of nn.MultiheadAttention).
     """
-    return type(module) in (nn.Linear, nn.Embedding) or _is_conv1d(module)
+    plain = type(module) in (nn.Linear, nn.Embedding)
+    return plain or _is_conv1d(module) or is_quantised(module)
 
 
 class LoRALinear(Adapted, nn.Linear):
@@ -234,6 +236,8 @@ def adapt(module: nn.Module, options: AdapterOptions) -> Adapted:
     """The adapted layer for an adaptable module, sharing its parameters, without adapters yet."""
     if isinstance(module, nn.Embedding):
         return LoRAEmbedding._around(module)
+    if is_quantised(module):
+        return _with_state_of(module, over(type(module), options.triplets)).become_adapted(module)
     kind = AdaLoRALinear if options.triplets else LoRALinear
     return kind._around(module)
 

@@ -17,6 +17,7 @@ from .config import NARROW
 from .installed import replaced
 from .model_adapters import ModelAdapters
 from .places import WholePlace
+from .quantised import OverQuantised
 from .sharding import check_matrices, check_not_flat, naming, reshard, whole
 from .tree import Tree
 
@@ -175,7 +176,10 @@ def _replaced(name: str, kind: str) -> str:
 
 
 def _path(layer: Adapted) -> str:
-    return "embedding" if isinstance(layer, nn.Embedding) else ops.path(layer.weight)
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    update_alone = isinstance(layer, OverQuantised) and layer.lora_A is not None
+    return ops.path(layer.lora_A if update_alone else layer.weight)
 
 
 def _problems(name: str, layer: Adapted) -> list[str]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import TargetConfig
 from .nn import is_adaptable
+from .quantised import OTHER_LIBRARIES
 from .tree import AdaptedLayer, Tree, enclosing, endings_of
 from .wrappers import unwrapped
 
@@ -106,9 +107,12 @@ def near_misses(wanted: str, names: Iterable[str]) -> str:
 
 
 def _not_adaptable(field: str, name: str, module: nn.Module) -> str:
+    library = type(module).__module__.partition(".")[0]
+    other = f" quantised by {library}" if library in OTHER_LIBRARIES else ""
     return (
-        f"{field}: {name!r} is a {type(module).__name__}, but adapters go to nn.Linear, "
-        "nn.Embedding and transformers' Conv1D; exclude it with exclude_modules"
+        f"{field}: {name!r} is a {type(module).__name__}{other}, but adapters go to nn.Linear, "
+        "nn.Embedding, transformers' Conv1D, and to linear layers quantised by bitsandbytes or "
+        "torchao; exclude it with exclude_modules"
     )
 
 
