@@ -201,6 +201,26 @@ def test_a_model_made_by_the_trainer(folder):
     assert "config.json" not in sizes(folder / "run" / "checkpoint-2")
 
 
+class FusedHead(transformers.Trainer):
+    """Its loss multiplies by the head's weight by itself, as TRL's fused output layer does."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        hidden = model.bert(input_ids=inputs["input_ids"]).last_hidden_state[:, 0]
+        loss = nn.functional.cross_entropy(hidden @ model.classifier.weight.t(), inputs["labels"])
+        return (loss, {}) if return_outputs else loss
+
+
+def test_what_the_loss_passes_over_is_told(folder, recwarn):
+    trainer(adapted(folder), folder / "run", [AdapterCallback()], max_steps=2).train()
+    assert not [w for w in recwarn if "no gradient" in str(w.message)]
+    model = adapted(folder, target_modules=["query", "classifier"])
+    run = trainer(model, folder / "run", [AdapterCallback()], FusedHead, max_steps=2)
+    with pytest.warns(
+        UserWarning, match="no gradient reached classifier.lora_A, classifier.lora_B"
+    ):
+        run.train()
+
+
 def test_models_without_adapters_are_refused(folder):
     run = trainer(base(folder / "base"), folder / "run", [AdapterCallback()])
     with pytest.raises(ValueError, match="AdapterCallback: the model has no adapters; call"):

@@ -71,7 +71,8 @@ class AdaLoRACallback(AdapterCallback):
         self._restore(args, state, take(inner))
         self._handles = [self.allocator.attach(inner), carry(self.allocator, inner)]
 
-    def on_pre_optimizer_step(self, args, state, control, **_) -> None:
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
+        super().on_pre_optimizer_step(args, state, control, model=model)
         if self.orthogonality:
             penalty = self.allocator.orthogonality_penalty(self.form)
             (self.orthogonality * penalty).backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,8 @@ class AdapterCallback(TrainerCallback):
     process that made the same adapters.
 
     From then on ``model.save_pretrained()`` writes such a folder; while the model is merged, and
-    once it is unloaded, it writes the plain model as before.
+    once it is unloaded, it writes the plain model as before. The first step tells, with a warning,
+    what no gradient reached.
 
     Raises:
         ValueError: when training begins and the model has no adapters, or under DeepSpeed or FSDP,
@@ -49,6 +51,10 @@ class AdapterCallback(TrainerCallback):
             )
         save_adapters_alone(model)
 
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
+        if state.global_step == 0:
+            warn_of_missing_gradients(model)
+
     def on_save(self, args, state, control, model=None, **_) -> None:
         folder = checkpoint_folder(args, state)
         by_trainer = not hasattr(unwrapped(model), "save_pretrained")
@@ -68,6 +74,20 @@ def check_whole_parameters(owner: str, args) -> None:
         raise ValueError(
             f"{owner}: FSDP holds parts of factors; train without args.fsdp, with "
             "DistributedDataParallel"
+        )
+
+
+def warn_of_missing_gradients(model: nn.Module) -> None:
+    """After the first backward pass: names what the loss passed over."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    without = [name for name, parameter in trained.items() if parameter.grad is None]
+    if without:
+        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+        warnings.warn(
+            f"no gradient reached {', '.join(without[:3])}{more}: what computes the loss does not "
+            "call these modules (a fused output layer multiplies by lm_head.weight by itself); "
+            "leave them out of target_modules",
+            stacklevel=2,
         )
 
 
