@@ -174,6 +174,8 @@ def test_beginning_anew_in_the_middle_is_refused(folder):
         made.train()
     with pytest.raises(RuntimeError, match="allocator has made 5 steps, the Trainer 0"):
         made.train()
+    callback.allocator.freeze(None)
+    assert sum(ranks(model)) == 2 * len(ranks(model))
 
 
 def test_the_schedule_must_end_with_the_training(folder):
