@@ -40,6 +40,7 @@ LIBRARY_USERS = {
     "file_names.py",
     "file_slots.py",
     "files.py",
+    "integrations/peft/allocated.py",
     "ops.py",
     "patterns.py",
     "sharding.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Sequence
+from functools import cache
 
 from torch import nn
 
@@ -59,6 +60,7 @@ def find_targets(
         if module not in excluded
         and all(enclosing(name, tops) is None for name in tree.names[module])
     }
+    _check_no_peft(tree, targets)
     for name, module in targets.items():
         if not (is_adaptable(module) or isinstance(module, AdaptedLayer)):
             raise ValueError(_not_adaptable("target_modules", name, module))
@@ -68,6 +70,26 @@ def find_targets(
     for name, module in targets.items():
         check_ties("target_modules", name, module, users, {module})
     return targets
+
+
+def _check_no_peft(tree: Tree, targets: Iterable[str]) -> None:
+    """Refuses PEFT's layers and what is in them: an adapter on an adapter."""
+    layers = {n for module, names in tree.names.items() if _of_peft(type(module)) for n in names}
+    inside = [name for name in targets if enclosing(name, layers) is not None]
+    if inside:
+        raise ValueError(
+            f"target_modules: {inside[0]!r} belongs to a layer of PEFT's, which has an adapter "
+            "already; rankwise.integrations.peft.accelerate(model) runs that one on rankwise's "
+            "operators"
+        )
+
+
+@cache
+def _of_peft(kind: type) -> bool:
+    return any(
+        base.__name__ == "BaseTunerLayer" and base.__module__.startswith("peft.")
+        for base in kind.__mro__
+    )
 
 
 def _selected(tree: Tree, wanted: Sequence[str] | str, field: str) -> list[nn.Module]:
