@@ -1,5 +1,5 @@
-# The doors: make demo | test | check | fuzz | sanitize | bench | gpu | format. All but gpu happens in
-# .venv; see docs/architecture.md.
+# The doors: make demo | test | peft-tests | check | fuzz | sanitize | bench | gpu | format. All but
+# gpu happens in .venv; see docs/architecture.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 FORMATTED_CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu')
 FORMATTED_PY := setup.py python tests examples tools
 
-.PHONY: demo bench test test-cpp test-python check lint fuzz sanitize sanitize-memory \
+.PHONY: demo bench test test-cpp test-python peft-tests check lint fuzz sanitize sanitize-memory \
 	sanitize-threads format gpu gpu-headers clean
 
 demo: $(PACKAGE)
@@ -27,6 +27,10 @@ test-cpp: $(PACKAGE)
 
 test-python: $(PACKAGE)
 	$(BIN)/python -m pytest
+
+# PEFT's own tests on our layers, beside stock PEFT; some minutes. Report: build/peft/all.json.
+peft-tests: $(PACKAGE)
+	$(BIN)/python tools/peft_tests.py
 
 # Static rules: format, imports and includes.
 lint: $(VENV)/.ready

@@ -1,0 +1,1 @@
+"""For tests of other libraries with our layers in place."""
