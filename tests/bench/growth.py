@@ -16,7 +16,7 @@ from .contenders import CONTENDERS, Case, Tensors, check
 from .growth_figure import draw
 from .layers_goals import flop_floor
 from .measurement import Measurement, number
-from .step_contenders import adalora_pair, frozen, lora_pair
+from .step_contenders import adalora_steps, frozen, lora_steps
 from .step_tasks import stack
 from .timing import as_json, console, paired
 
@@ -72,8 +72,9 @@ def layer(case: Case, repeats: int) -> dict:
 def steps(modules: int, repeats: int) -> dict:
     task = stack(modules, *STACK)
     contenders = {"frozen": frozen(task)}
-    contenders["PEFT"], contenders["rankwise"] = lora_pair(task)
-    contenders["PEFT AdaLoRA"], contenders["rankwise AdaLoRA"] = adalora_pair(task, "budgeting")
+    contenders["PEFT"], _, contenders["rankwise"] = lora_steps(task)
+    theirs, _, ours = adalora_steps(task, "budgeting")
+    contenders["PEFT AdaLoRA"], contenders["rankwise AdaLoRA"] = theirs, ours
     return as_json(paired(contenders, repeats))
 
 

@@ -1,18 +1,19 @@
-# A training step by PEFT and by rankwise over one base, and the check that both compute the same.
+# Training steps by PEFT, by PEFT on our operators and by rankwise over one base, checked to be one.
 """Each step is what a user writes: forward, backward, AdamW, and AdaLoRA's allocation."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 import rankwise as rw
+from rankwise.integrations.peft import accelerate
 
 from .adalora_phases import PENALTY, PHASES, enter_final, our_config, peft_config
 from .step_tasks import Task
@@ -99,24 +100,41 @@ def our_adalora(task: Task, phase: str) -> Step:
     return Step(model, loss, optimizer, allocator=allocator)
 
 
-def adalora_pair(task: Task, phase: str) -> tuple[Step, Step]:
-    """(PEFT's, ours), checked, then brought into their phase."""
+def accelerated_adalora(task: Task, phase: str) -> Step:
+    _, _, warmup = PHASES[phase]  # as ours, whose steps count from 1
+    config = peft_config(phase, target_modules=task.targets, modules_to_save=task.whole)
+    step = _peft_step(task, replace(config, tinit=warmup))
+    accelerate(step.model)
+    allocator = step.model.base_model.rankallocator
+    allocator.attach(step.optimizer)
+    return replace(step, allocator=allocator)
+
+
+def adalora_steps(task: Task, phase: str) -> tuple[Step, Step, Step]:
+    """(PEFT's, PEFT's on our operators, ours), checked, then brought into their phase."""
     theirs, ours = peft_adalora(task, phase), our_adalora(task, phase)
+    accelerated = accelerated_adalora(task, phase)
     check_same(task, theirs, ours)
+    check_same(task, theirs, accelerated)
     if phase == "final":
         theirs.loss().backward()
         enter_final(theirs.model)
-        ours()
-        ours.allocator.freeze(ours.optimizer)
-    return theirs, ours
+        for step in (ours, accelerated):
+            step()
+            step.allocator.freeze(step.optimizer)
+    return theirs, accelerated, ours
 
 
-def lora_pair(task: Task, dropout: float = 0.0) -> tuple[Step, Step]:
-    """(PEFT's, ours), checked where no dropout parts them."""
-    theirs, ours = peft_lora(task, dropout), our_lora(task, dropout)
+def lora_steps(task: Task, dropout: float = 0.0) -> tuple[Step, Step, Step]:
+    """(PEFT's, PEFT's on our operators, ours), checked where no dropout parts them."""
+    theirs, accelerated, ours = (
+        peft_lora(task, dropout), peft_lora(task, dropout), our_lora(task, dropout)
+    )  # fmt: skip
+    accelerate(accelerated.model)
     if dropout == 0:
         check_same(task, theirs, ours)
-    return theirs, ours
+        check_same(task, theirs, accelerated)
+    return theirs, accelerated, ours
 
 
 def check_same(task: Task, theirs: Step, ours: Step) -> None:
@@ -124,36 +142,36 @@ def check_same(task: Task, theirs: Step, ours: Step) -> None:
 
     The adapter's dropout, whose masks differ, must be off.
     """
-    pairs = []
-    for name in task.targets:
-        mine, other = (
-            ours.model.get_submodule(name),
-            theirs.model.base_model.model.get_submodule(name),
-        )
-        for factor in FACTORS:
-            parameter = getattr(mine, factor)
-            if parameter is not None:
-                pairs.append((f"{name}.{factor}", parameter, _peft_parameter(other, factor)))
-    for _, parameter, _ in pairs:
+    own, others = _factors(task, ours.model), _factors(task, theirs.model)
+    for parameter in own.values():
         nn.init.normal_(parameter, std=0.05)  # B or E begin at zero, which would hide gradients
     with torch.no_grad():
-        for _, parameter, other in pairs:
-            other.copy_(parameter)
+        for name, parameter in own.items():
+            others[name].copy_(parameter)
     losses = []
     for step in (theirs, ours):
         torch.manual_seed(0)  # of the base's own dropout
         losses.append(step.loss())
         losses[-1].backward()
     _same(task, "the loss", losses[1].detach(), losses[0].detach())
-    for name, parameter, other in pairs:
-        _same(task, f"the gradient of {name}", parameter.grad, other.grad)
+    for name, parameter in own.items():
+        _same(task, f"the gradient of {name}", parameter.grad, others[name].grad)
     for step in (theirs, ours):
         step.optimizer.zero_grad()
 
 
-def _peft_parameter(layer: nn.Module, factor: str) -> nn.Parameter:
-    held = getattr(layer, factor)["default"]
-    return held.weight if isinstance(held, nn.Linear) else held
+def _factors(task: Task, model: nn.Module) -> dict[str, nn.Parameter]:
+    peft = isinstance(model, PeftModel)
+    found = {}
+    for name in task.targets:
+        layer = (model.base_model.model if peft else model).get_submodule(name)
+        for factor in FACTORS:
+            held = getattr(layer, factor, None)
+            held = held["default"] if peft and held is not None else held
+            if held is not None:
+                weight = held.weight if isinstance(held, nn.Linear) else held
+                found[f"{name}.{factor}"] = weight
+    return found
 
 
 def _same(task: Task, what: str, got: Tensor, wanted: Tensor) -> None:
