@@ -109,6 +109,14 @@ def peft(case: Case, t: Tensors) -> Layer:
     return Layer(lambda: layer(t.x), [t.x, *(p for p in layer.parameters() if p.requires_grad)])
 
 
+def peft_accelerated(case: Case, t: Tensors) -> Layer:
+    from rankwise.integrations.peft import accelerate
+
+    layer = _peft(case, t)
+    accelerate(layer)
+    return Layer(lambda: layer(t.x), [t.x, *(p for p in layer.parameters() if p.requires_grad)])
+
+
 def peft_compiled(case: Case, t: Tensors) -> Layer:
     layer = _peft(case, t)
     compiled = torch.compile(layer, dynamic=False)
@@ -146,6 +154,7 @@ CONTENDERS: dict[str, Callable[[Case, Tensors], Layer]] = {
     "frozen, twice": frozen,
     "frozen, packed": frozen_packed,
     "PEFT": peft,
+    "PEFT accelerated": peft_accelerated,
     "PEFT compiled": peft_compiled,
     "merged each call": merged,
     "composition": composition,
