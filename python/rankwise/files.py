@@ -169,12 +169,9 @@ def load_adapter(
     which PEFT stores of adapted or resized embeddings, take the place of the model's, also of those
     tied to them, while the adapter is active. Nothing is changed unless everything fits.
 
-    Of a model under fully_shard, whose adapter must be there and active, all processes must load:
-    each takes its part, and none if one of them fails.
-
-    On a model on the meta device the factors are real, on the CPU: they stay when the base's
-    weights come, with load_state_dict(assign=True) or to_empty(). Modules trained whole need the
-    base's weights first.
+    Under fully_shard the adapter must be there and active, and all processes load, or none. On a
+    model on the meta device the factors are real, on the CPU: they stay when the base's weights
+    come, with load_state_dict(assign=True) or to_empty(); modules trained whole need them first.
 
     Args:
         model: plain or with adapters.
@@ -186,7 +183,10 @@ def load_adapter(
     Raises:
         FileError: the folder cannot be read, is damaged, or does not fit the model: every missing,
             extra or wrongly shaped tensor is listed.
+        TypeError: strict is no bool.
     """
+    if not isinstance(strict, bool):
+        raise TypeError(f"load_adapter: strict must be a bool, got {strict!r}; a name is name=...")
     reshard(model)
     tree = Tree(model)
     state = ModelAdapters(tree)

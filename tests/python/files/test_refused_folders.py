@@ -185,3 +185,10 @@ def test_a_path_that_cannot_be_written(tmp_path):
     model = rw.apply_lora(TwoLayers(), CONFIG)
     with pytest.raises(rw.FileError, match="file"):
         rw.save_adapter(model, tmp_path / "file" / "folder")
+
+
+def test_a_name_in_the_place_of_strict_is_an_error(tmp_path):
+    model = rw.apply_lora(nn.Sequential(nn.Linear(4, 4)), rw.LoRAConfig(target_modules=["0"]))
+    rw.save_adapter(model, tmp_path)
+    with pytest.raises(TypeError, match="strict must be a bool, got 'second'; a name is name="):
+        rw.load_adapter(model, tmp_path, "second")
