@@ -1,7 +1,8 @@
-"""The figures: losses and accuracies of all runs; what AdaLoRA's budget and ranks became."""
+"""The figures: losses and accuracies of all runs; AdaLoRA's budget and ranks; four adapters."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -41,6 +42,29 @@ def draw_ranks(run: Run, path: Path) -> None:
         )
         _draw_budget(left, run)
         _draw_heat_map(right, run)
+        _save(figure, path)
+
+
+def draw_accuracies_of_kinds(
+    accuracies: list[list[float]], kinds: Sequence[str], path: Path
+) -> None:
+    """Writes the PNG: the accuracy of each adapter (row) on each kind of text (column)."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.2, 4.4), layout="constrained")
+        values = np.array(accuracies)
+        low, high = values.min(), values.max()
+        axes.imshow(values, cmap="Blues", vmin=low - 0.02, vmax=high, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            color = "white" if value > (low + high) / 2 else "black"
+            text = f"{100 * value:.1f} %"
+            axes.text(column, row, text, ha="center", va="center", color=color)
+        axes.set_xticks(range(len(kinds)), kinds)
+        axes.set_yticks(range(len(kinds)), kinds)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("texts")
+        axes.set_ylabel("adapter")
+        axes.set_title("Accuracy of four adapters over one encoder", loc="left")
         _save(figure, path)
 
 

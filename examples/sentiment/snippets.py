@@ -1,7 +1,7 @@
-"""The data: 10,605 rated movie-review snippets (Hutto & Gilbert, ICWSM 2014; MIT licence).
+"""The data: 23,703 rated texts of four kinds (Hutto & Gilbert, ICWSM 2014; MIT licence).
 
 They lie in the source distribution of vaderSentiment 3.3.2, as a tar file within the tar file:
-one snippet a line, `id <tab> mean rating in [-4, 4] <tab> text`, UTF-8, lines end in CR LF.
+one text a line, `id <tab> mean rating in [-4, 4] <tab> text`, UTF-8, lines end in CR LF.
 """
 
 from __future__ import annotations
@@ -22,9 +22,15 @@ REQUIREMENT = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+FOLDER = "hutto_ICWSM_2014"
+FILES = {  # kind -> (file, texts in it)
+    "films": ("movieReviewSnippets_GroundTruth.txt", 10_605),
+    "products": ("amazonReviewSnippets_GroundTruth.txt", 3_708),
+    "editorials": ("nytEditorialSnippets_GroundTruth.txt", 5_190),
+    "tweets": ("tweets_GroundTruth.txt", 4_200),
+}
 CACHE = Path(__file__).resolve().parents[2] / "build" / "data"
-COUNT = 10_605
+COUNT = FILES["films"][1]
 SPLIT_SEED = 0
 
 
@@ -45,17 +51,18 @@ class Snippet:
         return int(self.rating > 0)
 
 
-def load_snippets(cache: Path = CACHE) -> list[Snippet]:
-    """All snippets in the file's order; downloads the archive when `cache` lacks it.
+def load_snippets(cache: Path = CACHE, kind: str = "films") -> list[Snippet]:
+    """All snippets of a kind in the file's order; downloads the archive when `cache` lacks it.
 
     Raises:
         DataError: no download, another checksum, or a file of another form.
     """
-    text = _read_member(_archive(cache)).decode("utf-8")
+    file, count = FILES[kind]
+    text = _read_member(_archive(cache), f"{FOLDER}/{file}").decode("utf-8")
     # Not splitlines(), which knows more line ends than the file, nor csv, which knows quotes.
     rows = [line.split("\t") for line in text.removesuffix("\r\n").split("\r\n")]
-    if len(rows) != COUNT or any(len(row) != 3 for row in rows):
-        raise DataError(f"{SNIPPETS} must have {COUNT} rows of 3 fields, got {len(rows)} rows.")
+    if len(rows) != count or any(len(row) != 3 for row in rows):
+        raise DataError(f"{file} must have {count} rows of 3 fields, got {len(rows)} rows.")
     return [Snippet(text, float(rating)) for _, rating, text in rows]
 
 
@@ -97,10 +104,10 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _read_member(archive: bytes) -> bytes:
+def _read_member(archive: bytes, file: str) -> bytes:
     """The snippets' file, read into memory; nothing is unpacked to disk."""
     content = archive
-    for name in (INNER_ARCHIVE, SNIPPETS):
+    for name in (INNER_ARCHIVE, file):
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
             member = tar.extractfile(name)
             if member is None:
