@@ -24,8 +24,11 @@ def check_task(owner: str, task_type: str | None) -> None:
 
 
 def name_task(config, model: nn.Module, task_type: str | None) -> None:
-    """Notes the task, where one is given or known, else, as PEFT does, the model's class."""
+    """Notes the task, where one is given or known, else, as PEFT does, the model's class.
+
+    Of a model without a name nobody could make the base, so that its class says nothing.
+    """
     config.task_type = task_type or config.task_type
-    if not config.task_type:
+    if config.base_model_name_or_path and not config.task_type:
         kind = plain_class(unwrapped(model))
         config.base_model_class, config.parent_library = kind.__name__, kind.__module__

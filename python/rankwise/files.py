@@ -57,8 +57,8 @@ def save_adapter(
         directory: created if missing; stock PEFT reads it with PeftModel.from_pretrained.
         name: of the adapter; None for the active one.
         task_type: PEFT's name of the task, such as "CAUSAL_LM", for the folder's readers; None for
-            that of the folder from which the adapter was loaded. Where there is none, the folder
-            names the model's class, and any AutoPeftModel class of PEFT can make the base model.
+            that of the folder from which the adapter was loaded. Without one the folder names the
+            class of a model with a name_or_path, so that PEFT's AutoPeftModel can make the base.
 
     Raises:
         ValueError: there is no such adapter or task, or PEFT's format cannot hold it: AdaLoRA's has
