@@ -1,5 +1,5 @@
-// scale * H F for H [rows, rank] and F [rank, cols], masked or added to a bias or to rows of a
-// table: what is written is touched once, and rounded once.
+// scale * H F for H [rows, rank] and F [rank, cols], masked or added to a bias, to a base's rows or
+// to a table's: what is written is touched once, and rounded once.
 #include "expand_result.h"
 
 namespace rankwise::kernels {
@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(Plan<Types, rank_tile>::threads,
            Source source, View<typename Types::Wide> shape, typename Types::Wide* out) {
   using P = Plan<Types, rank_tile>;
   constexpr bool masked = std::is_same_v<Source, Masked>;
-  constexpr bool on_table = std::is_same_v<Source, OnTable<typename Types::Wide>>;
+  constexpr bool row_by_row = !masked && !std::is_same_v<Source, OnBias<typename Types::Wide>>;
   auto* hidden_tile = dynamic_shared<typename P::Number>();
   auto* factor_tile = hidden_tile + P::parts * P::hidden_plane;
   const auto across = static_cast<unsigned>((shape.cols + P::col_tile - 1) / P::col_tile);
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(Plan<Types, rank_tile>::threads,
                   clamped(rank - first, rank_tile), sums);
     }
     Result<P> result(shape, first_row + warp_row, first_col + warp_col);
-    if constexpr (on_table) {
+    if constexpr (row_by_row) {
 #pragma unroll
       for (int i = 0; i < result.down; ++i) {
         result.take(sums, scale, source, i);
@@ -107,8 +107,8 @@ int launch_expand(const Expand& problem, void* stream) {
     if (!problem.transposed) return launch_by_rank<Types, false>(problem, masked, stream);
     if (!on_top) return launch_by_rank<Types, true>(problem, masked, stream);
     if (problem.base) {
-      const OnTable<Wide> base{
-          view<Wide>(problem.base, problem.rows, problem.cols, problem.base_stride), {}};
+      const OnBase<Wide> base{
+          view<Wide>(problem.base, problem.rows, problem.cols, problem.base_stride)};
       return launch_by_rank<Types, true>(problem, base, stream);
     }
     const OnBias<Wide> result{view<Wide>(problem.bias, 1, problem.cols, 0)};

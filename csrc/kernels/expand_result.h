@@ -18,11 +18,19 @@ struct OnBias {
   View<Wide> bias;  // one row
 };
 
+// out = the base's row + scale * sum.
+template <typename Wide>
+struct OnBase {
+  View<Wide> under;
+  __device__ int64_t row_under(int64_t row) const { return row; }
+};
+
 // out = the row's row of the table + scale * sum.
 template <typename Wide>
 struct OnTable {
-  View<Wide> table;
+  View<Wide> under;
   RowIndices rows;
+  __device__ int64_t row_under(int64_t row) const { return row_at(rows, row); }
 };
 
 template <typename Wide>
@@ -80,8 +88,9 @@ struct Result {
     }
   }
 
-  // Row i alone: it is written before the next one is read.
-  __device__ void take(const Sums& sums, float scale, const OnTable<Wide>& from, int i) {
+  // Row i alone, on OnBase or OnTable: it is written before the next one is read.
+  template <typename Source>
+  __device__ void take(const Sums& sums, float scale, const Source& from, int i) {
     read(from, i);
 #pragma unroll
     for (int j = 0; j < across; ++j) round<true>(sums, scale, i, j, pieces[i][j]);
@@ -142,12 +151,13 @@ struct Result {
   }
 
  private:
-  __device__ void read(const OnTable<Wide>& from, int i) {
+  template <typename Source>
+  __device__ void read(const Source& from, int i) {
     if (row + 8 * i >= shape.rows) return;
-    const Wide* start = from.table.data + row_at(from.rows, row + 8 * i) * from.table.stride + col;
+    const Wide* start = from.under.data + from.row_under(row + 8 * i) * from.under.stride + col;
 #pragma unroll
     for (int j = 0; j < across; ++j) {
-      pieces[i][j].load(start + 32 * j, count(i, j), from.table.alignment);
+      pieces[i][j].load(start + 32 * j, count(i, j), from.under.alignment);
     }
   }
 

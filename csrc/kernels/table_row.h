@@ -15,9 +15,7 @@ __device__ inline void require_row(const RowIndices& indices, int64_t index) {
   require(index >= 0 && index < indices.table_rows, "an index lies outside of the table");
 }
 
-// Of row i: itself where there are no indices.
 __device__ inline int64_t row_at(const RowIndices& indices, int64_t i) {
-  if (indices.data == nullptr) return i;
   const int64_t index = index_at(indices, i);
   require_row(indices, index);
   return index;
