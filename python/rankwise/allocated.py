@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ._library import library
 from .adapted import Adapted
+from .devices import FACTORS
 from .directions import Directed, Directions, move_averages, note_allocator
 from .sharding import check_unsharded
 
@@ -15,7 +16,28 @@ _UNSHARDED = (
 )
 
 
-class AllocatedAdapters:
+class FollowedFactors:
+    """{name: lora_A, lora_B and lora_E}: an allocator's, which others may take the place of."""
+
+    _factors: dict[str, tuple[nn.Parameter, ...]]
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """All lora_A and lora_B."""
+        return [factor for A, B, _ in self._factors.values() for factor in (A, B)]
+
+    def _take(self, core, name: str, now: tuple[nn.Parameter, ...]) -> None:
+        """Goes on with these.
+
+        Raises:
+            ValueError: they have other shapes.
+        """
+        if any(mine is not theirs for mine, theirs in zip(self._factors[name], now, strict=True)):
+            core.replace_factors(name, *now)
+            self._factors[name] = now
+
+
+class AllocatedAdapters(FollowedFactors):
     """{name: an adapter}: its layer, and its directions, by which it is found there.
 
     Copied and pickled with the layers.
@@ -31,11 +53,6 @@ class AllocatedAdapters:
         """The adapters as the C++ side has them."""
         return [self._for_library(name) for name in self._layers]
 
-    @property
-    def matrices(self) -> list[Tensor]:
-        """All lora_A and lora_B."""
-        return [factor for A, B, _ in self._factors.values() for factor in (A, B)]
-
     def note_allocator(self) -> None:
         """Once there is an allocator for them."""
         for directions in self._directions.values():
@@ -44,7 +61,7 @@ class AllocatedAdapters:
     def check_unsharded(self) -> None:
         """Also for layers that were sharded after the allocator was made over their factors."""
         for name, layer in self._layers.items():
-            factors = {f"{name}.{f}": getattr(layer, f) for f in ("lora_A", "lora_B", "lora_E")}
+            factors = {f"{name}.{f}": getattr(layer, f) for f in FACTORS}
             check_unsharded("RankAllocator", factors, _UNSHARDED)
 
     def follow(self, core) -> None:
@@ -60,13 +77,10 @@ class AllocatedAdapters:
                 "handle that attach() returned"
             )
         self.check_unsharded()
-        for name, known in self._factors.items():
+        for name in self._layers:
             holder = self._holder(name)
-            now = known if holder is None else holder.factors
-            replaced = any(mine is not theirs for mine, theirs in zip(known, now, strict=True))
-            if replaced and all(isinstance(factor, nn.Parameter) for factor in now):
-                core.replace_factors(name, *now)
-                self._factors[name] = now
+            if holder is not None and all(isinstance(x, nn.Parameter) for x in holder.factors):
+                self._take(core, name, holder.factors)
 
     def move_averages(self) -> None:
         """After the allocator moved directions: the layers' averaged copies follow."""

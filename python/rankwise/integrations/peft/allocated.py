@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from peft.tuners.adalora.layer import AdaLoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from ..._library import library
+from ...allocated import FollowedFactors
+from ...devices import FACTORS
 from ...sharding import check_unsharded
 
 Factors = tuple[nn.Parameter, nn.Parameter, nn.Parameter]
 _UNSHARDED = "use DistributedDataParallel, or prune before the model is sharded"
 
 
-class LayerFactors:
+class LayerFactors(FollowedFactors):
     """{layer: lora_A, lora_B and lora_E of one adapter}: what AllocatedAdapters is for our layers.
 
     PEFT replaces parameters (load_adapter of a trimmed folder, hot-swapping), so they are looked up
@@ -32,11 +34,6 @@ class LayerFactors:
         ]
 
     @property
-    def matrices(self) -> list[Tensor]:
-        """All lora_A and lora_B."""
-        return [factor for A, B, _ in self._factors.values() for factor in (A, B)]
-
-    @property
     def lora_E(self) -> dict[str, nn.Parameter]:
         return {name: self._now(name)[2] for name in self._layers}
 
@@ -48,7 +45,7 @@ class LayerFactors:
 
     def check_unsharded(self) -> None:
         for name in self._layers:
-            factors = zip(("lora_A", "lora_B", "lora_E"), self._now(name), strict=True)
+            factors = zip(FACTORS, self._now(name), strict=True)
             check_unsharded("AdaLoRA", {f"{name}.{f}": x for f, x in factors}, _UNSHARDED)
 
     def follow(self, core) -> None:
@@ -65,11 +62,8 @@ class LayerFactors:
                     "remove() on the handle that attach() returned"
                 )
         self.check_unsharded()
-        for name, known in self._factors.items():
-            now = self._now(name)
-            if any(mine is not theirs for mine, theirs in zip(known, now, strict=True)):
-                core.replace_factors(name, *now)
-                self._factors[name] = now
+        for name in self._layers:
+            self._take(core, name, self._now(name))
 
     def _now(self, name: str) -> Factors:
         layer, adapter = self._layers[name], self._adapter

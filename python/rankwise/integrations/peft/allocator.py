@@ -11,6 +11,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 
 from ...allocation import RankAllocator
 from ...config import AdaLoRAConfig
+from ...devices import FACTORS
 from .allocated import LayerFactors
 
 # AdaLoRAConfig's names and PEFT's.
@@ -97,7 +98,7 @@ class PeftRankAllocator(RankAllocator):
         """From where PEFT's allocator was: its averages, or a pattern that is final already."""
         state, stock = self.state_dict(), self.replaced
         for name in self.ranks:
-            for factor in (f"{name}.{letter}" for letter in ("lora_A", "lora_B", "lora_E")):
+            for factor in (f"{name}.{letter}" for letter in FACTORS):
                 known = f"{factor}.{self.adapter}"
                 if known in stock.exp_avg_ipt:
                     state[f"{factor}.sensitivity"].copy_(stock.exp_avg_ipt[known])
