@@ -130,8 +130,7 @@ class Adapted(Directed, Unloadable):
             KeyError: there is none of that name.
         """
         holder = self.holder_of(name)
-        factors = [getattr(holder, factor) for factor in FACTORS]
-        return HeldAdapter(*factors, holder.options, holder.rank)
+        return HeldAdapter(*holder.factors, holder.options, holder.rank)
 
     def add_adapter(self, name: str, options: AdapterOptions) -> None:
         """A new adapter, not active."""
@@ -148,7 +147,7 @@ class Adapted(Directed, Unloadable):
             raise RuntimeError("activate_adapter: the layer is merged; call unmerge() first")
         self.check_switch(name)
         if self.adapter is not None:
-            stored = {factor: getattr(self, factor) for factor in FACTORS}
+            stored = dict(zip(FACTORS, self.factors, strict=True))
             waiting = StoredAdapter(stored, self.options, self.rank, self.directions)
             self.adapters[self.adapter] = waiting.train(self.training)
             self._clear_active()
@@ -170,7 +169,7 @@ class Adapted(Directed, Unloadable):
             return
         for holder in (self, self.adapters[name] if name in self.adapters else None):
             if holder is not None:
-                factors = {factor: getattr(holder, factor) for factor in FACTORS}
+                factors = dict(zip(FACTORS, holder.factors, strict=True))
                 check_unsharded(
                     "activate_adapter", factors, "activate it before the model is sharded"
                 )
@@ -222,7 +221,7 @@ class Adapted(Directed, Unloadable):
 
     @torch.no_grad()
     def _reset_adapter(self, holder: StoredAdapter | Adapted) -> None:
-        for factor in (holder.lora_A, holder.lora_B, holder.lora_E):
+        for factor in holder.factors:
             if factor is not None:
                 factor.zero_()
         if holder.rank > 0:

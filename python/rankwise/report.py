@@ -14,6 +14,7 @@ from . import ops
 from .adapted import Adapted
 from .base_parameters import Place, expected_parameters, tied_since
 from .config import NARROW
+from .devices import FACTORS
 from .installed import replaced
 from .model_adapters import ModelAdapters
 from .places import WholePlace
@@ -189,7 +190,7 @@ def _problems(name: str, layer: Adapted) -> list[str]:
         return [f"{name}: adapters are disabled"]
     problems = []
     wanted = layer.options.dtype_over(layer.weight.dtype)
-    factors = {f: getattr(layer, f) for f in ("lora_A", "lora_B", "lora_E")}
+    factors = dict(zip(FACTORS, layer.factors, strict=True))
     factors = {f: parameter for f, parameter in factors.items() if parameter is not None}
     for other in {parameter.dtype for parameter in factors.values()} - {wanted}:
         problems.append(f"{name}: factors are {other}, but {wanted} was asked for")

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
+from ...config import NARROW
+
 PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor})
-SIXTEEN = frozenset({torch.bfloat16, torch.float16})
+SIXTEEN = frozenset(NARROW)
 FLOATS = frozenset({torch.float64, torch.float32, *SIXTEEN})
 
 MERGED, DISABLED, NO_ADAPTER = "merged", "disabled", "no active adapter"
 ARGUMENTS, VARIANT = "arguments", "variant"
-# What no operator is meant for: all other calls are eligible.
+# What no operator is meant for; all other calls are eligible (make peft-tests counts them).
 INELIGIBLE = frozenset({MERGED, DISABLED, NO_ADAPTER, ARGUMENTS, VARIANT})
 _NO_REASON = frozenset({"adapter_names", "alora_offsets"})  # given as None by PEFT's own hooks
 
@@ -46,12 +48,6 @@ class Calls:
             self.fused += 1
         else:
             self.others[reason] += 1
-
-    @property
-    def eligible(self) -> int:
-        """Calls not merged, disabled, of a variant, without an adapter, or with arguments."""
-        left = sum(n for reason, n in self.others.items() if reason not in INELIGIBLE)
-        return self.fused + left
 
 
 class Adapter(NamedTuple):
