@@ -21,7 +21,7 @@ from rich.table import Table
 from snippets import CACHE, FILES, load_snippets, split
 from torch.nn import functional as F
 from torch.optim import AdamW
-from training import BATCH_SIZE, LORA, mean, progress
+from training import BATCH_SIZE, LORA, mean, progress, take_step
 
 import rankwise as rw
 
@@ -79,10 +79,7 @@ def train(model: Classifier, kind: str, data: TokenizedSnippets, epochs: int, se
         for _ in range(epochs):
             for batch in data.training_batches(BATCH_SIZE, generator):
                 loss = F.cross_entropy(model(**batch.inputs), batch.labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
+                losses.append(take_step(loss, optimizer))
                 bar.set_postfix(loss=f"{mean(losses[-20:]):.3f}", refresh=False)
                 bar.update(len(batch.indices))
     model.eval()

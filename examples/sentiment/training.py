@@ -118,7 +118,7 @@ def train_head(
     for _ in range(HEAD_EPOCHS):
         for rows in torch.randperm(len(train), generator=generator).split(BATCH_SIZE):
             loss = F.cross_entropy(model.head(features.train[rows]), train.labels[rows])
-            run.losses.append(_step(loss, optimizer))
+            run.losses.append(take_step(loss, optimizer))
             schedule.step()
     run.seconds = features.seconds + time.perf_counter() - start
     with torch.no_grad():
@@ -149,7 +149,7 @@ def train_adapter(
         with progress(f"{method.name}, epoch {epoch} of {epochs}", len(train)) as bar:
             for batch in train.training_batches(BATCH_SIZE, generator):
                 loss = F.cross_entropy(model(**batch.inputs), batch.labels)
-                run.losses.append(_step(loss, optimizer, _penalty(allocator)))
+                run.losses.append(take_step(loss, optimizer, _penalty(allocator)))
                 schedule.step()
                 if len(run.losses) == 1:
                     tqdm.write(f"health check after the first step: {_healthy(model)}")
@@ -215,7 +215,8 @@ def _optimizer(model: nn.Module, steps: int, rate: float) -> tuple[Optimizer, Li
     return optimizer, LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
 
 
-def _step(loss: Tensor, optimizer: Optimizer, penalty: Tensor | float = 0.0) -> float:
+def take_step(loss: Tensor, optimizer: Optimizer, penalty: Tensor | float = 0.0) -> float:
+    """Backward and the optimizer's step; the loss."""
     optimizer.zero_grad()
     (loss + penalty).backward()
     optimizer.step()
