@@ -16,7 +16,6 @@ from trainer_models import (
     preferring,
     rows,
     same_bits,
-    save_base,
     trained,
     trainer,
 )
@@ -25,12 +24,6 @@ import rankwise as rw
 from rankwise.integrations.transformers import AdaLoRACallback
 
 FREEZE = STEPS - 4
-
-
-@pytest.fixture
-def folder(tmp_path):
-    save_base(tmp_path / "base")
-    return tmp_path
 
 
 def adapted(folder, **options):

@@ -10,19 +10,12 @@ from trainer_models import (
     logits,
     preferring,
     same_bits,
-    save_base,
     trained,
     trainer,
 )
 
 from rankwise.integrations.peft import accelerate
 from rankwise.integrations.transformers import AdaLoRACallback
-
-
-@pytest.fixture
-def folder(tmp_path):
-    save_base(tmp_path / "base")
-    return tmp_path
 
 
 def adapted(folder, by_us: bool = True):

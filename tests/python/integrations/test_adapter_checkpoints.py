@@ -20,19 +20,12 @@ from trainer_models import (
     preferring,
     rows,
     same_bits,
-    save_base,
     trained,
     trainer,
 )
 
 import rankwise as rw
 from rankwise.integrations.transformers import AdapterCallback
-
-
-@pytest.fixture
-def folder(tmp_path):
-    save_base(tmp_path / "base")
-    return tmp_path
 
 
 def adapted(folder, **options):
