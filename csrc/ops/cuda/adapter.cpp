@@ -116,4 +116,24 @@ void expand_input(const CudaAdapter& adapter, const at::Tensor& dh, const at::Te
       current_stream()));
 }
 
+ParameterGradients parameter_gradients(const CudaAdapter& adapter, const AdapterOperands& operands,
+                                       const at::Tensor& dy, const at::Tensor& input,
+                                       const at::Tensor& hidden, std::array<bool, 4> output_mask) {
+  const auto [need_x, need_A, need_B, need_E] = output_mask;
+  const int64_t rank = adapter.rank(), capacity = operands.lora_A.size(0);
+  OutputGradients from_dy;
+  at::Tensor dA;
+  if (need_B) from_dy.dB = gradient_of(operands.lora_B, capacity, rank);
+  if (need_E) from_dy.dE = gradient_of(*operands.lora_E, capacity, rank);
+  if (need_x || need_A) from_dy.dh = at::empty({dy.size(0), rank}, adapter.A.options());
+  if (rank > 0 && (need_x || need_A || need_B || need_E)) {
+    output_gradients(adapter, dy, hidden.contiguous(), from_dy);
+  }
+  if (need_A) {
+    dA = gradient_of(operands.lora_A, capacity, rank);
+    if (rank > 0) input_factor_gradient(adapter, matrix(input), from_dy.dh, dA);
+  }
+  return {from_dy.dh, dA, from_dy.dB, from_dy.dE};
+}
+
 }  // namespace rankwise

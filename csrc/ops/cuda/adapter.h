@@ -4,6 +4,8 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
+
 #include "../../kernels/lora_linear.h"
 #include "../checks.h"
 #include "../dispatch.h"
@@ -71,5 +73,15 @@ void expand_input(const CudaAdapter& adapter, const at::Tensor& dh, const at::Te
 // dA = dh^T mask(x).
 void input_factor_gradient(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& dh,
                            const at::Tensor& dA);
+
+// Gradients of a layer over products: of whole factors, and dh, which x's comes from. Undefined
+// where not asked for.
+struct ParameterGradients {
+  at::Tensor dh, A, B, E;
+};
+// `output_mask`: x, A, B, E.
+ParameterGradients parameter_gradients(const CudaAdapter& adapter, const AdapterOperands& operands,
+                                       const at::Tensor& dy, const at::Tensor& input,
+                                       const at::Tensor& hidden, std::array<bool, 4> output_mask);
 
 }  // namespace rankwise

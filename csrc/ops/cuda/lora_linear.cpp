@@ -81,31 +81,20 @@ BackwardResult lora_linear_backward_cuda(const at::Tensor& grad_output, const at
   check_lora_linear("lora_linear", input, weight, {}, operands);
   check_backward("lora_linear", grad_output, input, operands, hidden, seed);
   const c10::cuda::CUDAGuard guard(input.device());
-  const int64_t rank = operands.active(), capacity = operands.lora_A.size(0);
-  if (!kernels_serve(input, weight, rank)) {
+  if (!kernels_serve(input, weight, operands.active())) {
     return lora_linear_backward_composite(grad_output, input, weight, operands, hidden, seed,
                                           output_mask);
   }
   const CudaAdapter adapter(operands, seed);
   const at::Tensor dy = matrix(grad_output);
   const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
-  at::Tensor dx, dw, db, dA;
-  OutputGradients from_dy;
-
-  if (need_B) from_dy.dB = gradient_of(operands.lora_B, capacity, rank);
-  if (need_E) from_dy.dE = gradient_of(*operands.lora_E, capacity, rank);
-  if (need_x || need_A) from_dy.dh = at::empty({dy.size(0), rank}, adapter.A.options());
-  if (rank > 0 && (need_x || need_A || need_B || need_E)) {
-    output_gradients(adapter, dy, hidden.contiguous(), from_dy);
-  }
-  if (need_x) dx = input_gradient(adapter, dy, weight, from_dy.dh).view(input.sizes());
-  if (need_A) {
-    dA = gradient_of(operands.lora_A, capacity, rank);
-    if (rank > 0) input_factor_gradient(adapter, matrix(input), from_dy.dh, dA);
-  }
+  const ParameterGradients d =
+      parameter_gradients(adapter, operands, dy, input, hidden, {need_x, need_A, need_B, need_E});
+  at::Tensor dx, dw, db;
+  if (need_x) dx = input_gradient(adapter, dy, weight, d.dh).view(input.sizes());
   if (need_w) dw = at::mm(dy.t(), matrix(input));
   if (need_b) db = at::sum(dy, 0);
-  return {dx, dw, db, dA, from_dy.dB, from_dy.dE};
+  return {dx, dw, db, d.A, d.B, d.E};
 }
 
 }  // namespace

@@ -53,26 +53,14 @@ UpdateBackwardResult lora_update_backward_cuda(const at::Tensor& grad_output,
   }
   const CudaAdapter adapter(operands, seed);
   const at::Tensor dy = matrix(grad_output);
-  const auto [need_x, need_A, need_B, need_E] = output_mask;
-  const int64_t rank = adapter.rank(), capacity = operands.lora_A.size(0);
-  at::Tensor dx, dA;
-  OutputGradients from_dy;
-
-  if (need_B) from_dy.dB = gradient_of(operands.lora_B, capacity, rank);
-  if (need_E) from_dy.dE = gradient_of(*operands.lora_E, capacity, rank);
-  if (need_x || need_A) from_dy.dh = at::empty({dy.size(0), rank}, adapter.A.options());
-  if (need_x || need_A || need_B || need_E) {
-    output_gradients(adapter, dy, hidden.contiguous(), from_dy);
-  }
-  if (need_x) {
+  const ParameterGradients d =
+      parameter_gradients(adapter, operands, dy, input, hidden, output_mask);
+  at::Tensor dx;
+  if (output_mask[0]) {
     dx = at::empty(input.sizes(), input.options());
-    expand_input(adapter, from_dy.dh, dx.view({dy.size(0), input.size(-1)}));
+    expand_input(adapter, d.dh, dx.view({dy.size(0), input.size(-1)}));
   }
-  if (need_A) {
-    dA = gradient_of(operands.lora_A, capacity, rank);
-    input_factor_gradient(adapter, matrix(input), from_dy.dh, dA);
-  }
-  return {dx, dA, from_dy.dB, from_dy.dE};
+  return {dx, d.A, d.B, d.E};
 }
 
 }  // namespace
