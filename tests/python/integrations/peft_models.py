@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import rankwise.integrations.peft as rp
 from rankwise.integrations.peft.fused import Fused
 
 TOKENS = torch.arange(20).reshape(4, 5)
@@ -84,3 +85,31 @@ def counted(model: nn.Module) -> Iterator[Counter]:
     found, before = Counter(), calls(model)
     yield found
     found.update(calls(model) - before)
+
+
+def both(model, *args, **kwargs):
+    """(PEFT's result, ours, our calls), ours by layers that may have been called before."""
+    rp.accelerate(model)
+    with counted(model) as count:
+        result = model(*args, **kwargs)
+    rp.restore(model)
+    expected = model(*args, **kwargs)
+    rp.accelerate(model)
+    return expected, result, count
+
+
+def linear(dtype: torch.dtype = torch.float32, base: nn.Module | None = None, **options):
+    """A PEFT model of one layer, `0`."""
+    model = nn.Sequential(base or nn.Linear(8, 6)).to(dtype)
+    return peft.get_peft_model(model, config(**{"target_modules": ["0"]} | options))
+
+
+def layer_of(model):
+    return model.base_model.model[0]
+
+
+class Doubled(nn.Linear):
+    """Computes more than nn.Linear."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)

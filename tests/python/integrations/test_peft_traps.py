@@ -1,159 +1,24 @@
-# Where PEFT's layers do more than a product: hooks, variants, types, tensors for numbers, replaced
-# modules. Each must come out as PEFT computes it, also when it changes after the first call.
+# Where PEFT's layers do more than a product: variants, types, tensors for numbers, replaced parts.
+# Each must come out as PEFT computes it, also when it changes after the first call.
 import peft
 import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
-from peft_models import TOKENS, Tower, config, counted, fused, tower
+from peft_models import (
+    TOKENS,
+    Doubled,
+    Tower,
+    both,
+    config,
+    counted,
+    fused,
+    layer_of,
+    linear,
+    tower,
+)
 from torch import nn
-from torch.nn.utils import parametrize
 
 import rankwise.integrations.peft as rp
-
-
-def both(model, *args, **kwargs):
-    """(PEFT's result, ours, our calls), ours by layers that may have been called before."""
-    rp.accelerate(model)
-    with counted(model) as count:
-        result = model(*args, **kwargs)
-    rp.restore(model)
-    expected = model(*args, **kwargs)
-    rp.accelerate(model)
-    return expected, result, count
-
-
-def linear(dtype: torch.dtype = torch.float32, base: nn.Module | None = None, **options):
-    """A PEFT model of one layer, `0`."""
-    model = nn.Sequential(base or nn.Linear(8, 6)).to(dtype)
-    return peft.get_peft_model(model, config(**{"target_modules": ["0"]} | options))
-
-
-def layer_of(model):
-    return model.base_model.model[0]
-
-
-HOOKS = {
-    "forward": lambda module, seen: module.register_forward_hook(lambda m, a, y: seen.append(y)),
-    "pre": lambda module, seen: module.register_forward_pre_hook(lambda m, a: seen.append(a)),
-    "backward": lambda module, seen: module.register_full_backward_hook(
-        lambda m, into, out: seen.append(out)
-    ),
-    "backward pre": lambda module, seen: module.register_full_backward_pre_hook(
-        lambda m, out: seen.append(out)
-    ),
-}
-PLACES = {
-    "base": lambda layer: layer.base_layer,
-    "A": lambda layer: layer.lora_A["default"],
-    "B": lambda layer: layer.lora_B["default"],
-    "dropout": lambda layer: layer.lora_dropout["default"],
-}
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", HOOKS)
-def test_hooks_on_parts_of_a_layer_are_called(place, kind):
-    model, x = linear(), torch.randn(3, 8, requires_grad=True)
-    rp.accelerate(model)
-    model(x)
-    seen: list = []
-    handle = HOOKS[kind](PLACES[place](layer_of(model)), seen)
-    with counted(model) as count:
-        model(x).sum().backward()
-    assert len(seen) == 1
-    assert count == ({"fused": 1} if place == "base" else {"hooks on the adapter": 1})
-    handle.remove()
-    with counted(model) as count:
-        model(x)
-    assert count == {"fused": 1} and len(seen) == 1
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_what_a_hook_changes_counts(place):
-    model, x = linear(), torch.randn(3, 8)
-    PLACES[place](layer_of(model)).register_forward_hook(lambda m, a, y: 2 * y)
-    expected, result, _ = both(model, x)
-    torch.testing.assert_close(result, expected)
-
-
-def test_a_forward_of_the_instance():
-    model, x = linear(), torch.randn(3, 8)
-    rp.accelerate(model)
-    model(x)
-    base = layer_of(model).base_layer
-    base.forward = lambda x: torch.zeros(3, 6)
-    expected, result, _ = both(model, x)
-    torch.testing.assert_close(result, expected)
-
-
-def test_hooks_on_all_modules():
-    model, x, seen = linear(), torch.randn(3, 8), []
-    rp.accelerate(model)
-    model(x)
-    register = nn.modules.module.register_module_forward_hook
-    handle = register(lambda module, args, result: seen.append(type(module)))
-    try:
-        with counted(model) as count:
-            model(x)
-    finally:
-        handle.remove()
-    assert count == {"hooks on all modules": 1} and seen.count(nn.Linear) == 3
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Named(nn.Linear):
-    """Computes as nn.Linear does."""
-
-
-@pytest.mark.parametrize("base", [Doubled(8, 6), Named(8, 6)])
-def test_subclasses_of_linear_layers(base):
-    expected, result, count = both(linear(base=base), torch.randn(3, 8))
-    torch.testing.assert_close(result, expected)
-    assert count == {"fused": 1}
-
-
-@pytest.mark.parametrize("tensor", ["weight", "bias"])
-@pytest.mark.parametrize("part", ["base", "A", "B"])
-def test_parametrised_tensors(part, tensor):
-    model, x = linear(lora_bias=True), torch.randn(3, 8)
-    module = PLACES[part](layer_of(model))
-    if getattr(module, tensor) is None:
-        module.bias = nn.Parameter(torch.randn(4))
-    rp.accelerate(model)
-    model(x)
-
-    class Half(nn.Module):
-        def forward(self, tensor):
-            return tensor / 2
-
-    parametrize.register_parametrization(module, tensor, Half())
-    expected, result, _ = both(model, x)
-    torch.testing.assert_close(result, expected)
-
-
-def test_a_bias_of_lora_A():
-    model, x = linear(), torch.randn(3, 8)
-    rp.accelerate(model)
-    model(x)
-    layer_of(model).lora_A["default"].bias = nn.Parameter(torch.randn(4))
-    expected, result, _ = both(model, x)
-    torch.testing.assert_close(result, expected)
-
-
-def test_weights_that_are_other_tensors():
-    class Kept(torch.Tensor):
-        pass
-
-    model = linear()
-    base = layer_of(model).base_layer
-    base.weight = nn.Parameter(base.weight.detach().as_subclass(Kept), requires_grad=False)
-    expected, result, count = both(model, torch.randn(3, 8))
-    torch.testing.assert_close(result.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
-
 
 VARIANTS = {
     "dora": dict(use_dora=True),
@@ -176,75 +41,6 @@ def test_variants_are_left_and_named(variant):
     model.base_model.set_adapter(["default", "plain"])
     expected, result, count = both(model, torch.randn(3, 8))
     assert torch.equal(result, expected) and count == {"variant": 1}
-
-
-EMBEDDINGS = {
-    "max_norm": dict(max_norm=1.0),
-    "scale_grad_by_freq": dict(scale_grad_by_freq=True),
-    "sparse": dict(sparse=True),
-}
-
-
-@pytest.mark.parametrize("option", EMBEDDINGS)
-def test_embeddings_with_options_are_left(option):
-    model = nn.Sequential(nn.Embedding(20, 8, **EMBEDDINGS[option]))
-    model = peft.get_peft_model(model, config(target_modules=["0"]))
-    expected, result, count = both(model, TOKENS)
-    assert torch.equal(result, expected) and "fused" not in count
-
-
-class Scaled(nn.Embedding):
-    embed_scale = torch.tensor(3.0)
-
-    def forward(self, tokens):
-        return self.embed_scale * super().forward(tokens)
-
-
-def test_scaled_embeddings_are_left():
-    model = peft.get_peft_model(nn.Sequential(Scaled(20, 8)), config(target_modules=["0"]))
-    expected, result, count = both(model, TOKENS)
-    assert torch.equal(result, expected) and "fused" not in count
-    plain = tower(target_modules=["embed"])
-    rp.accelerate(plain)
-    plain(TOKENS)
-    plain.base_model.model.embed.base_layer.embed_scale = 3.0
-    expected, result, _ = both(plain, TOKENS)
-    torch.testing.assert_close(result, expected)
-
-
-def test_a_scale_of_the_class():
-    class WithScale(nn.Embedding):
-        embed_scale = 2.0
-
-    model = peft.get_peft_model(nn.Sequential(WithScale(20, 8)), config(target_modules=["0"]))
-    expected, result, _ = both(model, TOKENS)
-    torch.testing.assert_close(result, expected)
-
-
-def test_padding_of_embeddings():
-    model = peft.get_peft_model(
-        nn.Sequential(nn.Embedding(20, 8, padding_idx=3)), config(target_modules=["0"])
-    )
-    rp.accelerate(model)
-    model(TOKENS).sum().backward()
-    gradient = layer_of(model).lora_embedding_A["default"].grad
-    assert not gradient[:, 3].any() and gradient[:, 4].all()
-
-
-@pytest.mark.parametrize("index", [torch.int64, torch.int32])
-def test_index_types(index):
-    expected, result, count = both(tower(target_modules=["embed"]), TOKENS.to(index))
-    torch.testing.assert_close(result, expected)
-    assert count == {"fused": 1}
-
-
-def test_several_adapters_on_an_embedding():
-    model = tower(target_modules=["embed"])
-    model.add_adapter("other", config(target_modules=["embed"], lora_alpha=3))
-    model.base_model.set_adapter(["other", "default"])
-    expected, result, count = both(model, TOKENS)
-    torch.testing.assert_close(result, expected)
-    assert count == {"fused": 1}
 
 
 def test_scaling_is_read_in_each_call():
