@@ -19,6 +19,7 @@ from .model_adapters import ModelAdapters
 from .nn import adapt
 from .patterns import pattern_values
 from .places import WholeCopy, WholePlace, note_place
+from .quantised import keep_differentiable
 from .sharding import reshard
 from .stand_in import adopt_hooks
 from .targets import ALL_LINEAR, find_targets, named
@@ -166,6 +167,7 @@ def install_adapter(state: ModelAdapters, name: str, prepared: PreparedAdapter) 
         layer.adapters_enabled = enabled
         tree.replace(tree.modules[path], layer)
         adopt_hooks(layer)
+    keep_differentiable(tree.model)
     for path, place in prepared.whole.items():
         place.add_copy(name, prepared.copies[path])
         place.adapters_enabled = enabled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from functools import cache
 
 from torch import Tensor, nn
@@ -24,6 +25,32 @@ def is_quantised(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")  # torchao changes the weight's class alone
     torchao = kind is nn.Linear and type(weight).__module__.startswith("torchao.")
     return torchao or kind.__name__ in _CLASSES.get(kind.__module__, ())
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keeps bitsandbytes' 4-bit layers, adapted or not, from their layout for inference on CPUs.
+
+    On CPUs with AVX512-BF16 the first forward pass in eval() changes to it. Its block scales are
+    rounded to bfloat16, and its product has no gradient with respect to inputs, in train() either:
+    what lies below would silently not be trained (bitsandbytes 0.50.2, Linear4bit.forward).
+    """
+    changed = 0
+    for layer in model.modules():
+        if vars(layer).get("support_avx512bf16_for_cpu", False):
+            state = getattr(layer.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                layer.state_dict()  # which changes back
+                changed += 1
+            layer.support_avx512bf16_for_cpu = False
+    if changed:
+        warnings.warn(
+            f"{changed} 4-bit layers were in bitsandbytes' layout for inference on this CPU, as a "
+            "forward pass in eval() leaves them, and had their scales rounded to bfloat16; they "
+            "have the layout for training again, but not the digits: load the model anew for an "
+            "adapter over its exact weights",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 class OverQuantised(Adapted):

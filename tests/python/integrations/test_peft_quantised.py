@@ -131,3 +131,15 @@ def test_a_base_that_returns_another_type():
     result = model(x)
     assert result.dtype == expected.dtype == torch.float64
     torch.testing.assert_close(result, expected)
+
+
+def test_evaluation_leaves_a_4_bit_base_differentiable():
+    model = peft.get_peft_model(nf4(), config(**LORA))
+    rp.accelerate(model)
+    expected = model.train()(X)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(X), expected)
+    x = X.clone().requires_grad_()
+    model.train()(x).sum().backward()
+    alone = model.base_model.model[0].base_layer(x)
+    assert alone.requires_grad and x.grad.any()

@@ -272,8 +272,34 @@ def test_a_model_that_transformers_quantised(quantisation, tmp_path):
     rw.save_adapter(model, tmp_path / "adapter")
     again = load()
     rw.load_adapter(again, tmp_path / "adapter")
-    again.train()  # in eval() bitsandbytes may compute the base in bfloat16
+    again.train()  # bitsandbytes has other 8-bit products in eval()
     assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("evaluated", ["before", "between"])
+@pytest.mark.parametrize("quantise", [nf4, fp4])
+def test_evaluation_leaves_a_4_bit_base_differentiable(quantise, evaluated):
+    """bitsandbytes' layout for inference on CPUs with AVX512-BF16 has no gradient of inputs."""
+    model = quantise(plain())
+    with torch.no_grad():
+        expected = model.train()(batch())
+    if evaluated == "before":
+        with torch.no_grad():
+            packed = model.eval()(batch())
+        if torch.equal(packed, expected):  # a CPU without that layout
+            rw.apply_lora(model, LORA)
+        else:
+            with pytest.warns(UserWarning, match="2 4-bit layers .* load the model anew"):
+                rw.apply_lora(model, LORA)
+            torch.testing.assert_close(model.train()(batch()), expected, atol=0.02, rtol=0.02)
+    else:
+        rw.apply_lora(model, LORA)
+        with torch.no_grad():
+            assert torch.equal(model.eval()(batch()), expected)
+    for name in LAYERS:
+        nn.init.normal_(model.get_submodule(name).lora_B, std=0.1)
+    model.train()(batch()).square().mean().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 class WQLinear(nn.Module):  # as AutoAWQ's

@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from ...quantised import keep_differentiable
 from .layers import give_back, take
 from .report import Report
 from .tuners import give_tuner_back, take_tuner
@@ -34,6 +35,7 @@ def accelerate(model: nn.Module) -> Report:
             "accelerate: the model has no PEFT layer: give it an adapter with peft.get_peft_model "
             "or add_adapter before, or use rankwise.apply_lora, which needs no PEFT"
         )
+    keep_differentiable(model)
     tuners = [module for module in model.modules() if isinstance(module, BaseTuner)]
     for tuner in tuners:
         take_tuner(tuner)
