@@ -95,7 +95,6 @@ BENCH = cd tests && $(CURDIR)/$(BIN)/python -m bench
 # glibc keeps freed memory: else page faults, up to a tenth of a step, fall on contenders by chance.
 bench: export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
 bench: $(PACKAGE)
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r tests/bench/requirements.txt
 	$(BENCH) layers
 	$(BENCH) growth
 	$(BENCH) tree
@@ -118,10 +117,11 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format $(FORMATTED_PY)
 	$(BIN)/ruff check --fix $(FORMATTED_PY)
 
-$(VENV)/.ready: requirements.txt tools/system_packages.sh
+$(VENV)/.ready: requirements.txt requirements-alone.txt tools/system_packages.sh
 	tools/system_packages.sh build
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r requirements-alone.txt
 	touch $@
 
 $(PACKAGE): $(VENV)/.ready $(SOURCES)

@@ -17,5 +17,6 @@ MEASUREMENTS = {
 }
 ROOT = Path(__file__).resolve().parents[2]
 
-# The operators' shapes and samples, and the demo's model: folders of modules, not packages.
-sys.path[:0] = [str(ROOT / "tests" / "python" / "ops"), str(ROOT / "examples" / "sentiment")]
+# The operators' shapes and samples, and the examples' models: folders of modules, not packages.
+FOLDERS = ("tests/python/ops", "examples/sentiment", "examples/smollm2")
+sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]

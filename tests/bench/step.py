@@ -2,7 +2,7 @@
 # operators and by stock PEFT.
 """Times steps of MiniLM and of SmolLM2-135M, every linear layer adapted; writes tables and JSON.
 
-Needs tests/bench/requirements.txt for SmolLM2. A step is forward, backward, AdamW, and for AdaLoRA
+A step is forward, backward, AdamW, and for AdaLoRA
 also the orthogonality penalty and the allocator, each phase by itself (adalora_phases.py). Steps
 are timed only after loss and gradients were found to be PEFT's (step_contenders.check_same).
 Contenders share the base's parameters, because where they lie in memory is worth a percent, and

