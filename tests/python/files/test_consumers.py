@@ -1,9 +1,10 @@
-# What other programs make of exported folders, by their rules: transformers, vLLM, llama.cpp.
+# What others make of exported folders: transformers, diffusers, by their rules vLLM, llama.cpp.
 import json
 import math
 import warnings
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 import transformers
@@ -164,3 +165,40 @@ def test_transformers_load_adapter(tmp_path, name, write):
         found, wanted, plain = (m(IDS).logits for m in (by_transformers(tmp_path), model, llama()))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
     assert (wanted - plain).abs().max() > 1e-3
+
+
+def unet() -> nn.Module:
+    torch.manual_seed(2)
+    blocks = dict(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+        cross_attention_dim=8, attention_head_dim=4, **blocks,
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_v": 3.0}}]
+)
+def test_diffusers(tmp_path, options):
+    """Its own loader, told the prefix of PEFT's folders and their configuration."""
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    model = rw.apply_lora(
+        unet(), rw.LoRAConfig(rank=4, alpha=6.0, target_modules=targets, **options)
+    )
+    randomise(model)
+    rw.export_lora(model, tmp_path)
+    theirs = unet()
+    prefix = PREFIX.removesuffix(".")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    theirs.load_lora_adapter(
+        str(tmp_path), prefix=prefix, weight_name="adapter_model.safetensors",
+        metadata={f"{prefix}.{key}": value for key, value in config.items()},
+    )  # fmt: skip
+    inputs = (torch.randn(1, 4, 8, 8), 3, torch.randn(1, 3, 8))
+    with torch.no_grad():
+        found, wanted, plain = (m(*inputs).sample for m in (theirs, model, unet()))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert (wanted - plain).abs().max() > 1e-2
