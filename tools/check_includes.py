@@ -44,6 +44,7 @@ LIBRARY_USERS = {
     "ops.py",
     "patterns.py",
     "sharding.py",
+    "spectral.py",
 }
 
 

@@ -8,23 +8,24 @@
 namespace rankwise {
 namespace {
 
-void check(const Adapter& adapter, const std::string& what, const at::Tensor& tensor) {
+void check(const std::string& owner, const Adapter& adapter, const std::string& what,
+           const at::Tensor& tensor) {
   const std::string kind = tensor.defined() ? kind_without_memory(tensor) : "";
   if (kind.empty()) return;
-  throw std::invalid_argument("RankAllocator: " + what + " of '" + adapter.name +
+  throw std::invalid_argument(owner + ": " + what + " of '" + adapter.name +
                               "' must be dense, with data, got " + kind +
                               "; give the adapter plain tensors before the allocator is made");
 }
 
 }  // namespace
 
-void check_memory(const Adapter& adapter, bool gradients) {
+void check_memory(const std::string& owner, const Adapter& adapter, bool gradients) {
   constexpr std::array names = {"lora_A", "lora_B", "lora_E"};
   const std::array<at::Tensor, 3> factors = adapter.factors();
   for (size_t f = 0; f < factors.size(); ++f) {
-    check(adapter, names[f], factors[f]);
+    check(owner, adapter, names[f], factors[f]);
     if (gradients && factors[f].defined())
-      check(adapter, std::string("the gradient of ") + names[f], factors[f].grad());
+      check(owner, adapter, std::string("the gradient of ") + names[f], factors[f].grad());
   }
 }
 

@@ -5,75 +5,16 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
-#include <sstream>
 #include <stdexcept>
 
 #include "../ops/importance.h"
 #include "averages.h"
-#include "memory_check.h"
 
 namespace rankwise {
 namespace {
 
 [[noreturn]] void fail(const std::string& message) {
   throw std::invalid_argument("RankAllocator: " + message);
-}
-
-void check_adapter(const Adapter& adapter) {
-  const auto& [name, A, B, E, rank, set_rank, rank_now, directions] = adapter;
-  check_memory(adapter, /*gradients=*/false);
-  const auto shape = [](const at::Tensor& tensor) {
-    std::ostringstream text;
-    if (tensor.defined()) {
-      text << tensor.sizes();
-    } else {
-      text << "none";
-    }
-    return text.str();
-  };
-  const bool fits = A.defined() && B.defined() && E.defined() && A.dim() == 2 && B.dim() == 2 &&
-                    B.size(1) == A.size(0) && E.dim() == 2 && E.size(0) == A.size(0) &&
-                    E.size(1) == 1;
-  if (!fits) {
-    fail("'" + name +
-         "' must have lora_A [capacity, in], lora_B [out, capacity] and lora_E "
-         "[capacity, 1], got " +
-         shape(A) + ", " + shape(B) + " and " + shape(E));
-  }
-  if (!A.is_contiguous() || !B.is_contiguous() || !E.is_contiguous()) {
-    fail("the factors of '" + name + "' must be contiguous");
-  }
-  if (directions && directions->capacity() != A.size(0)) {
-    fail("the directions of '" + name + "' must be as many as its capacity " +
-         std::to_string(A.size(0)) + ", got " + std::to_string(directions->capacity()));
-  }
-  if (rank < 0 || rank > A.size(0)) {
-    fail("the rank of '" + name + "' must be from 0 to its capacity " + std::to_string(A.size(0)) +
-         ", got " + std::to_string(rank));
-  }
-}
-
-std::vector<Adapter> checked(std::vector<Adapter> adapters) {
-  if (adapters.empty()) fail("there must be at least one adapter");
-  std::set<std::string> names;
-  for (const Adapter& adapter : adapters) {
-    check_adapter(adapter);
-    if (!names.insert(adapter.name).second) fail("two adapters are called '" + adapter.name + "'");
-  }
-  return adapters;
-}
-
-std::vector<at::Tensor> factors_of(const std::vector<Adapter>& adapters) {
-  std::vector<at::Tensor> factors;
-  for (const Adapter& adapter : adapters)
-    for (const at::Tensor& factor : adapter.factors()) factors.push_back(factor);
-  return factors;
-}
-
-std::vector<int64_t> ranks_of(const std::vector<Adapter>& adapters) {
-  std::vector<int64_t> ranks;
-  for (const Adapter& adapter : adapters) ranks.push_back(adapter.rank);
-  return ranks;
 }
 
 std::vector<int64_t> costs_of(const std::vector<Adapter>& adapters, BudgetUnit unit) {
@@ -102,9 +43,8 @@ BudgetSchedule make_schedule(const std::vector<int64_t>& ranks, const std::vecto
 }  // namespace
 
 RankAllocator::RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions& options)
-    : adapters_(checked(std::move(adapters))),
-      factors_(factors_of(adapters_)),
-      initial_ranks_(ranks_of(adapters_)),
+    : Allocator("RankAllocator", std::move(adapters), /*triplets=*/true),
+      initial_ranks_(ranks_of_adapters()),
       costs_(costs_of(adapters_, options.budget_unit())),
       options_(options),
       schedule_(make_schedule(initial_ranks_, costs_, options)) {
@@ -119,7 +59,7 @@ RankAllocator::RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions
   set_progress(tensor_of({.budget = -1}));
   place();
   allocate_averages();
-  take_charge();
+  take_charge(options_.shrink());
 }
 
 BudgetSchedule RankAllocator::schedule_from(const std::vector<int64_t>& ranks) const {
@@ -156,7 +96,7 @@ at::Tensor RankAllocator::orthogonality_penalty(OrthogonalityForm form) const {
     lora_A.push_back(adapter.lora_A);
     lora_B.push_back(adapter.lora_B);
   }
-  return rankwise::orthogonality_penalty(lora_A, lora_B, form, ranks_of(adapters_));
+  return rankwise::orthogonality_penalty(lora_A, lora_B, form, ranks_of_adapters());
 }
 
 }  // namespace rankwise

@@ -11,24 +11,15 @@
 #include <rankwise/tensor_memory.h>
 
 #include <array>
-#include <iomanip>
-#include <sstream>
-#include <stdexcept>
 
 #include "../ops/importance.h"
+#include "state_check.h"
 
 namespace rankwise {
 namespace {
 
 using State = std::map<std::string, at::Tensor>;
 constexpr std::array factor_names = {"lora_A", "lora_B", "lora_E"};
-
-at::Tensor number(int64_t value) {
-  return at::scalar_tensor(value, at::kLong);
-}
-at::Tensor number(double value) {
-  return at::scalar_tensor(value, at::kDouble);
-}
 
 State options_state(const AdaLoRAOptions& o, const BudgetSchedule& schedule) {
   return {{"options.initial_budget", number(schedule.initial_budget())},
@@ -53,68 +44,6 @@ State history_state(const at::Tensor& choices, const at::Tensor& summaries) {
           {"history.scores", summaries.clone()}};
 }
 
-std::string text_of(const at::Tensor& tensor) {
-  std::ostringstream text;
-  if (tensor.dim() == 0 && at::isIntegralType(tensor.scalar_type(), /*includeBool=*/true)) {
-    text << tensor.item<int64_t>();
-  } else if (tensor.dim() == 0) {
-    text << std::setprecision(17) << tensor.item<double>();
-  } else {
-    text << tensor.scalar_type() << " " << tensor.sizes();
-  }
-  return text.str();
-}
-
-class StateCheck {
- public:
-  explicit StateCheck(const State& state) : state_(state) {}
-
-  // A tensor of this dtype and shape; -1 for any size.
-  void tensor(const std::string& name, at::ScalarType dtype, const std::vector<int64_t>& shape) {
-    expected_.insert(name);
-    const auto it = state_.find(name);
-    if (it == state_.end()) return fault(name + ": missing");
-    const at::Tensor& got = it->second;
-    const std::string kind = got.defined() ? kind_without_memory(got) : "";
-    if (!kind.empty()) return fault(name + ": must be dense, with data, got " + kind);
-    bool fits = got.defined() && got.scalar_type() == dtype &&
-                got.dim() == static_cast<int64_t>(shape.size());
-    for (size_t i = 0; fits && i < shape.size(); ++i)
-      fits = shape[i] == -1 || got.size(static_cast<int64_t>(i)) == shape[i];
-    if (fits) return;
-    std::ostringstream wanted;
-    wanted << name << ": must be " << dtype << " " << at::IntArrayRef(shape) << ", got "
-           << (got.defined() ? text_of(got) : "none");
-    fault(wanted.str());
-  }
-
-  void equal(const std::string& name, const at::Tensor& wanted) {
-    tensor(name, wanted.scalar_type(), wanted.sizes().vec());
-    const auto it = state_.find(name);
-    if (it == state_.end() || faults_.contains(name)) return;
-    if (!it->second.cpu().equal(wanted))
-      fault(name + ": must be " + text_of(wanted) + ", got " + text_of(it->second));
-  }
-
-  void finish() {
-    for (const auto& [name, tensor] : state_) {
-      if (!expected_.contains(name)) fault(name + ": not expected");
-    }
-    if (!lines_.empty())
-      throw std::invalid_argument("RankAllocator: the state is not this allocator's:" + lines_);
-  }
-
- private:
-  void fault(const std::string& line) {
-    faults_.insert(line.substr(0, line.find(':')));
-    lines_ += "\n  " + line;
-  }
-
-  const State& state_;
-  std::set<std::string> expected_, faults_;
-  std::string lines_;
-};
-
 }  // namespace
 
 std::map<std::string, at::Tensor> RankAllocator::state() const {
@@ -138,7 +67,7 @@ std::map<std::string, at::Tensor> RankAllocator::state() const {
 void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state, bool at_work) {
   const std::vector<int64_t> initial_ranks = ranks_in(state);
   const BudgetSchedule schedule = schedule_from(initial_ranks);
-  StateCheck check(state);
+  StateCheck check("RankAllocator", state);
   for (const auto& [name, value] : options_state(options_, schedule)) check.equal(name, value);
   for (const char* name : {"steps", "skipped_steps", "frozen", "shrunk"})
     check.tensor(name, at::kLong, {});

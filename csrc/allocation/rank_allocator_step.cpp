@@ -6,7 +6,6 @@
 
 #include "../ops/importance.h"
 #include "direction_order.h"
-#include "memory_check.h"
 
 namespace rankwise {
 namespace {
@@ -23,10 +22,11 @@ std::vector<at::Tensor> present(const c10::List<std::optional<at::Tensor>>& grad
 void RankAllocator::step(const OptimizerView& optimizer) {
   const at::NoGradGuard no_grad;
   check_adapters();
-  for (const Adapter& adapter : adapters_) check_memory(adapter, /*gradients=*/true);
+  check_all_memory();
   place();
-  const Gradients gradients = frozen_ ? none() : gather();
-  warn_once(optimizer);
+  const Gradients gradients = frozen_ ? none() : gather(most_steps() + 1);
+  warn_of_earlier_schedule();
+  warn_of_untrained(optimizer);
   *stepped_ = true;
   std::optional<at::Tensor> found, found_inf;
   if (!frozen_) found = importance_check(present(gradients));
@@ -53,7 +53,7 @@ void RankAllocator::freeze(const OptimizerView& optimizer) {
   const at::NoGradGuard no_grad;
   if (frozen_) return;
   check_adapters();
-  for (const Adapter& adapter : adapters_) check_memory(adapter, /*gradients=*/true);
+  check_all_memory();
   *stepped_ = true;
   place();
   make_room(most_steps());
@@ -63,30 +63,6 @@ void RankAllocator::freeze(const OptimizerView& optimizer) {
   choose(scores(), progress);
   set_progress(progress);
   freeze_pattern(optimizer);
-}
-
-// The gradients of all factors, contiguous; nullopt where there is none.
-RankAllocator::Gradients RankAllocator::gather() {
-  Gradients gradients;
-  std::vector<std::string> missing;
-  size_t present = 0;
-  gradients.reserve(factors_.size());
-  for (size_t m = 0; m < adapters_.size(); ++m) {
-    size_t here = 0;
-    for (size_t i = 3 * m; i < 3 * m + 3; ++i) {
-      const at::Tensor& gradient = factors_[i].grad();
-      here += gradient.defined();
-      gradients.push_back(gradient.defined() ? std::optional(gradient.contiguous()) : std::nullopt);
-    }
-    if (here < 3) missing.push_back(adapters_[m].name);
-    present += here;
-  }
-  TORCH_CHECK(present > 0,
-              "RankAllocator: no adapter has a gradient. It must run after optimizer.step() and "
-              "before zero_grad(): allocator.attach(optimizer) does that; after that, nothing may "
-              "clear the gradients before the step ends");
-  warn_of_missing(missing);
-  return gradients;
 }
 
 RankAllocator::Gradients RankAllocator::none() const {
@@ -101,19 +77,6 @@ at::Tensor RankAllocator::take(const Gradients& gradients, bool score,
   fit_averages();
   return importance_step_(factors_, gradients, sensitivity_, uncertainty_, initial_ranks_,
                           options_.beta1(), options_.beta2(), score, progress);
-}
-
-void RankAllocator::warn_of_missing(const std::vector<std::string>& names) {
-  std::string fresh;
-  for (const std::string& name : names) {
-    if (warned_.insert(name).second) fresh += (fresh.empty() ? "'" : ", '") + name + "'";
-  }
-  if (!fresh.empty()) {
-    TORCH_WARN("RankAllocator: no gradient in step ", most_steps() + 1, " for (a factor of) ",
-               fresh,
-               ", whose scores stay as they are; a module that never takes part loses its "
-               "directions to others");
-  }
 }
 
 at::Tensor RankAllocator::scores() {

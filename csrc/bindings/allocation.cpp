@@ -18,9 +18,11 @@ namespace py = pybind11;
 using rankwise::AdaLoRAOptions;
 using rankwise::Allocation;
 using rankwise::AllocationSettings;
+using rankwise::Allocator;
 using rankwise::BudgetSchedule;
 using rankwise::BudgetUnit;
 using rankwise::Directions;
+using rankwise::OptimizerView;
 using rankwise::RankAllocator;
 
 namespace {
@@ -85,12 +87,30 @@ void bind_schedule(py::module_& m) {
 
 using StateOf = std::function<std::optional<std::vector<at::Tensor>>(const at::Tensor&)>;
 using Holds = std::function<bool(const at::Tensor&)>;
+using Kinds = std::pair<std::vector<at::Tensor>, std::vector<at::Tensor>>;  // as Moments
+using KindsOf = std::function<std::optional<Kinds>(const at::Tensor&)>;
 
-auto taking_optimizer(void (RankAllocator::*member)(const rankwise::OptimizerView&)) {
-  return [member](RankAllocator& self, StateOf state_of, const std::optional<at::Tensor>& found_inf,
-                  Holds holds) {
+OptimizerView view_of(StateOf state_of, const std::optional<at::Tensor>& found_inf, Holds holds,
+                      KindsOf moments_of) {
+  OptimizerView view{std::move(state_of), found_inf.value_or(at::Tensor()), std::move(holds)};
+  if (moments_of) {
+    view.moments_of = [of = std::move(moments_of)](const at::Tensor& parameter) {
+      auto kinds = of(parameter);
+      using rankwise::Moments;
+      return kinds ? std::optional(Moments{std::move(kinds->first), std::move(kinds->second)})
+                   : std::nullopt;
+    };
+  }
+  return view;
+}
+
+template <class Owner>
+auto taking_optimizer(void (Owner::*member)(const OptimizerView&)) {
+  return [member](Owner& self, StateOf state_of, const std::optional<at::Tensor>& found_inf,
+                  Holds holds, KindsOf moments_of) {
     released([&] {
-      (self.*member)({std::move(state_of), found_inf.value_or(at::Tensor()), std::move(holds)});
+      (self.*
+       member)(view_of(std::move(state_of), found_inf, std::move(holds), std::move(moments_of)));
     });
   };
 }
@@ -132,25 +152,36 @@ bool watched(const at::Tensor& tensor) {
 
 void bind_allocator(py::module_& m) {
   py::class_<rankwise::Adapter>(m, "Adapter")
-      .def(py::init([](std::string name, at::Tensor A, at::Tensor B, at::Tensor E, int64_t rank,
-                       std::function<void(int64_t)> set_rank, std::function<int64_t()> rank_now,
-                       std::shared_ptr<Directions> directions) {
-             return rankwise::Adapter{
-                 std::move(name),     std::move(A),        std::move(B),         std::move(E), rank,
-                 std::move(set_rank), std::move(rank_now), std::move(directions)};
+      .def(py::init([](std::string name, at::Tensor A, at::Tensor B, std::optional<at::Tensor> E,
+                       int64_t rank, std::function<void(int64_t)> set_rank,
+                       std::function<int64_t()> rank_now, std::shared_ptr<Directions> directions,
+                       double scaling) {
+             return rankwise::Adapter{std::move(name),
+                                      std::move(A),
+                                      std::move(B),
+                                      E.value_or(at::Tensor()),
+                                      rank,
+                                      std::move(set_rank),
+                                      std::move(rank_now),
+                                      std::move(directions),
+                                      scaling};
            }),
            py::arg("name"), py::arg("lora_A"), py::arg("lora_B"), py::arg("lora_E"),
            py::arg("rank"), py::arg("set_rank") = py::none(), py::arg("rank_now") = py::none(),
-           py::arg("directions") = py::none());
-  py::class_<RankAllocator>(m, "RankAllocator")
+           py::arg("directions") = py::none(), py::arg("scaling") = 1.0);
+  py::class_<Allocator>(m, "Allocator")
+      .def("step", taking_optimizer(&Allocator::step), py::arg("state_of"), py::arg("found_inf"),
+           py::arg("holds"), py::arg("moments_of") = py::none())
+      .def("detach", &Allocator::detach)
+      .def_property_readonly("in_charge", &Allocator::in_charge)
+      .def("replace_factors", [](Allocator& self, const std::string& adapter, const at::Tensor& A,
+                                 const at::Tensor& B, const std::optional<at::Tensor>& E) {
+        self.replace_factors(adapter, A, B, E.value_or(at::Tensor()));
+      });
+  py::class_<RankAllocator, Allocator>(m, "RankAllocator")
       .def(py::init<std::vector<rankwise::Adapter>, const AdaLoRAOptions&>())
-      .def("step", taking_optimizer(&RankAllocator::step), py::arg("state_of"),
-           py::arg("found_inf"), py::arg("holds"))
       .def("freeze", taking_optimizer(&RankAllocator::freeze), py::arg("state_of"),
-           py::arg("found_inf"), py::arg("holds"))
-      .def("detach", &RankAllocator::detach)
-      .def_property_readonly("in_charge", &RankAllocator::in_charge)
-      .def("replace_factors", &RankAllocator::replace_factors)
+           py::arg("found_inf"), py::arg("holds"), py::arg("moments_of") = py::none())
       .def(
           "orthogonality_penalty",
           [](const RankAllocator& self, bool squared) {
@@ -178,6 +209,7 @@ void bind_allocation(py::module_& m) {
   bind_schedule(m);
   bind_directions(m);
   bind_allocator(m);
+  bind_spectral(m);
   m.def("watched", [](const std::vector<at::Tensor>& tensors) {
     return std::any_of(tensors.begin(), tensors.end(), watched);
   });

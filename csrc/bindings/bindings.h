@@ -20,4 +20,5 @@ auto released(const Action& action) {
 void bind_allocation(pybind11::module_& m);
 void bind_cpu_path(pybind11::module_& m);
 void bind_files(pybind11::module_& m);
+void bind_spectral(pybind11::module_& m);
 void bind_tensor_memory(pybind11::module_& m);

@@ -56,6 +56,7 @@ HeldAdapter Adapted::zero_adapter(AdapterSettings settings) const {
           c10::str("adapter_dtype must be ", base, " like the base's, or Float over a 16-bit base"),
           c10::str(dtype));
   const int64_t capacity = settings.capacity.value_or(settings.rank);
+  const bool movable = triplets_ || capacity > settings.rank;  // by an allocator
   const auto factor = [&](int64_t rows, int64_t columns) {
     return at::zeros({rows, columns}, weight.options().dtype(dtype));
   };
@@ -64,7 +65,7 @@ HeldAdapter Adapted::zero_adapter(AdapterSettings settings) const {
           triplets_ ? factor(capacity, 1) : at::Tensor(),
           settings,
           settings.rank,
-          triplets_ ? std::make_shared<Directions>(capacity, settings.rank) : nullptr};
+          movable ? std::make_shared<Directions>(capacity, settings.rank) : nullptr};
 }
 
 void Adapted::adapt(AdapterSettings settings, bool triplets) {

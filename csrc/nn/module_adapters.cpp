@@ -2,6 +2,7 @@
 #include <c10/util/StringUtil.h>
 #include <rankwise/module_adapters.h>
 #include <rankwise/rank_allocator.h>
+#include <rankwise/spectral_allocator.h>
 
 #include <algorithm>
 #include <set>
@@ -18,6 +19,15 @@ std::vector<Adapter> triplets_of(torch::nn::Module& model) {
   std::erase_if(adapters, [](const Adapter& adapter) { return !adapter.lora_E.defined(); });
   if (adapters.empty())
     throw std::invalid_argument("RankAllocator: the model has no AdaLoRA layer (AdaLoRALinear)");
+  return adapters;
+}
+
+// Those whose rank an allocator can change by their singular directions: without lora_E.
+std::vector<Adapter> pairs_of(torch::nn::Module& model) {
+  std::vector<Adapter> adapters = adapters_of(model);
+  std::erase_if(adapters, [](const Adapter& adapter) { return adapter.lora_E.defined(); });
+  if (adapters.empty())
+    throw std::invalid_argument("SpectralAllocator: the model has no LoRA layer (LoRALinear)");
   return adapters;
 }
 
@@ -72,7 +82,7 @@ std::vector<Adapter> adapters_of(torch::nn::Module& model) {
     };
     const nn::HeldAdapter held = layer->held_adapter(*layer->adapter());
     adapters.push_back({path, held.lora_A, held.lora_B, held.lora_E, held.rank, set_rank, rank_now,
-                        held.directions});
+                        held.directions, held.scaling()});
   }
   return adapters;
 }
@@ -121,5 +131,8 @@ RankAllocator::RankAllocator(torch::nn::Module& model, const AdaLoRAOptions& opt
   for (const auto& [path, layer] : adapted_layers(model))
     if (layer->lora_E.defined()) layer->set_allocation(options.settings());
 }
+
+SpectralAllocator::SpectralAllocator(torch::nn::Module& model, const SpectralOptions& options)
+    : SpectralAllocator(pairs_of(model), options) {}
 
 }  // namespace rankwise

@@ -18,6 +18,7 @@ from .model import (
 from .parameters import parameter_groups, print_trainable_parameters
 from .plain import unload
 from .report import health_check, summary
+from .spectral import RankQuestion, SpectralAllocator, SpectralConfig
 
 __all__ = [
     "AdaLoRAConfig",
@@ -26,6 +27,9 @@ __all__ = [
     "LoadReport",
     "MergeReport",
     "RankAllocator",
+    "RankQuestion",
+    "SpectralAllocator",
+    "SpectralConfig",
     "__version__",
     "activate_adapter",
     "adalora_config",

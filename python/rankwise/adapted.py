@@ -193,6 +193,8 @@ class Adapted(Directed, Unloadable):
             ValueError: a dtype that does not fit the base's.
         """
         inputs, outputs = self._sizes
+        if options.within_layer:
+            options = options.within(min(inputs, outputs))
         capacity = options.rank if options.capacity is None else options.capacity
         weight = self._base_weight()
         check_unsharded("adapter", {"weight": weight}, "add adapters before the model is sharded")
@@ -208,7 +210,8 @@ class Adapted(Directed, Unloadable):
 
         factors = {"lora_A": new(capacity, inputs), "lora_B": new(outputs, capacity)}
         factors["lora_E"] = new(capacity, 1) if options.triplets else None
-        directions = Directions(capacity, options.rank) if options.triplets else None
+        movable = options.triplets or capacity > options.rank  # by an allocator
+        directions = Directions(capacity, options.rank) if movable else None
         adapter = StoredAdapter(factors, options, options.rank, directions).train(self.training)
         self._reset_adapter(adapter)
         return adapter

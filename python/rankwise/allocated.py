@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ._library import library
 from .adapted import Adapted
 from .devices import FACTORS
-from .directions import Directed, Directions, move_averages, note_allocator
+from .directions import Directed, Directions, averages_of, move_averages, note_allocator
 from .sharding import check_unsharded
 
 _UNSHARDED = (
@@ -79,7 +79,9 @@ class AllocatedAdapters(FollowedFactors):
         self.check_unsharded()
         for name in self._layers:
             holder = self._holder(name)
-            if holder is not None and all(isinstance(x, nn.Parameter) for x in holder.factors):
+            if holder is not None and all(
+                x is None or isinstance(x, nn.Parameter) for x in holder.factors
+            ):
                 self._take(core, name, holder.factors)
 
     def move_averages(self) -> None:
@@ -89,6 +91,11 @@ class AllocatedAdapters(FollowedFactors):
             if holder is not None and holder.directions.order != before:
                 move_averages(holder, before)
         self._orders = self._orders_now()
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a copy of an adapter is an average of it."""
+        return any(averages_of(directions) for directions in self._directions.values())
 
     def _orders_now(self) -> dict[str, list[int]]:
         return {name: directions.order for name, directions in self._directions.items()}
@@ -109,5 +116,8 @@ class AllocatedAdapters(FollowedFactors):
             holder = self._holder(name)
             return -1 if holder is None else holder.rank
 
-        rank, directions = self._holder(name).rank, self._directions[name]
-        return library.Adapter(name, *self._factors[name], rank, set_rank, rank_now, directions)
+        holder, directions = self._holder(name), self._directions[name]
+        return library.Adapter(
+            name, *self._factors[name], holder.rank, set_rank, rank_now, directions,
+            holder.options.scaling,
+        )  # fmt: skip

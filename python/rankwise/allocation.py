@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
-import weakref
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -13,18 +9,18 @@ from torch.optim import Optimizer
 
 from ._library import library
 from .allocated import AllocatedAdapters
-from .attachment import Attachment, Round, round_of, unwrapped, view_of
+from .allocator import Allocator
+from .attachment import round_of
 from .config import AdaLoRAConfig
 from .installed import check_complete
 from .late_gradients import late
 from .sharding import reshard
-from .tree import Tree, enclosing
-from .wrappers import without_wrappers
+from .tree import Tree
 
 PENALTY_FORMS = ("squared_sum", "mean_norm")
 
 
-class RankAllocator:
+class RankAllocator(Allocator):
     """Prunes a model's AdaLoRA adapters to a falling budget (arXiv 2303.10512, algorithm 1).
 
     After every optimizer step it averages ``|w dL/dw|`` and its uncertainty, scores each triplet
@@ -74,72 +70,14 @@ class RankAllocator:
         for layer in layers.values():
             layer.options = replace(layer.options, allocation=config.allocation_settings())
 
-    def _take(self, config: AdaLoRAConfig, adapters: AllocatedAdapters) -> None:
-        self.config, self._adapters = config, adapters
-        self._core = library.RankAllocator(adapters.for_library(), config.allocation_options())
-        adapters.note_allocator()
-        self._attachment: Callable[[], Attachment | None] = lambda: None
-        self._warned = False
+    def _new_core(self, config: AdaLoRAConfig, adapters: AllocatedAdapters):
+        return library.RankAllocator(adapters.for_library(), config.allocation_options())
 
-    def attach(self, optimizer: Optimizer, *others: Optimizer) -> Attachment:
-        """Runs the allocator after each step of the optimizer, before gradients are cleared.
+    def _moves(self) -> bool:
+        return self._core.frozen
 
-        Works with any torch optimizer, plain, foreach or fused, alone, under a GradScaler or in
-        Accelerate's wrapper, which steps only when gradients are complete. Where several train the
-        factors (LoRA+ with an optimizer for each), give them all: the allocator runs once a round,
-        after the last of them.
-
-        Returns:
-            A handle whose ``remove()`` detaches the allocator.
-
-        Raises:
-            RuntimeError: it is attached already: its schedule would run at double speed. And from
-                the optimizer's step, when no adapter has a gradient by then.
-        """
-        optimizers = [unwrapped(each) for each in (optimizer, *others)]
-        if len(set(optimizers)) < len(optimizers):
-            raise ValueError("attach: the same optimizer was given twice")
-        if self._attached:
-            gc.collect()  # an optimizer that nobody has any more may wait for it
-        if self._attached:
-            raise RuntimeError(
-                "attach: the allocator is attached already, and twice its schedule would run at "
-                "double speed. Call remove() of the first handle before; or attach(first, second) "
-                "once, where two optimizers train the factors"
-            )
-        self._adapters.check_unsharded()
-        attachment = Attachment(self._after_round, optimizers)
-        self._attachment = weakref.ref(attachment)
-        return attachment
-
-    def detach(self) -> None:
-        """Ends it: no optimizer runs it, and its adapters may have another allocator.
-
-        That one has a schedule of its own over the directions that are left.
-        """
-        if self._attached:
-            self._attachment().remove()
-        self._core.detach()
-
-    def step(self, optimizer: Optimizer | None, *others: Optimizer) -> None:
-        """One step by hand, where attach() cannot be used: after optimizer.step().
-
-        Args:
-            optimizer, others: whose state must follow the directions; None where there is none.
-
-        Raises:
-            RuntimeError: no adapter has a gradient; a state with other ranks or another order of
-                directions was loaded into the model since, without this allocator's own; or another
-                allocator took its adapters over. Nothing is changed.
-        """
-        if self._attached and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "step: the allocator is attached to an optimizer, which runs it too: with both its "
-                "schedule runs at double speed",
-                stacklevel=2,
-            )
-        self._run(self._core.step, round_of(optimizer, *others))
+    def _changed(self) -> None:
+        self._adapters.move_averages()
 
     def freeze(self, optimizer: Optimizer | None, *others: Optimizer) -> None:
         """Chooses the final directions now, for a training that ends before its schedule.
@@ -179,11 +117,6 @@ class RankAllocator:
         return late(penalty, factors) if joins_late else penalty
 
     @property
-    def ranks(self) -> dict[str, int]:
-        """{layer: directions kept by the last allocation}."""
-        return dict(self._core.ranks)
-
-    @property
     def pattern(self) -> dict[str, Tensor]:
         """{layer: bool [initial rank], which of its initial directions are kept}."""
         return dict(self._core.pattern)
@@ -198,71 +131,7 @@ class RankAllocator:
         """``budget(step)`` and ``allocates(step)``, for steps from 1 to total_steps."""
         return self._core.schedule
 
-    @property
-    def history(self) -> list:
-        """The allocations that changed something: step, budget, ranks and a summary of scores."""
-        return self._core.history
-
-    @property
-    def steps(self) -> int:
-        """Steps taken into the scores; the schedule's position."""
-        return self._core.steps
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps left out because gradients were not finite."""
-        return self._core.skipped_steps
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the final directions are chosen."""
-        return self._core.frozen
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that a bit-exact resume needs besides the model's and the optimizer's state."""
-        return self._core.state()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes a state_dict() back, and with it the ranks and the order of the directions.
-
-        The model's state of the same step may be loaded before or after.
-
-        Raises:
-            ValueError: listing what differs; nothing is changed.
-        """
-        ranks = self.ranks
-
-        def plain(name: str) -> str:  # a state saved under wrappers may have their parts in names
-            return name if enclosing(name, ranks) is not None else without_wrappers(name)
-
-        self._adapters.follow(self._core)
-        self._core.load_state({plain(name): tensor for name, tensor in state.items()})
-        self._adapters.move_averages()
-
-    def __getstate__(self) -> dict:
-        return {"config": self.config, "adapters": self._adapters, "state": self.state_dict()}
-
-    def __setstate__(self, state: dict) -> None:
-        self._take(state["config"], state["adapters"])
-        self._core.load_state(state["state"], at_work=False)
-
     def __repr__(self) -> str:
         budget = self.schedule.budget(self.steps)
         phase = "frozen" if self.frozen else f"budget {budget} of {self.schedule.initial_budget}"
         return f"RankAllocator({len(self.ranks)} adapters, step {self.steps}, {phase})"
-
-    @property
-    def _attached(self) -> bool:
-        attachment = self._attachment()
-        return attachment is not None and attachment.active
-
-    def _after_round(self, optimizers: Round) -> None:
-        if self._core.in_charge:
-            self._run(self._core.step, optimizers)
-
-    def _run(self, change: Callable, optimizers: Round) -> None:
-        self._adapters.follow(self._core)
-        frozen = self._core.frozen
-        change(*view_of(optimizers))
-        if self._core.frozen != frozen:
-            self._adapters.move_averages()

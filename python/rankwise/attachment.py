@@ -63,7 +63,7 @@ class Attachment:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                "RankAllocator: an optimizer stepped twice before another that was attached with "
+                "allocator: an optimizer stepped twice before another that was attached with "
                 "it: the allocator waits until all have stepped",
                 stacklevel=2,
             )
@@ -84,10 +84,16 @@ def round_of(*optimizers: Optimizer | None) -> Round:
     return {o: getattr(o, "found_inf", None) for o in optimizers if o is not None}
 
 
+# Of torch's optimizers: averages of gradients, and of their squares.
+_FIRST = ("exp_avg", "momentum_buffer", "grad_avg")
+_SECOND = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+
+
 def view_of(optimizers: Round):
-    """What the C++ side asks of optimizers: state by parameter, found_inf, and which they hold."""
+    """What the C++ side asks of optimizers: their state of a parameter, found_inf, which parameters
+    they hold, and the state by kind."""
     if not optimizers:
-        return None, None, None
+        return None, None, None, None
 
     @cache
     def owners() -> dict[int, Optimizer]:
@@ -107,7 +113,19 @@ def view_of(optimizers: Round):
         along = [x for x in state.values() if torch.is_tensor(x) and x.dim() > 0]
         return along if all(x.shape == parameter.shape for x in along) else None
 
-    return state_of, _any_found(list(optimizers.values())), lambda p: id(p) in owners()
+    def moments_of(parameter: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The same as averages of gradients and of their squares; None where it is neither."""
+        if state_of(parameter) is None:
+            return None
+        owner = owners().get(id(parameter))
+        state = owner.state.get(parameter, {}) if owner is not None else {}
+        along = {n: x for n, x in state.items() if torch.is_tensor(x) and x.dim() > 0}
+        if not along.keys() <= {*_FIRST, *_SECOND}:
+            return None
+        return tuple([along[n] for n in names if n in along] for names in (_FIRST, _SECOND))
+
+    found = _any_found(list(optimizers.values()))
+    return state_of, found, lambda parameter: id(parameter) in owners(), moments_of
 
 
 def _any_found(found: Sequence[Tensor | None]) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -69,6 +69,7 @@ class AdapterOptions:
         allocation: AdaLoRA's schedule where a configuration or a folder gave it; it goes into saved
             folders.
         task_type: PEFT's name of the task, where a folder gave it; it goes into saved folders.
+        within_layer: take no more directions than the layer's smaller side has; see within().
     """
 
     rank: int = 8
@@ -81,6 +82,7 @@ class AdapterOptions:
     triplets: bool = False
     allocation: library.AllocationSettings | None = None
     task_type: str = ""
+    within_layer: bool = False
 
     def __post_init__(self) -> None:
         def require(condition: bool, name: str, wanted: str, got: object) -> None:
@@ -105,6 +107,16 @@ class AdapterOptions:
         if self.rank == 0:
             return 0.0
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def within(self, side: int) -> AdapterOptions:
+        """The same with at most `side` directions, and the scaling that it had."""
+        capacity = self.rank if self.capacity is None else self.capacity
+        if capacity <= side:
+            return self
+        rank = min(self.rank, side)
+        ratio = rank / self.rank if self.rank else 1.0
+        alpha = self.alpha * (math.sqrt(ratio) if self.rslora else ratio)
+        return replace(self, rank=rank, alpha=alpha, capacity=min(capacity, side))
 
     def dtype_over(self, base: torch.dtype) -> torch.dtype:
         """The factors' dtype over a base of this one."""

@@ -13,21 +13,22 @@ from .devices import FACTORS
 Directions = library.Directions  # their order, shared with an allocator
 ORDER = "lora_directions"
 
-# Holders made by copying or unpickling others: their lora_E as it came, to tell who was averaged.
+# Holders made by copying or unpickling others: a factor as it came, to tell who was averaged.
 _COPIES: WeakKeyDictionary[Directed, Tensor] = WeakKeyDictionary()
 
 
 class Directed:
     """Mixin before nn.Module of what holds an adapter's factors and its rank.
 
-    A RankAllocator moves an AdaLoRA adapter's directions. So from then on that there is one that
-    shrinks, a state_dict() has their order beside the factors, ``lora_directions``: float
+    An allocator moves an adapter's directions, or changes how many there are. So from then on that
+    it may, a state_dict() has their order beside the factors, ``lora_directions``: float
     [capacity], the first place of the direction in each row, -1 in rows that are not in use.
     Loading takes factors, order and rank as they were; a state without an order is that of
     directions that were never moved.
 
     Args:
-        directions: of AdaLoRA adapters; None for others, whose directions never move.
+        directions: of adapters that an allocator may change, AdaLoRA's and those with a capacity
+            above their rank; None for others.
     """
 
     lora_A: nn.Parameter | None
@@ -81,19 +82,20 @@ class Directed:
         """The order and rank of the factors in a state; None where it has none."""
         here, order = (self.directions.order, self.rank), state_dict.get(prefix + ORDER)
         first = sorted(self.directions.order)
-        found = [factor for factor in FACTORS if prefix + factor in state_dict]
+        own = [name for name, x in zip(FACTORS, self.factors, strict=True) if x is not None]
+        found = [factor for factor in own if prefix + factor in state_dict]
         if order is not None:
             wanted = self.directions.read(order)
         elif not found:
             return None
-        elif len(found) == len(FACTORS) or self.directions.order != first:
+        elif len(found) == len(own) or self.directions.order != first:
             wanted = (first, self.directions.first_rank)
         else:
             return None
-        if wanted != here and len(found) < len(FACTORS):
+        if wanted != here and len(found) < len(own):
             raise ValueError(
                 f"the state has {found or 'no factor'} of the adapter with its directions in "
-                f"another order than the model's; load {', '.join(FACTORS)} and {ORDER} together"
+                f"another order than the model's; load {', '.join(own)} and {ORDER} together"
             )
         return wanted
 
@@ -101,14 +103,20 @@ class Directed:
         before = self.directions.order
         self.directions.order, self.rank = order, rank
         if self in _COPIES:
-            _COPIES[self] = self.lora_E.detach().clone()
+            _COPIES[self] = _trace(self)
         if order != before:
             move_averages(self, before)
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
         if self.directions is not None:
-            _COPIES[self] = self.lora_E.detach().clone()
+            _COPIES[self] = _trace(self)
+
+
+def _trace(holder: Directed) -> Tensor:
+    """The values of a factor that training changes from the first step on."""
+    factor = holder.lora_B if holder.lora_E is None else holder.lora_E
+    return factor.detach().clone()
 
 
 def note_allocator(directions: Directions) -> None:
@@ -127,19 +135,30 @@ def move_averages(moved: Directed, before: list[int]) -> None:
     trains or has an allocator of its own.
     """
     after = moved.directions.order
-    for copy, copied_E in list(_COPIES.items()):
-        own = copy.directions
-        if own is None or own.origin != moved.directions.origin or own.order != before:
-            continue
-        if own.allocated or not _was_averaged(copy, copied_E):
+    for copy in averages_of(moved.directions):
+        if copy.directions.order != before:
             continue
         rows = torch.tensor([before.index(direction) for direction in after])
         for parameter, dim in zip(copy.factors, (0, 1, 0), strict=True):
-            parameter.copy_(parameter.index_select(dim, rows.to(parameter.device)))
-        own.order = after
+            if parameter is not None:
+                parameter.copy_(parameter.index_select(dim, rows.to(parameter.device)))
+        copy.directions.order = after
 
 
-def _was_averaged(copy: Directed, copied_E: Tensor) -> bool:
-    if any(factor.is_meta or factor.grad is not None for factor in copy.factors):
+def averages_of(directions: Directions) -> list[Directed]:
+    """Copies of an adapter that are averages of it; see move_averages."""
+    return [
+        copy
+        for copy, copied in list(_COPIES.items())
+        if copy.directions is not None
+        and copy.directions.origin == directions.origin
+        and not copy.directions.allocated
+        and _was_averaged(copy, copied)
+    ]
+
+
+def _was_averaged(copy: Directed, copied: Tensor) -> bool:
+    factors = [factor for factor in copy.factors if factor is not None]
+    if any(factor.is_meta or factor.grad is not None for factor in factors):
         return False
-    return not torch.equal(copy.lora_E.double().cpu(), copied_E.double().cpu())
+    return not torch.equal(_trace(copy).double().cpu(), copied.double().cpu())

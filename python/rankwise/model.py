@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,12 +131,14 @@ def prepare_adapter(
     base = base_parameters(tree, state.whole, state.parameters)
     copies = copies_of(originals, state.parameters[None])
     ends = list(tied_ends(base, copies, layers))
+    adapters = {path: _new_adapter(path, layer, options[path]) for path, layer in layers.items()}
+    _warn_of_lower_ranks(options, adapters)
     trained = {path: place.new_copy(copies[path], whole[path]) for path, place in places.items()}
     for copied in trained.values():
         copied.widen()
     return PreparedAdapter(
         layers,
-        {path: _new_adapter(path, layer, options[path]) for path, layer in layers.items()},
+        adapters,
         places,
         trained,
         {place: parameter for place, parameter, _ in ends},
@@ -157,6 +160,22 @@ def _new_adapter(path: str, layer: Adapted, options: AdapterOptions) -> StoredAd
         return layer.new_adapter(options)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _warn_of_lower_ranks(
+    options: dict[str, AdapterOptions], adapters: dict[str, StoredAdapter]
+) -> None:
+    lower = [
+        f"'{path}' ({adapter.rank} in the place of {options[path].rank})"
+        for path, adapter in adapters.items()
+        if adapter.rank < options[path].rank
+    ]
+    if lower:
+        warnings.warn(
+            f"layers with a side smaller than the rank begin with that: {', '.join(lower)}",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def install_adapter(state: ModelAdapters, name: str, prepared: PreparedAdapter) -> None:

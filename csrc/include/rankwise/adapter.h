@@ -16,7 +16,7 @@ struct Adapter {
   std::string name;   ///< for messages, ranks and checkpoints; unique within a model
   at::Tensor lora_A;  ///< [capacity, in]
   at::Tensor lora_B;  ///< [out, capacity]
-  at::Tensor lora_E;  ///< [capacity, 1]
+  at::Tensor lora_E;  ///< [capacity, 1] in AdaLoRA, else undefined
   int64_t rank = 0;   ///< active directions, 0 .. capacity
   /// Told the new rank when it changes; may be empty.
   std::function<void(int64_t)> set_rank = {};
@@ -25,6 +25,8 @@ struct Adapter {
   std::function<int64_t()> rank_now = {};
   /// Shared with the layer; null where nobody asks for the order.
   std::shared_ptr<Directions> directions = {};
+  /// Of the update, scaling * B diag(E) A; compared between adapters by a SpectralAllocator.
+  double scaling = 1;
 
   /// lora_A, lora_B and lora_E, in this order.
   std::array<at::Tensor, 3> factors() const { return {lora_A, lora_B, lora_E}; }

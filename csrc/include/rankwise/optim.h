@@ -1,7 +1,7 @@
 // Optimizers that run callbacks after each step, for programs in C++.
 #pragma once
 
-#include <rankwise/rank_allocator.h>
+#include <rankwise/allocator.h>
 #include <torch/optim.h>
 
 #include <algorithm>
@@ -32,25 +32,25 @@ class CallbackHandle {
 
 /// The state tensors of torch::optim's optimizers that lie along a parameter's elements; nullopt
 /// for a state of another kind.
-inline std::optional<std::vector<at::Tensor>> state_tensors(
-    const torch::optim::OptimizerParamState& state) {
+inline std::optional<Moments> moments_in(const torch::optim::OptimizerParamState& state) {
   using namespace torch::optim;
-  std::vector<at::Tensor> tensors;
+  Moments moments;
   if (const auto* adamw = dynamic_cast<const AdamWParamState*>(&state)) {
-    tensors = {adamw->exp_avg(), adamw->exp_avg_sq(), adamw->max_exp_avg_sq()};
+    moments = {{adamw->exp_avg()}, {adamw->exp_avg_sq(), adamw->max_exp_avg_sq()}};
   } else if (const auto* adam = dynamic_cast<const AdamParamState*>(&state)) {
-    tensors = {adam->exp_avg(), adam->exp_avg_sq(), adam->max_exp_avg_sq()};
+    moments = {{adam->exp_avg()}, {adam->exp_avg_sq(), adam->max_exp_avg_sq()}};
   } else if (const auto* sgd = dynamic_cast<const SGDParamState*>(&state)) {
-    tensors = {sgd->momentum_buffer()};
+    moments = {{sgd->momentum_buffer()}, {}};
   } else if (const auto* rms = dynamic_cast<const RMSpropParamState*>(&state)) {
-    tensors = {rms->square_avg(), rms->momentum_buffer(), rms->grad_avg()};
+    moments = {{rms->momentum_buffer(), rms->grad_avg()}, {rms->square_avg()}};
   } else if (const auto* adagrad = dynamic_cast<const AdagradParamState*>(&state)) {
-    tensors = {adagrad->sum()};
+    moments = {{}, {adagrad->sum()}};
   } else {
     return std::nullopt;
   }
-  std::erase_if(tensors, [](const at::Tensor& tensor) { return !tensor.defined(); });
-  return tensors;
+  for (auto* kind : {&moments.first, &moments.second})
+    std::erase_if(*kind, [](const at::Tensor& tensor) { return !tensor.defined(); });
+  return moments;
 }
 
 /// A torch::optim optimizer that calls back after each step, before gradients are cleared, in the
@@ -67,9 +67,14 @@ class WithCallbacks : public Optimizer {
   at::Tensor step(torch::optim::Optimizer::LossClosure closure = nullptr) override {
     const at::Tensor loss = Optimizer::step(std::move(closure));
     const OptimizerView view{
-        .state_of = [this](const at::Tensor& parameter) { return state_of(parameter); },
+        .state_of =
+            [this](const at::Tensor& parameter) {
+              const auto moments = moments_of(parameter);
+              return moments ? std::optional(moments->all()) : std::nullopt;
+            },
         .found_inf = {},
-        .holds = [this](const at::Tensor& parameter) { return steps(parameter); }};
+        .holds = [this](const at::Tensor& parameter) { return steps(parameter); },
+        .moments_of = [this](const at::Tensor& parameter) { return moments_of(parameter); }};
     for (const Callback& callback : *callbacks_) callback(view);
     return loss;
   }
@@ -82,13 +87,13 @@ class WithCallbacks : public Optimizer {
  private:
   // nullopt where state might be elsewhere: in another optimizer, or under another parameter
   // (LBFGS).
-  std::optional<std::vector<at::Tensor>> state_of(const at::Tensor& parameter) {
+  std::optional<Moments> moments_of(const at::Tensor& parameter) {
     const auto& state = this->state();
     const auto it = state.find(parameter.unsafeGetTensorImpl());
-    if (it != state.end()) return state_tensors(*it->second);
+    if (it != state.end()) return moments_in(*it->second);
     const bool stepped = parameter.grad().defined() && !state.empty();
     if (parameter.requires_grad() && (stepped || !steps(parameter))) return std::nullopt;
-    return std::vector<at::Tensor>();
+    return Moments();
   }
 
   bool steps(const at::Tensor& parameter) {

@@ -1,15 +1,13 @@
 // RankAllocator: AdaLoRA's importance, pruning and rank allocation between optimizer steps.
 #pragma once
 
-#include <ATen/core/List.h>
-#include <rankwise/adapter.h>
+#include <rankwise/allocator.h>
 #include <rankwise/budget_schedule.h>
 #include <rankwise/ops.h>
 
 #include <map>
 #include <memory>
 #include <optional>
-#include <set>
 #include <utility>
 #include <vector>
 
@@ -32,17 +30,6 @@ struct Allocation {
   double lowest_kept = 0, highest_pruned = 0;  ///< NaN where nothing is kept or pruned
 };
 
-/// What an allocator needs to know of the optimizer that just stepped.
-struct OptimizerView {
-  /// A parameter's state tensors of the parameter's shape, which move with its directions; nullopt
-  /// when there is state that cannot be moved. Empty function: no state.
-  std::function<std::optional<std::vector<at::Tensor>>(const at::Tensor& parameter)> state_of = {};
-  /// Not zero when the optimizer left the parameters alone (fused optimizers under a GradScaler).
-  at::Tensor found_inf = {};
-  /// Whether it trains a parameter. Empty function: nothing is known.
-  std::function<bool(const at::Tensor& parameter)> holds = {};
-};
-
 /// Prunes adapters to a falling budget (AdaLoRA, arXiv 2303.10512, algorithm 1).
 ///
 /// step() belongs after the optimizer's step and before the gradients are cleared: it averages
@@ -62,7 +49,7 @@ struct OptimizerView {
 /// the history stay on the device, and members that tell of them wait for it. One step of a
 /// training waits, that of freeze_step, because ranks become numbers on the host there; where steps
 /// were skipped immediately before it, each that might have been it. Adapters lie on one device.
-class RankAllocator {
+class RankAllocator : public Allocator {
  public:
   /// Throws std::invalid_argument for wrong options, no adapters, repeated names, wrong shapes,
   /// factors that are not in memory (tensor_memory.h), or a target below what min_rank needs; also
@@ -73,8 +60,6 @@ class RankAllocator {
   /// ranks follow, and they note the schedule, for save_adapter and adalora_options. Throws as
   /// above, also when there is none.
   RankAllocator(torch::nn::Module& model, const AdaLoRAOptions& options);
-  RankAllocator(const RankAllocator&) = delete;
-  RankAllocator& operator=(const RankAllocator&) = delete;
 
   /// Throws c10::Error when no adapter has a gradient, std::invalid_argument when a factor or a
   /// gradient is not in memory, before anything is changed; warns once of each adapter without one,
@@ -82,26 +67,10 @@ class RankAllocator {
   /// the first step of factors that the optimizer does not hold. Throws c10::Error, too, when a
   /// state with other ranks or another order of directions was loaded into a layer since, without
   /// the allocator's own, or when another allocator took the adapters over.
-  void step(const OptimizerView& optimizer = {});
+  void step(const OptimizerView& optimizer = {}) override;
 
   /// Chooses the final directions now, as at freeze_step: for a training that ends early.
   void freeze(const OptimizerView& optimizer = {});
-
-  /// Runs step() after each of the optimizer's (rankwise/optim.h) until the handle is removed or
-  /// the allocator is destroyed. Throws c10::Error when it is attached already: the schedule would
-  /// run at double speed.
-  template <class Optimizer>
-  auto attach(Optimizer& optimizer);
-
-  /// Lets go of the adapters, so that another allocator can be made over what is left of them.
-  void detach();
-  /// Whether detach() was not called, and no other allocator took an adapter over.
-  bool in_charge() const;
-
-  /// Goes on with other tensors in the place of an adapter's factors. Throws std::invalid_argument,
-  /// and changes nothing, unless they have the same shapes and are contiguous.
-  void replace_factors(const std::string& adapter, const at::Tensor& lora_A,
-                       const at::Tensor& lora_B, const at::Tensor& lora_E);
 
   /// The adapters' orthogonality_penalty (ops.h) over their active directions.
   at::Tensor orthogonality_penalty(OrthogonalityForm form = OrthogonalityForm::squared_sum) const;
@@ -131,19 +100,12 @@ class RankAllocator {
   void load_state(const std::map<std::string, at::Tensor>& state, bool at_work = true);
 
  private:
-  using Gradients = c10::List<std::optional<at::Tensor>>;
-
-  void take_charge();
-  void check_adapters() const;
-  void check_order(size_t adapter) const;
-  void warn_once(const OptimizerView& optimizer);
+  void warn_of_earlier_schedule() const;
   BudgetSchedule schedule_from(const std::vector<int64_t>& ranks) const;
   std::vector<int64_t> ranks_in(const std::map<std::string, at::Tensor>& state) const;
   void begin_with(const std::vector<int64_t>& first_ranks);
   void note_order(size_t adapter, const at::Tensor& kept);
   void arrange(size_t adapter, const at::Tensor& kept);
-  void warn_of_missing(const std::vector<std::string>& names);
-  Gradients gather();
   Gradients none() const;
   at::Tensor take(const Gradients& gradients, bool score,
                   const std::optional<at::Tensor>& progress);
@@ -159,10 +121,7 @@ class RankAllocator {
   void allocate_averages();
   void fit_averages();
 
-  std::vector<Adapter> adapters_;
-  std::vector<at::Tensor> factors_;  // A, B, E of each adapter
   std::vector<int64_t> initial_ranks_, costs_;
-  std::vector<std::vector<int64_t>> initial_orders_, orders_;  // of adapters with `directions`
   AdaLoRAOptions options_;
   BudgetSchedule schedule_;
   std::vector<at::Tensor> sensitivity_, uncertainty_;  // of A, B, E of each adapter; until frozen
@@ -173,11 +132,6 @@ class RankAllocator {
   at::Tensor heard_;   // on the CPU: progress_, or what has arrived of it
   int64_t calls_ = 0;  // steps, the skipped ones too
   bool frozen_ = false, shrunk_ = false, warned_of_zeros_ = false;
-  bool looked_at_optimizer_ = false;
-  std::set<std::string> warned_;
-  std::shared_ptr<bool> stepped_ =
-      std::make_shared<bool>(false);  // what Directions::allocator sees
-  std::weak_ptr<bool> attachment_;
 };
 
 /// An allocator's state() to and from an archive: torch::save(allocator, file) and
@@ -187,19 +141,5 @@ torch::serialize::OutputArchive& operator<<(torch::serialize::OutputArchive& arc
                                             const RankAllocator& allocator);
 torch::serialize::InputArchive& operator>>(torch::serialize::InputArchive& archive,
                                            RankAllocator& allocator);
-
-template <class Optimizer>
-auto RankAllocator::attach(Optimizer& optimizer) {
-  TORCH_CHECK(
-      attachment_.expired(),
-      "attach: the allocator is attached already, and twice its schedule would run at double "
-      "speed; call remove() of the first handle before");
-  const auto attachment = std::make_shared<bool>(true);  // lives as long as the callback
-  attachment_ = attachment;
-  return optimizer.add_callback(
-      [this, attachment, alive = std::weak_ptr<bool>(stepped_)](const OptimizerView& view) {
-        if (!alive.expired() && in_charge()) step(view);
-      });
-}
 
 }  // namespace rankwise

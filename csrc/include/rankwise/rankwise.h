@@ -10,4 +10,5 @@
 #include <rankwise/ops.h>
 #include <rankwise/optim.h>
 #include <rankwise/rank_allocator.h>
+#include <rankwise/spectral_allocator.h>
 #include <rankwise/tensor_memory.h>

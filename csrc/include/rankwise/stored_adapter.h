@@ -20,7 +20,7 @@ struct HeldAdapter {
   at::Tensor lora_E;  ///< [capacity, 1] in AdaLoRA, else undefined
   AdapterSettings settings = {};
   int64_t rank = 0;                             ///< leading directions in use
-  std::shared_ptr<Directions> directions = {};  ///< of AdaLoRA, whose directions a state may move
+  std::shared_ptr<Directions> directions = {};  ///< where an allocator may change them
 
   int64_t capacity() const { return lora_A.defined() ? lora_A.size(0) : 0; }
   double scaling() const { return lora_A.defined() ? settings.scaling() : 0; }

@@ -72,6 +72,15 @@ def test_the_adalora_program_finds_the_ranks(programs):
     assert result.stdout.startswith("narrow: rank 1 of 6\nwide: rank 5 of 6\nloss ")
 
 
+def test_the_spectral_program_moves_ranks_above_the_initial_one(programs):
+    result = subprocess.run([programs / "spectral"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    fixed, moved = result.stdout.split("loss ")[:2]
+    ranks = [int(line.rpartition(" ")[2]) for line in moved.splitlines() if ": rank " in line]
+    assert [int(line.rpartition(" ")[2]) for line in fixed.splitlines()] == [6, 6, 6, 6]
+    assert sum(ranks) == 24 and max(ranks[0], ranks[3]) < 6 < ranks[1] <= ranks[2]
+
+
 def test_the_adapter_program_reads_what_python_saved(programs, tmp_path):
     import torch
 

@@ -1,0 +1,180 @@
+// SpectralAllocator: what it is made of, and what it does in each step.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <rankwise/budget_schedule.h>
+#include <rankwise/spectral_allocator.h>
+
+#include <algorithm>
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
+
+#include "../ops/importance.h"
+#include "spectral_directions.h"
+
+namespace rankwise {
+namespace {
+
+template <class... Parts>
+void require(bool condition, const Parts&... message) {
+  if (condition) return;
+  std::ostringstream text;
+  text << "SpectralAllocator: ";
+  (text << ... << message);
+  throw std::invalid_argument(text.str());
+}
+
+void require_count(const char* name, int64_t value, int64_t least) {
+  require(value >= least, name, " must be at least ", least, ", got ", value);
+}
+
+int64_t smaller_side(const Adapter& adapter) {
+  return std::min(adapter.lora_A.size(1), adapter.lora_B.size(0));
+}
+
+}  // namespace
+
+void SpectralOptions::check() const {
+  require_count("total_steps (the optimizer steps of the whole training)", total_steps_, 1);
+  require_count("warmup_steps", warmup_steps_, 0);
+  require_count("final_steps", final_steps_, 0);
+  require(warmup_steps_ < total_steps_ && final_steps_ < total_steps_ - warmup_steps_,
+          "warmup_steps + final_steps must be less than total_steps ", total_steps_,
+          ", for ranks move between them, got ", warmup_steps_, " + ", final_steps_);
+  require_count("allocation_interval", allocation_interval_, 1);
+  require_count("min_rank", min_rank_, 0);
+  require(max_rank_ == 0 || max_rank_ >= min_rank_, "max_rank must be at least min_rank ",
+          min_rank_, ", or 0 for the capacity, got ", max_rank_);
+  require_count("initial_budget", initial_budget_, 0);
+  require_count("final_budget", final_budget_, 0);
+  require(initial_budget_ == 0 || final_budget_ <= initial_budget_,
+          "final_budget must be at most initial_budget ", initial_budget_, ", got ", final_budget_);
+  require(sensitivity_weight_ >= 0, "sensitivity_weight must be at least 0, got ",
+          sensitivity_weight_);
+  require(beta_ >= 0 && beta_ < 1, "beta must be in [0, 1), got ", beta_);
+  require(exchange_.hysteresis >= 0 && exchange_.hysteresis < 1,
+          "hysteresis must be in [0, 1), got ", exchange_.hysteresis);
+  require(exchange_.threshold >= 0, "threshold must be at least 0, got ", exchange_.threshold);
+  require_count("ramp_steps", ramp_steps_, 0);
+  require_count("seed", seed_, 0);
+}
+
+SpectralAllocator::SpectralAllocator(std::vector<Adapter> adapters, const SpectralOptions& options)
+    : Allocator("SpectralAllocator", std::move(adapters), /*triplets=*/false), options_(options) {
+  options_.check();
+  if (options_.min_age() < 0) options_.min_age(2 * options_.allocation_interval());
+  rule_ = options_.rule() ? options_.rule() : exchange_rule(options_.exchange());
+  for (const Adapter& adapter : adapters_) {
+    // Those that the adapter was made with, also where an earlier allocator moved them.
+    first_ranks_.push_back(adapter.directions ? adapter.directions->first_rank() : adapter.rank);
+    const int64_t side = smaller_side(adapter);
+    require(adapter.rank <= side, "the rank of '", adapter.name, "' must be at most ", side,
+            ", the smaller side of its layer, got ", adapter.rank);
+    costs_.push_back(adapter.lora_A.size(1) + adapter.lora_B.size(0));
+    columns_.emplace_back(adapter.rank);
+  }
+  const int64_t cost =
+      std::inner_product(first_ranks_.begin(), first_ranks_.end(), costs_.begin(), int64_t{0});
+  if (options_.initial_budget() == 0) {
+    require(options_.final_budget() <= cost,
+            "final_budget must be at most what the first ranks cost, ", cost, ", got ",
+            options_.final_budget());
+    options_.initial_budget(cost);
+  }
+  require(options_.initial_budget() >= cost,
+          "initial_budget must be at least what the first ranks cost, ", cost, ", got ",
+          options_.initial_budget());
+  if (options_.final_budget() == 0) options_.final_budget(options_.initial_budget());
+  budget_ = options_.initial_budget();
+  check_budget(options_.final_budget(), options_.freeze_step());
+  take_charge(/*moves=*/true);
+}
+
+int64_t SpectralAllocator::highest(size_t m) const {
+  const int64_t room = std::min(smaller_side(adapters_[m]), adapters_[m].lora_A.size(0));
+  const int64_t wanted = options_.max_rank() == 0 ? room : std::min(room, options_.max_rank());
+  return std::max(wanted, first_ranks_[m]);
+}
+
+int64_t SpectralAllocator::lowest(size_t m) const {
+  return std::min(options_.min_rank(), first_ranks_[m]);
+}
+
+// The budget of a step, which the lowest ranks must fit into.
+void SpectralAllocator::check_budget(int64_t budget, int64_t step) const {
+  int64_t least = 0;
+  for (size_t m = 0; m < adapters_.size(); ++m) least += lowest(m) * costs_[m];
+  require(budget >= least, "the budget of step ", step, " must be at least ", least,
+          ", what min_rank ", options_.min_rank(), " needs, got ", budget);
+}
+
+int64_t SpectralAllocator::budget_at(int64_t step) const {
+  if (options_.budget_at()) return options_.budget_at()(step);
+  AllocationSettings settings;
+  settings.target_rank = 0;
+  settings.total_steps = options_.total_steps();
+  settings.warmup_steps = options_.warmup_steps();
+  settings.final_steps = options_.final_steps();
+  return BudgetSchedule(options_.initial_budget(), options_.final_budget(), {1, settings})
+      .budget(step);
+}
+
+int64_t SpectralAllocator::bank() const {
+  int64_t left = budget_;
+  for (size_t m = 0; m < adapters_.size(); ++m) left -= adapters_[m].rank * costs_[m];
+  return left;
+}
+
+std::vector<std::pair<std::string, int64_t>> SpectralAllocator::ranks() const {
+  std::vector<std::pair<std::string, int64_t>> result;
+  for (const Adapter& adapter : adapters_) result.emplace_back(adapter.name, adapter.rank);
+  return result;
+}
+
+void SpectralAllocator::step(const OptimizerView& optimizer) {
+  const at::NoGradGuard no_grad;
+  check_adapters();
+  check_all_memory();
+  if (frozen()) {
+    warn_of_untrained(optimizer);
+    *stepped_ = true;
+    ramp();
+    ++steps_;
+    return;
+  }
+  const Gradients gradients = gather(steps_ + 1);
+  warn_of_untrained(optimizer);
+  std::vector<at::Tensor> present;
+  for (const std::optional<at::Tensor> gradient : gradients)
+    if (gradient) present.push_back(*gradient);
+  const bool left_out = optimizer.found_inf.defined() && optimizer.found_inf.item<double>() != 0;
+  const bool finite = !importance_check(present)[0].item<bool>();
+  if (left_out || !finite) {
+    *stepped_ = true;
+    ++skipped_steps_;
+    return;
+  }
+  ramp();
+  if (options_.allocates(steps_ + 1)) event(gradients, optimizer);
+  *stepped_ = true;
+  ++steps_;
+}
+
+// Of the updates of new directions, the part that their age allows.
+void SpectralAllocator::ramp() {
+  std::erase_if(young_, [&](const Young& young) {
+    const Adapter& adapter = adapters_[young.adapter];
+    const int64_t age = steps_ + 1 - columns_[young.adapter][young.column].birth;
+    const double part = static_cast<double>(age) / static_cast<double>(options_.ramp_steps() + 1);
+    if (part >= 1) return true;
+    const at::Tensor A = adapter.lora_A.select(0, young.column);
+    const at::Tensor B = adapter.lora_B.select(1, young.column);
+    for (const auto& [now, before] : {std::pair(A, young.A), std::pair(B, young.B)}) {
+      now.copy_(before.to(now.device()).lerp(now, part));
+      before.copy_(now);
+    }
+    return false;
+  });
+}
+
+}  // namespace rankwise

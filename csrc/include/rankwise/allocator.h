@@ -1,0 +1,120 @@
+// Allocator: what all allocators share: their adapters, their optimizer, and who is in charge.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <c10/util/Exception.h>
+#include <rankwise/adapter.h>
+
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace rankwise {
+
+/// A parameter's optimizer state, by how it follows a change of the directions' basis.
+struct Moments {
+  std::vector<at::Tensor> first;   ///< averages of gradients: they change as gradients do
+  std::vector<at::Tensor> second;  ///< averages of their squares
+
+  std::vector<at::Tensor> all() const {
+    std::vector<at::Tensor> tensors = first;
+    tensors.insert(tensors.end(), second.begin(), second.end());
+    return tensors;
+  }
+};
+
+/// What an allocator needs to know of the optimizer that just stepped.
+struct OptimizerView {
+  /// A parameter's state tensors of the parameter's shape, which move with its directions; nullopt
+  /// when there is state that cannot be moved. Empty function: no state.
+  std::function<std::optional<std::vector<at::Tensor>>(const at::Tensor& parameter)> state_of = {};
+  /// Not zero when the optimizer left the parameters alone (fused optimizers under a GradScaler).
+  at::Tensor found_inf = {};
+  /// Whether it trains a parameter. Empty function: nothing is known.
+  std::function<bool(const at::Tensor& parameter)> holds = {};
+  /// The same state by kind; nullopt when some of it is of no kind. Empty function: no state.
+  std::function<std::optional<Moments>(const at::Tensor& parameter)> moments_of = {};
+};
+
+/// Changes the ranks of adapters between optimizer steps. An adapter has one allocator at a time.
+/// Not thread-safe: one caller at a time.
+class Allocator {
+ public:
+  Allocator(const Allocator&) = delete;
+  Allocator& operator=(const Allocator&) = delete;
+  virtual ~Allocator() = default;
+
+  /// What belongs after each step of the optimizer and before gradients are cleared.
+  virtual void step(const OptimizerView& optimizer = {}) = 0;
+
+  /// Runs step() after each of the optimizer's (rankwise/optim.h) until the handle is removed or
+  /// the allocator is destroyed. Throws c10::Error when it is attached already: the schedule would
+  /// run at double speed.
+  template <class Optimizer>
+  auto attach(Optimizer& optimizer);
+
+  /// Lets go of the adapters, so that another allocator can be made over what is left of them.
+  void detach();
+  /// Whether detach() was not called, and no other allocator took an adapter over.
+  bool in_charge() const;
+
+  /// Goes on with other tensors in the place of an adapter's factors; lora_E is undefined where
+  /// the adapter has none. Throws std::invalid_argument, and changes nothing, unless they have the
+  /// same shapes and are contiguous.
+  void replace_factors(const std::string& adapter, const at::Tensor& lora_A,
+                       const at::Tensor& lora_B, const at::Tensor& lora_E);
+
+ protected:
+  using Gradients = c10::List<std::optional<at::Tensor>>;
+
+  /// `owner`: the class, for messages. Throws std::invalid_argument for no adapters, repeated
+  /// names, wrong shapes, with or without lora_E other than `triplets` says, or factors that are
+  /// not in memory.
+  Allocator(std::string owner, std::vector<Adapter> adapters, bool triplets);
+
+  /// Throws std::invalid_argument where an adapter has an allocator that has made steps; one that
+  /// has made none gives way. `moves`: states must tell how directions lie from now on.
+  void take_charge(bool moves);
+  /// Throws c10::Error unless it is in charge and all layers are as this allocator left them.
+  void check_adapters() const;
+  void check_order(size_t adapter) const;
+  /// Throws std::invalid_argument unless factors and gradients can be read.
+  void check_all_memory() const;
+  /// Warns, once, of factors that the optimizer does not hold.
+  void warn_of_untrained(const OptimizerView& optimizer);
+  /// The gradients of all factors, contiguous; nullopt where there is none, of which it warns once
+  /// for each adapter. Throws c10::Error when there is none at all.
+  Gradients gather(int64_t step);
+  std::vector<int64_t> ranks_of_adapters() const;
+
+  const std::string owner_;
+  std::vector<Adapter> adapters_;
+  std::vector<at::Tensor> factors_;                            // A, B, E of each adapter
+  std::vector<std::vector<int64_t>> initial_orders_, orders_;  // of adapters with `directions`
+  std::shared_ptr<bool> stepped_ =
+      std::make_shared<bool>(false);  // what Directions::allocator sees
+
+ private:
+  std::set<std::string> warned_;
+  bool looked_at_optimizer_ = false;
+  std::weak_ptr<bool> attachment_;
+};
+
+template <class Optimizer>
+auto Allocator::attach(Optimizer& optimizer) {
+  TORCH_CHECK(
+      attachment_.expired(),
+      "attach: the allocator is attached already, and twice its schedule would run at double "
+      "speed; call remove() of the first handle before");
+  const auto attachment = std::make_shared<bool>(true);  // lives as long as the callback
+  attachment_ = attachment;
+  return optimizer.add_callback(
+      [this, attachment, alive = std::weak_ptr<bool>(stepped_)](const OptimizerView& view) {
+        if (!alive.expired() && in_charge()) step(view);
+      });
+}
+
+}  // namespace rankwise

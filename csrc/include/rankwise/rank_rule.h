@@ -1,0 +1,47 @@
+// RankRule: how many directions each adapter gets, from their scores. No tensors here.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace rankwise {
+
+/// What an allocator asks at an event. Ranks may be from `lowest` to `highest`, and the sum of rank
+/// times cost at most `budget`; what a rule leaves of it stays in the bank.
+struct RankQuestion {
+  int64_t step = 0;
+  int64_t budget = 0;  ///< in parameters
+  /// Of each adapter's directions: first those that are too young to be compared, then the others
+  /// by falling score. A lower rank drops the last ones, a higher one adds new directions.
+  std::vector<std::vector<double>> scores = {};
+  std::vector<int64_t> young = {};                 ///< how many of them are too young
+  std::vector<int64_t> costs = {};                 ///< of one direction: in + out
+  std::vector<int64_t> lowest = {}, highest = {};  ///< ranks that an adapter may have
+
+  std::vector<int64_t> ranks() const;  ///< the present ones
+  int64_t cost(const std::vector<int64_t>& ranks) const;
+};
+
+/// New ranks, in the order of the adapters. It must depend on the question alone.
+using RankRule = std::function<std::vector<int64_t>(const RankQuestion&)>;
+
+/// What exchange_rule does beyond the budget.
+struct ExchangeSettings {
+  double threshold = 0;     ///< directions with lower scores are dropped
+  double hysteresis = 0.1;  ///< in [0, 1): a direction gives way where its score is that part less
+  /// Directions dropped by choice, and added, at most; negative: as many as there are adapters.
+  int64_t max_moves = -1;
+};
+
+/// Drops the directions of the lowest scores until the budget is kept, then those below the
+/// threshold, and gives parameters to adapters that may have more, in turns of one rank each, those
+/// with the best weakest direction first: from what is free, or by dropping directions of others
+/// whose scores are below (1 - hysteresis) of that weakest one's. So the weakest scores draw level,
+/// and no direction gives way to one that is worse. (With the mean in the place of the weakest,
+/// adapters of few strong directions take all, and lose it again.) Equal scores are decided by the
+/// order of adapters. An adapter gains nothing while it has young directions, nor at an event at
+/// which it loses some, nor the other way round.
+RankRule exchange_rule(const ExchangeSettings& settings);
+
+}  // namespace rankwise

@@ -1,0 +1,379 @@
+// SpectralAllocator from C++: events between optimizer steps, what they keep, and resuming.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <rankwise/rankwise.h>
+#include <torch/torch.h>
+
+#include <random>
+#include <sstream>
+
+namespace {
+
+using rankwise::SpectralAllocator;
+using rankwise::SpectralEvent;
+using rankwise::SpectralOptions;
+using testing::ElementsAre;
+using testing::HasSubstr;
+using testing::Pair;
+template <class Optimizer>
+using WithCallbacks = rankwise::optim::WithCallbacks<Optimizer>;
+
+SpectralOptions options() {
+  return SpectralOptions().total_steps(1000).allocation_interval(1);
+}
+
+// Adapters in float64 that follow their ranks.
+struct Adapters {
+  struct Shape {
+    int64_t in, out, rank, capacity;
+  };
+  std::vector<at::Tensor> A, B;
+  std::vector<int64_t> ranks;
+
+  explicit Adapters(const std::vector<Shape>& shapes) {
+    torch::manual_seed(3);
+    for (const auto& [in, out, rank, capacity] : shapes) {
+      A.push_back(torch::zeros({capacity, in}, torch::kDouble));
+      B.push_back(torch::zeros({out, capacity}, torch::kDouble));
+      A.back().narrow(0, 0, rank).normal_();
+      B.back().narrow(1, 0, rank).normal_();
+      ranks.push_back(rank);
+      A.back().requires_grad_();
+      B.back().requires_grad_();
+    }
+  }
+
+  std::vector<rankwise::Adapter> list() {
+    std::vector<rankwise::Adapter> result;
+    for (size_t m = 0; m < A.size(); ++m)
+      result.push_back({"m" + std::to_string(m), A[m], B[m], {}, ranks[m], [this, m](int64_t rank) {
+                          ranks[m] = rank;
+                        }});
+    return result;
+  }
+
+  at::Tensor update(size_t m) const { return B[m].detach().matmul(A[m].detach()); }
+
+  // As of a loss whose gradient with respect to the update is G.
+  void set_gradients(size_t m, const at::Tensor& G) {
+    A[m].mutable_grad() = B[m].detach().t().matmul(G);
+    B[m].mutable_grad() = G.matmul(A[m].detach().t());
+  }
+};
+
+TEST(SpectralAllocator, RandomEventsConserveParametersAndTellTheChange) {
+  std::mt19937_64 random(5);
+  const auto uniform = [&](int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random);
+  };
+  for (int training = 0; training < 60; ++training) {
+    std::vector<Adapters::Shape> shapes;
+    for (int64_t m = uniform(1, 4); m > 0; --m) {
+      const int64_t in = uniform(1, 14), out = uniform(1, 14), side = std::min(in, out);
+      const int64_t rank = uniform(0, side), capacity = uniform(std::max<int64_t>(rank, 1), side);
+      shapes.push_back({in, out, rank, capacity});
+    }
+    Adapters adapters(shapes);
+    SpectralOptions chosen = options().beta(0.5).min_rank(uniform(0, 2)).min_age(uniform(0, 3));
+    chosen.ramp_steps(uniform(0, 2)).seed(training).sensitivity_weight(0.25 * uniform(0, 8));
+    chosen.exchange({.threshold = 0.1 * uniform(0, 3),
+                     .hysteresis = 0.1 * uniform(0, 5),
+                     .max_moves = uniform(-1, 5)});
+    if (uniform(0, 1) == 0) chosen.score(rankwise::SpectralScore::literal);
+    SpectralAllocator allocator(adapters.list(), chosen);
+    const int64_t budget = allocator.budget();
+    for (int event = 0; event < 20; ++event) {
+      std::vector<at::Tensor> before;
+      std::vector<int64_t> ranks = adapters.ranks;
+      for (size_t m = 0; m < shapes.size(); ++m) {
+        if (uniform(0, 9) == 0) adapters.B[m].detach().zero_();
+        adapters.set_gradients(m, torch::randn({shapes[m].out, shapes[m].in}, torch::kDouble));
+        before.push_back(adapters.update(m));
+      }
+      allocator.step();
+      const SpectralEvent& told = allocator.history().back();
+      ASSERT_EQ(told.step, event + 1);
+      ASSERT_EQ(told.ranks, adapters.ranks);
+      int64_t cost = 0, dropped = 0, added = 0;
+      double change = 0;
+      for (size_t m = 0; m < shapes.size(); ++m) {
+        const auto& [in, out, first, capacity] = shapes[m];
+        const int64_t rank = adapters.ranks[m];
+        ASSERT_GE(rank, std::min(first, chosen.min_rank()));
+        ASSERT_LE(rank, capacity);
+        cost += rank * (in + out);
+        dropped += std::max<int64_t>(ranks[m] - rank, 0);
+        added += std::max<int64_t>(rank - ranks[m], 0);
+        const double moved = (adapters.update(m) - before[m]).norm().item<double>();
+        change += moved * moved;
+        ASSERT_TRUE(rank < ranks[m] || moved == 0);
+        ASSERT_FALSE(adapters.A[m].detach().slice(0, rank).any().item<bool>());
+        ASSERT_FALSE(adapters.B[m].detach().slice(1, rank).any().item<bool>());
+      }
+      ASSERT_EQ(cost + allocator.bank(), budget);
+      ASSERT_EQ(told.bank, allocator.bank());
+      ASSERT_EQ(told.dropped, dropped);
+      ASSERT_EQ(told.added, added);
+      ASSERT_NEAR(told.change, std::sqrt(change), 1e-11);
+    }
+  }
+}
+
+TEST(SpectralAllocator, ScoresAreSingularValuesAndTheirGradients) {
+  Adapters adapters({{6, 6, 2, 2}});
+  const auto set = [](at::Tensor t, double first, double second) {
+    t.zero_();
+    t[0][0] = first;
+    t[1][1] = second;
+  };
+  set(adapters.A[0].detach(), 1, 1);
+  set(adapters.B[0].detach(), 3, 2);  // singular values 3 and 2
+  at::Tensor G = torch::zeros({6, 6}, torch::kDouble);
+  G[1][1] = -4;
+  adapters.set_gradients(0, G);
+  SpectralAllocator allocator(
+      adapters.list(), options().score(rankwise::SpectralScore::literal).sensitivity_weight(0.5));
+  allocator.step();
+  EXPECT_NEAR(allocator.history().back().lowest_kept, 3, 1e-12);  // 3 + 0, and 2 + 0.5 * 4
+}
+
+struct Train {
+  Adapters adapters{{{9, 7, 3, 6}, {7, 5, 3, 5}}};
+  at::Tensor W1, W2, x;
+
+  Train() {
+    torch::manual_seed(1);
+    W1 = torch::randn({7, 9}, torch::kDouble);
+    W2 = torch::randn({5, 7}, torch::kDouble);
+    x = torch::randn({32, 9}, torch::kDouble);
+    for (const at::Tensor& B : adapters.B) B.detach().zero_();
+  }
+
+  at::Tensor forward() const {
+    const auto& a = adapters;
+    const at::Tensor hidden =
+        rankwise::lora_linear(x, W1, {}, a.A[0], a.B[0], {}, 2.0, 0.0, a.ranks[0]);
+    return rankwise::lora_linear(hidden.tanh(), W2, {}, a.A[1], a.B[1], {}, 2.0, 0.0, a.ranks[1]);
+  }
+
+  std::vector<at::Tensor> parameters() const {
+    return {adapters.A[0], adapters.B[0], adapters.A[1], adapters.B[1]};
+  }
+
+  template <class Optimizer>
+  double step(Optimizer& optimizer) {
+    optimizer.zero_grad();
+    const at::Tensor loss = (forward() - x.narrow(1, 0, 5).sin() * 3).square().mean();
+    loss.backward();
+    optimizer.step();
+    return loss.template item<double>();
+  }
+};
+
+SpectralOptions schedule() {
+  SpectralOptions chosen;
+  return chosen.total_steps(60).warmup_steps(5).final_steps(10).allocation_interval(5).min_age(6);
+}
+
+template <class Optimizer, class Settings>
+void trains(const Settings& settings) {
+  Train run;
+  WithCallbacks<Optimizer> optimizer(run.parameters(), settings);
+  const auto to_and_fro = [](const rankwise::RankQuestion& question) {
+    return question.step % 10 == 0 ? std::vector<int64_t>{2, 4} : std::vector<int64_t>{3, 3};
+  };
+  SpectralAllocator allocator(run.adapters.list(), schedule().ramp_steps(3).rule(to_and_fro));
+  allocator.attach(optimizer);
+  double first = 0, last = 0;
+  for (int i = 0; i < 60; ++i) last = i == 0 ? first = run.step(optimizer) : run.step(optimizer);
+  EXPECT_LT(last, 0.9 * first);
+  EXPECT_EQ(allocator.steps(), 60);
+  EXPECT_TRUE(allocator.frozen());
+  for (const SpectralEvent& event : allocator.history()) EXPECT_EQ(event.added, 1);
+}
+
+TEST(SpectralAllocator, TrainsWithTorchsOptimizers) {
+  trains<torch::optim::AdamW>(torch::optim::AdamWOptions(1e-2));
+  trains<torch::optim::Adam>(torch::optim::AdamOptions(1e-2).amsgrad(true));
+  trains<torch::optim::SGD>(torch::optim::SGDOptions(1e-2).momentum(0.9));
+  trains<torch::optim::RMSprop>(torch::optim::RMSpropOptions(1e-3).centered(true));
+  trains<torch::optim::Adagrad>(torch::optim::AdagradOptions(1e-1));
+}
+
+TEST(SpectralAllocator, GrowthChangesNoOutput) {
+  Train run;
+  WithCallbacks<torch::optim::AdamW> optimizer(run.parameters(), torch::optim::AdamWOptions(1e-2));
+  SpectralAllocator allocator(run.adapters.list(),
+                              schedule().initial_budget(400).rule([](const auto& question) {
+                                std::vector<int64_t> ranks = question.ranks();
+                                for (int64_t& rank : ranks) rank = std::min<int64_t>(rank + 1, 5);
+                                return ranks;
+                              }));
+  for (int i = 0; i < 20; ++i) {
+    run.step(optimizer);
+    const at::Tensor before = run.forward();
+    allocator.step();
+    EXPECT_TRUE(run.forward().equal(before)) << i;
+  }
+  EXPECT_THAT(allocator.ranks(), ElementsAre(Pair("m0", 5), Pair("m1", 5)));
+}
+
+TEST(SpectralAllocator, ResumesToTheBit) {
+  const auto chosen = schedule().ramp_steps(4);
+  for (const int stop : {1, 5, 10, 11, 13, 20, 34, 50, 55}) {
+    Train whole;
+    WithCallbacks<torch::optim::AdamW> optimizer(whole.parameters(),
+                                                 torch::optim::AdamWOptions(1e-2));
+    SpectralAllocator allocator(whole.adapters.list(), chosen);
+    allocator.attach(optimizer);
+    std::stringstream saved, moments;
+    std::vector<at::Tensor> factors;
+    for (int i = 0; i < 60; ++i) {
+      if (i == stop) {
+        torch::save(allocator, saved);
+        torch::save(static_cast<torch::optim::Optimizer&>(optimizer), moments);
+        for (const at::Tensor& p : whole.parameters()) factors.push_back(p.detach().clone());
+      }
+      whole.step(optimizer);
+    }
+
+    Train again;
+    WithCallbacks<torch::optim::AdamW> other(again.parameters(), torch::optim::AdamWOptions(1e-2));
+    SpectralAllocator resumed(again.adapters.list(), chosen);
+    torch::load(resumed, saved);
+    torch::load(static_cast<torch::optim::Optimizer&>(other), moments);
+    for (size_t i = 0; i < factors.size(); ++i) again.parameters()[i].detach().copy_(factors[i]);
+    resumed.attach(other);
+    for (int i = stop; i < 60; ++i) again.step(other);
+    EXPECT_EQ(resumed.ranks(), allocator.ranks());
+    EXPECT_EQ(resumed.history().size(), allocator.history().size());
+    for (size_t i = 0; i < factors.size(); ++i)
+      EXPECT_TRUE(again.parameters()[i].equal(whole.parameters()[i])) << stop << " " << i;
+  }
+}
+
+TEST(SpectralAllocator, ThreadsDoNotChangeTheResult) {
+  const int before = at::get_num_threads();
+  std::vector<at::Tensor> first;
+  for (const int threads : {1, 2, 4}) {
+    at::set_num_threads(threads);
+    Adapters adapters({{700, 300, 12, 16}, {256, 512, 12, 16}, {64, 64, 12, 20}});
+    SpectralAllocator allocator(adapters.list(), options());
+    for (int i = 0; i < 3; ++i) {
+      torch::manual_seed(i);
+      for (size_t m = 0; m < 3; ++m)
+        adapters.set_gradients(
+            m, torch::randn({adapters.B[m].size(0), adapters.A[m].size(1)}, torch::kDouble));
+      // Gradients, too, must be the same: they are products of their own.
+      for (const at::Tensor& factor : {adapters.A[0], adapters.B[1]})
+        factor.mutable_grad() = torch::randn(factor.sizes(), torch::kDouble);
+      for (const at::Tensor& factor : {adapters.B[0], adapters.A[1], adapters.A[2], adapters.B[2]})
+        factor.mutable_grad() = torch::ones(factor.sizes(), torch::kDouble);
+      allocator.step();
+    }
+    std::vector<at::Tensor> now;
+    for (size_t m = 0; m < 3; ++m) {
+      now.push_back(adapters.A[m].detach());
+      now.push_back(adapters.B[m].detach());
+    }
+    if (first.empty()) first = now;
+    for (size_t i = 0; i < now.size(); ++i) EXPECT_TRUE(now[i].equal(first[i])) << threads;
+  }
+  at::set_num_threads(before);
+}
+
+TEST(SpectralAllocator, GradientsThatAreNotFiniteChangeNothing) {
+  Adapters adapters({{6, 6, 3, 5}, {6, 6, 3, 5}});
+  SpectralAllocator allocator(adapters.list(), options());
+  const at::Tensor before = adapters.A[0].detach().clone();
+  for (size_t m = 0; m < 2; ++m) adapters.set_gradients(m, torch::randn({6, 6}, torch::kDouble));
+  adapters.A[1].mutable_grad()[0][0] = std::numeric_limits<double>::infinity();
+  allocator.step();
+  EXPECT_EQ(allocator.skipped_steps(), 1);
+  EXPECT_EQ(allocator.steps(), 0);
+  EXPECT_TRUE(allocator.history().empty());
+  EXPECT_TRUE(adapters.A[0].equal(before));
+}
+
+template <class Action>
+std::string error_of(const Action& action) {
+  try {
+    action();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+TEST(SpectralAllocator, RefusesWhatCannotBe) {
+  const auto made = [](const SpectralOptions& chosen) {
+    return error_of([&] {
+      Adapters adapters({{6, 4, 2, 4}, {4, 6, 2, 4}});
+      SpectralAllocator allocator(adapters.list(), chosen);
+    });
+  };
+  EXPECT_EQ(made(options()), "no error");
+  EXPECT_THAT(made(options().allocation_interval(0)),
+              HasSubstr("allocation_interval must be at least 1, got 0"));
+  EXPECT_THAT(made(options().final_steps(1001)), HasSubstr("must be less than total_steps 1000"));
+  EXPECT_THAT(made(options().min_rank(3).max_rank(2)),
+              HasSubstr("max_rank must be at least min_rank 3, or 0 for the capacity, got 2"));
+  EXPECT_THAT(made(options().final_budget(19)),
+              HasSubstr("must be at least 20, what min_rank 1 needs, got 19"));
+  EXPECT_THAT(made(options().initial_budget(39)),
+              HasSubstr("initial_budget must be at least what the first ranks cost, 40, got 39"));
+  EXPECT_THAT(error_of([] {
+                Adapters wide({{6, 2, 3, 3}});
+                SpectralAllocator allocator(wide.list(), options());
+              }),
+              HasSubstr("the rank of 'm0' must be at most 2, the smaller side"));
+  Adapters adapters({{6, 4, 2, 4}, {4, 6, 2, 4}});
+  SpectralAllocator allocator(adapters.list(), options().rule([](const auto&) {
+    return std::vector<int64_t>{4, 4};
+  }));
+  EXPECT_THAT(error_of([&] { allocator.step(); }), HasSubstr("no adapter has a gradient"));
+  for (size_t m = 0; m < 2; ++m)
+    adapters.set_gradients(
+        m, torch::randn({adapters.B[m].size(0), adapters.A[m].size(1)}, torch::kDouble));
+  EXPECT_THAT(error_of([&] { allocator.step(); }),
+              HasSubstr("the rule's ranks of step 1 must cost at most the budget 40, got 80"));
+  EXPECT_THAT(adapters.ranks, ElementsAre(2, 2));
+}
+
+TEST(SpectralAllocator, RefusesAnOptimizersStateThatCannotFollow) {
+  Adapters adapters({{6, 6, 3, 3}});
+  SpectralAllocator allocator(adapters.list(),
+                              options().rule([](const auto&) { return std::vector<int64_t>{2}; }));
+  adapters.set_gradients(0, torch::randn({6, 6}, torch::kDouble));
+  const at::Tensor before = adapters.A[0].detach().clone();
+  EXPECT_THAT(error_of([&] {
+                allocator.step({.moments_of = [](const at::Tensor&) { return std::nullopt; }});
+              }),
+              HasSubstr("the optimizer's state of 'm0' cannot follow"));
+  EXPECT_TRUE(adapters.A[0].equal(before));
+  EXPECT_EQ(allocator.steps(), 0);
+}
+
+TEST(SpectralAllocator, LayersOfAModelFollowAndSaveWhatTheyKept) {
+  torch::manual_seed(2);
+  torch::nn::Sequential model(
+      rankwise::nn::LoRALinear(rankwise::nn::LoRALinearOptions(12, 8).rank(3).capacity(6)),
+      rankwise::nn::LoRALinear(rankwise::nn::LoRALinearOptions(8, 8).rank(3).capacity(6)));
+  SpectralAllocator allocator(*model, options().rule([](const auto&) {
+    return std::vector<int64_t>{2, 4};
+  }));
+  rankwise::freeze_base(*model);
+  std::vector<at::Tensor> factors;
+  for (const rankwise::Adapter& adapter : rankwise::adapters_of(*model))
+    factors.insert(factors.end(), {adapter.lora_A, adapter.lora_B});
+  WithCallbacks<torch::optim::AdamW> optimizer(factors, torch::optim::AdamWOptions(1e-2));
+  allocator.attach(optimizer);
+  model->forward(torch::randn({4, 12})).square().mean().backward();
+  optimizer.step();
+  EXPECT_EQ(model->ptr<rankwise::nn::LoRALinearImpl>(0)->rank(), 2);
+  EXPECT_EQ(model->ptr<rankwise::nn::LoRALinearImpl>(1)->rank(), 4);
+  EXPECT_THAT(error_of([&] { SpectralAllocator other(*model, options()); }),
+              HasSubstr("'0' has an allocator already"));
+}
+
+}  // namespace
