@@ -36,7 +36,7 @@ endfunction()
 
 if(cuda_headers)
   add_library(cuda_model STATIC cuda_model/device_memory.cpp cuda_model/fibers.cpp
-    cuda_model/grid.cpp cuda_model/shared_memory.cpp cuda_model/warp.cpp)
+    cuda_model/grid.cpp cuda_model/shared_memory.cpp cuda_model/tensor_core.cpp cuda_model/warp.cpp)
   rankwise_kernel_target(cuda_model)
   target_link_options(cuda_model PUBLIC -fsanitize=undefined)
 endif()

@@ -3,8 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cmath>
-#include <limits>
+#include "tensor_core.h"
 
 namespace cuda_model {
 namespace {
@@ -82,40 +81,40 @@ float number(uint32_t half, __half) {
   return __half2float(__half(raw));
 }
 
-// Tensor cores drop the bits below the sum's last one; the model does so too.
-float toward_zero(double value) {
-  const auto nearest = static_cast<float>(value);
-  if (std::fabs(static_cast<double>(nearest)) <= std::fabs(value)) return nearest;
-  return std::nextafter(nearest, 0.0f);
+// The exponent of the type's least normal number.
+constexpr int least_exponent(__nv_bfloat16) {
+  return -126;
+}
+
+constexpr int least_exponent(__half) {
+  return -14;
 }
 
 template <typename T>
 void run_multiply_add(void* const* lanes, uint32_t) {
-  float a[16][16], b[16][8];
+  CoreNumber a[16][16], b[8][16];
   const auto lane = [&](int i) -> const ProductLane& {
     return *static_cast<ProductLane*>(lanes[i]);
   };
   for (int i = 0; i < warp_size; ++i) {
     const int g = i / 4, t = 2 * (i % 4);
     for (int j = 0; j < 2; ++j) {
-      const auto half = [&](uint32_t pair) { return number(pair >> (16 * j) & 0xFFFF, T()); };
+      const auto half = [&](uint32_t pair) {
+        return CoreNumber(number(pair >> (16 * j) & 0xFFFF, T()), least_exponent(T()));
+      };
       a[g][t + j] = half(lane(i).a[0]);
       a[g + 8][t + j] = half(lane(i).a[1]);
       a[g][t + 8 + j] = half(lane(i).a[2]);
       a[g + 8][t + 8 + j] = half(lane(i).a[3]);
-      b[t + j][g] = half(lane(i).b[0]);
-      b[t + 8 + j][g] = half(lane(i).b[1]);
+      b[g][t + j] = half(lane(i).b[0]);
+      b[g][t + 8 + j] = half(lane(i).b[1]);
     }
   }
   for (int i = 0; i < warp_size; ++i) {
     for (int element = 0; element < 4; ++element) {
       const int m = i / 4 + 8 * (element / 2), n = 2 * (i % 4) + element % 2;
       float& c = lane(i).c[element];
-      for (int k = 0; k < 16; k += 8) {  // sm_80 sums eight products at a time
-        double sum = c;
-        for (int j = k; j < k + 8; ++j) sum += static_cast<double>(a[m][j]) * b[j][n];
-        c = toward_zero(sum);
-      }
+      c = tensor_core_sum(c, a[m], b[n]);
     }
   }
 }

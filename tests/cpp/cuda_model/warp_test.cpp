@@ -2,8 +2,11 @@
 // written out here without the model's code.
 #include <cuda_model/device.h>
 #include <cuda_model/device_memory.h>
+#include <cuda_model/tensor_core.h>
 #include <gtest/gtest.h>
 
+#include <bit>
+#include <cmath>
 #include <random>
 #include <vector>
 
@@ -150,17 +153,62 @@ TEST(Warp, MultipliesMatrices) {
   expect_product<__half>();
 }
 
-// Sums drop what lies below float32's last bit, as tensor cores do, and never gain from rounding.
-TEST(Warp, ProductsRoundTowardZero) {
-  const DeviceArray<__nv_bfloat16> a(256), b(128);
-  const DeviceArray<float> c(128);
-  for (size_t i = 0; i < 256; ++i) a[i] = __float2bfloat16(i % 16 == 0 ? 0.75f : 0.0f);
-  for (size_t i = 0; i < 128; ++i) b[i] = __float2bfloat16(i < 8 ? 0x1p-23f : 0.0f);
-  for (size_t i = 0; i < 128; ++i) c[i] = i < 64 ? 1.0f : -1.0f;
-  ASSERT_EQ(launch(multiply<__nv_bfloat16>, {1}, {32}, 0, nullptr, a.data(), b.data(), c.data()),
-            0);
-  EXPECT_EQ(c[0], 1.0f);               // 1 + 0.75 ulp
-  EXPECT_EQ(c[64], -1.0f + 0x1p-23f);  // nearer to zero, over the edge of the next one
+// c + a product in each of k's sixteen places, for c and the products in a whole matrix.
+class TensorCoreSums : public testing::Test {
+ protected:
+  void TearDown() override { cuda_model::set_tensor_core(cuda_model::sm_80_tensor_core); }
+
+  static float sum(float c, const std::vector<float>& products) {
+    const DeviceArray<__nv_bfloat16> a(256), b(std::vector(128, __nv_bfloat16(1.0f)));
+    const DeviceArray<float> out(std::vector(128, c));
+    for (size_t i = 0; i < 256; ++i) {
+      a[i] = __float2bfloat16(i % 16 < products.size() ? products[i % 16] : 0.0f);
+    }
+    EXPECT_EQ(
+        launch(multiply<__nv_bfloat16>, {1}, {32}, 0, nullptr, a.data(), b.data(), out.data()), 0);
+    for (int i = 1; i < 128; ++i)
+      EXPECT_EQ(std::bit_cast<uint32_t>(out[i]), std::bit_cast<uint32_t>(out[0]));
+    return out[0];
+  }
+};
+
+// Sums drop what lies below float32's last bit, and never gain from rounding.
+TEST_F(TensorCoreSums, AreCutTowardZero) {
+  for (const auto& core : {cuda_model::sm_80_tensor_core, cuda_model::sm_90_tensor_core}) {
+    cuda_model::set_tensor_core(core);
+    EXPECT_EQ(sum(1.0f, {0x1.8p-24f}), 1.0f);  // 1 + 0.75 ulp
+    EXPECT_EQ(sum(-1.0f, {0x1p-25f}), core.extra_bits == 1 ? -1.0f : -1.0f + 0x1p-24f);
+  }
+  EXPECT_EQ(sum(-1.0f, {0x1.8p-24f}), -1.0f + 0x1p-23f);  // nearer to zero, over the next one
+}
+
+// The terms are cut as well, each by itself, before they are added.
+TEST_F(TensorCoreSums, LoseWhatEachTermHasBelowTheLastPlace) {
+  const std::vector<float> quarters(8, 0x1p-25f), eighths(16, 0x1p-26f);
+  EXPECT_EQ(sum(1.0f, quarters), 1.0f);  // of eight quarters of an ulp nothing is left
+  EXPECT_EQ(sum(1.0f, {0x1p-24f, 0x1p-24f}), 1.0f + 0x1p-23f);
+  EXPECT_EQ(sum(0.0f, {1.0f, 0x1p-25f, 0x1p-25f, 0x1p-25f, 0x1p-25f}), 1.0f);
+  cuda_model::set_tensor_core(cuda_model::sm_90_tensor_core);
+  EXPECT_EQ(sum(1.0f, quarters), 1.0f + 0x1p-22f);
+  EXPECT_EQ(sum(1.0f, eighths), 1.0f);
+}
+
+// sm_80 takes two steps for one instruction, and its sum is cut after each.
+TEST_F(TensorCoreSums, TakeAsManyProductsAtOnceAsTheDevice) {
+  std::vector<float> products(16, 0.0f);
+  products[0] = products[8] = 0x1p-24f;
+  EXPECT_EQ(sum(1.0f, products), 1.0f);
+  cuda_model::set_tensor_core(cuda_model::sm_90_tensor_core);
+  EXPECT_EQ(sum(1.0f, products), 1.0f + 0x1p-23f);
+}
+
+TEST_F(TensorCoreSums, KeepInfinitiesAndNaN) {
+  EXPECT_EQ(sum(1.0f, {-INFINITY, 1.0f}), -INFINITY);
+  EXPECT_EQ(sum(INFINITY, {1.0f}), INFINITY);
+  EXPECT_TRUE(std::isnan(sum(INFINITY, {-INFINITY})));
+  EXPECT_TRUE(std::isnan(sum(0.0f, {NAN})));
+  EXPECT_EQ(sum(0x1.8p127f, {0x1p127f}), INFINITY);
+  EXPECT_EQ(sum(0.0f, {0x1p-133f}), 0x1p-133f);
 }
 
 }  // namespace
