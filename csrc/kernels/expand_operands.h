@@ -168,18 +168,15 @@ __device__ void load_columns(typename P::Number* tile, const Part<typename P::Fa
   }
 }
 
-// sums += a b, smallest products first; of two parts, without that of the two second ones.
-template <typename Mma, int parts>
-__device__ inline void multiply_parts(float (&sums)[4], const uint32_t (&a)[parts][4],
-                                      const uint32_t (&b)[parts][4], int n) {
-#pragma unroll
-  for (int order = parts == 2 ? 1 : 2 * parts - 2; order >= 0; --order) {
-#pragma unroll
-    for (int p = 0; p < parts; ++p) {
-      if (order - p < 0 || order - p >= parts) continue;
-      const uint32_t column[2] = {b[order - p][n], b[order - p][n + 2]};
-      multiply_add<Mma>(sums, a[p], column);
-    }
+// sums += a b. Of two parts, the product of the two second ones is left out, and all sums stay in
+// the tensor core: they are far better than their results of 16 bits.
+template <typename P>
+__device__ inline void add_parts(float (&sums)[4], const uint32_t (&a)[P::parts][4],
+                                 const uint32_t (&b)[P::parts][4], int n) {
+  if constexpr (P::parts < 3) {
+    multiply_fragments<typename P::Mma, P::parts - 1>(sums, a, b, n);
+  } else {
+    add_fragments<typename P::Mma>(sums, a, b, n);
   }
 }
 
@@ -208,8 +205,8 @@ __device__ void multiply(const typename P::Number* hidden, const typename P::Num
       }
 #pragma unroll
       for (int i = 0; i < P::warp_rows / 16; ++i) {
-        multiply_parts<typename P::Mma>(sums[i][n], a[i], b, 0);
-        multiply_parts<typename P::Mma>(sums[i][n + 1], a[i], b, 1);
+        add_parts<P>(sums[i][n], a[i], b, 0);
+        add_parts<P>(sums[i][n + 1], a[i], b, 1);
       }
     }
   }

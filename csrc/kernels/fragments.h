@@ -2,7 +2,12 @@
 //
 // Numbers that the tensor core does not take as they are, are cut into bfloat16 parts of eight bits
 // each, whose sum is the number: three for float32, two for float16. Products of all parts with all
-// parts are exact, and their sums are as good as float32's.
+// parts are exact.
+//
+// The tensor core cuts its running sum where float32 rounds it, and loses a little at each step and
+// always in one direction. Its sums of parts therefore leave it after each sixteen products and are
+// added up in registers, rounded: they are then better than float32's own sums. Sums of numbers of
+// 16 bits stay in it: what they lose is far below the rounding of their results.
 #pragma once
 
 #include "tiles.h"
@@ -160,12 +165,13 @@ struct CutTile {
   }
 };
 
-// sums[n] += a b for column n of 8 of b, smallest products first.
-template <typename Mma, int parts_a, int parts_b>
+// sums += a b for column n of 8 of b, smallest products first: the product of parts p and q is of
+// order p + q, from `most` down to `least`.
+template <typename Mma, int most = 4, int least = 0, int parts_a, int parts_b>
 __device__ inline void multiply_fragments(float (&sums)[4], const uint32_t (&a)[parts_a][4],
                                           const uint32_t (&b)[parts_b][4], int n) {
 #pragma unroll
-  for (int order = parts_a + parts_b - 2; order >= 0; --order) {
+  for (int order = most; order >= least; --order) {
 #pragma unroll
     for (int p = 0; p < parts_a; ++p) {
       if (order - p < 0 || order - p >= parts_b) continue;
@@ -175,12 +181,28 @@ __device__ inline void multiply_fragments(float (&sums)[4], const uint32_t (&a)[
   }
 }
 
+// The same, the tensor core being left where operands have parts. Apart from the smaller ones, the
+// largest products lose hardly a bit.
+template <typename Mma, int parts_a, int parts_b>
+__device__ inline void add_fragments(float (&sums)[4], const uint32_t (&a)[parts_a][4],
+                                     const uint32_t (&b)[parts_b][4], int n) {
+  if constexpr (parts_b == 1) {
+    multiply_fragments<Mma>(sums, a, b, n);
+  } else {
+    float largest[4] = {}, smaller[4] = {};
+    multiply_fragments<Mma, 4, 1>(smaller, a, b, n);
+    multiply_fragments<Mma, 0>(largest, a, b, n);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[j] += largest[j] + smaller[j];
+  }
+}
+
 // sums[i][n] += rows 16 i.. of a times columns 8 n.. of b, over k below `depth`, for the columns
 // below `cols`. A warp's sums: lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the
 // next one.
 template <typename Mma, int depth, typename A, typename B, int groups, int columns>
-__device__ inline void multiply_tiles(const A& a, const B& b, int cols,
-                                      float (&sums)[groups][columns][4]) {
+__device__ inline void add_product(const A& a, const B& b, int cols,
+                                   float (&sums)[groups][columns][4]) {
 #pragma unroll
   for (int k = 0; k < depth; k += 16) {
     uint32_t rows_of_a[groups][A::parts][4];
@@ -193,43 +215,8 @@ __device__ inline void multiply_tiles(const A& a, const B& b, int cols,
       b.load(8 * n, k, columns_of_b);
 #pragma unroll
       for (int i = 0; i < groups; ++i) {
-        multiply_fragments<Mma>(sums[i][n], rows_of_a[i], columns_of_b, 0);
-        if (n + 1 < columns) multiply_fragments<Mma>(sums[i][n + 1], rows_of_a[i], columns_of_b, 1);
-      }
-    }
-  }
-}
-
-// The same, summed apart where operands have parts: in one long sum the tensor core would lose more
-// than float32 does.
-template <typename Mma, int depth, typename A, typename B, int groups, int columns>
-__device__ inline void add_product(const A& a, const B& b, int cols,
-                                   float (&sums)[groups][columns][4]) {
-  if constexpr (B::parts == 1) {
-    multiply_tiles<Mma, depth>(a, b, cols, sums);
-  } else {
-    constexpr int step = columns < 2 ? 1 : 2;
-#pragma unroll
-    for (int n = 0; n < columns; n += step) {
-      if (8 * n >= cols) continue;
-      float product[groups][step][4] = {};
-#pragma unroll
-      for (int k = 0; k < depth; k += 16) {
-        uint32_t columns_of_b[B::parts][4];
-        b.load(8 * n, k, columns_of_b);
-#pragma unroll
-        for (int i = 0; i < groups; ++i) {
-          uint32_t rows_of_a[A::parts][4];
-          a.load(16 * i, k, rows_of_a);
-#pragma unroll
-          for (int j = 0; j < step; ++j) {
-            multiply_fragments<Mma>(product[i][j], rows_of_a, columns_of_b, j);
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < groups * step * 4; ++i) {
-        sums[i / 4 / step][n + i / 4 % step][i % 4] += product[i / 4 / step][i / 4 % step][i % 4];
+        add_fragments<Mma>(sums[i][n], rows_of_a[i], columns_of_b, 0);
+        if (n + 1 < columns) add_fragments<Mma>(sums[i][n + 1], rows_of_a[i], columns_of_b, 1);
       }
     }
   }

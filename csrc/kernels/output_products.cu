@@ -108,7 +108,7 @@ __device__ void multiply_columns(const typename P::Wide* dy, const HiddenRows<P>
     uint32_t of_dy[P::wide_parts][4], of_hidden[P::factor_parts][4];
     columns.load(0, k, of_dy);
     hidden.load(k, of_hidden);
-    multiply_fragments<typename P::Mma>(sums[k / rows_at_once][0][0], of_dy, of_hidden, 0);
+    add_fragments<typename P::Mma>(sums[k / rows_at_once][0][0], of_dy, of_hidden, 0);
   }
 #pragma unroll
   for (int i = 1; i < row_tile / rows_at_once; ++i) {

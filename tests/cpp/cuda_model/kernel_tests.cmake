@@ -46,8 +46,10 @@ rankwise_kernel_test(cuda_model/warp_test)
 rankwise_kernel_test(kernels/dropout_mask_test dropout_mask.cu)
 rankwise_kernel_test(kernels/allocation/importance_kernels_test allocation/importance.cu)
 rankwise_kernel_test(kernels/lora_embedding_test expand.cu lora_embedding.cu)
-rankwise_kernel_test(kernels/lora_linear_test column_products.cu dropout_mask.cu expand.cu finish.cu
-  lora_linear.cu output_products.cu row_products.cu)
+set(lora_linear_kernels column_products.cu expand.cu finish.cu lora_linear.cu output_products.cu
+  row_products.cu)
+rankwise_kernel_test(kernels/lora_linear_test dropout_mask.cu ${lora_linear_kernels})
+rankwise_kernel_test(kernels/lora_linear_accuracy_test ${lora_linear_kernels})
 rankwise_kernel_test(kernels/allocation/orthogonality_test allocation/orthogonality.cu)
 rankwise_kernel_test(kernels/allocation/progress_test allocation/progress.cu)
 rankwise_kernel_test(kernels/allocation/triplet_selection_test allocation/triplet_selection.cu)
