@@ -43,20 +43,27 @@ struct Plan {
   __device__ static int hidden_place(int row) { return row * pitch; }
 };
 
+// The nearest bfloat16, as the upper half of a word; not beyond the largest number, and NaN stays.
+__device__ inline uint32_t nearest(float value) {
+  const uint32_t bits = as_bits(value);
+  const uint32_t rounded = bits + 0x7FFFu + (bits >> 16 & 1);
+  return ((bits & 0x7FFFFFFFu) < 0x7F7F8000u ? rounded : bits) & 0xFFFF0000u;
+}
+
 // A pair of float32 numbers as `parts` pairs of bfloat16, largest first. Two parts are rounded, so
-// that the product of the two second ones may be left out.
+// that the product of the two second ones may be left out. The second one may then be zero or have
+// the other sign, which infinity must not meet: infinity is one and, as a second part, infinity.
 template <int parts_>
 __device__ inline void cut_operand(float low, float high, uint32_t (&parts)[parts_]) {
   if constexpr (parts_ == 2) {
-    const auto round = [](float value) {
-      const uint32_t bits = as_bits(value);
-      const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1)) & 0xFFFF0000u;
-      // Not beyond the largest number.
-      return (rounded & 0x7F800000u) == 0x7F800000u ? bits & 0xFFFF0000u : rounded;
+    const auto first = [](float value) {
+      constexpr uint32_t from_infinity_to_one = 0x40000000u;
+      const uint32_t bits = nearest(value);
+      return (bits & 0x7FFFFFFFu) == 0x7F800000u ? bits ^ from_infinity_to_one : bits;
     };
-    const uint32_t first_low = round(low), first_high = round(high);
-    parts[0] = first_low >> 16 | first_high;
-    parts[1] = round(low - as_float(first_low)) >> 16 | round(high - as_float(first_high));
+    const uint32_t of_low = first(low), of_high = first(high);
+    parts[0] = of_low >> 16 | of_high;
+    parts[1] = nearest(low - as_float(of_low)) >> 16 | nearest(high - as_float(of_high));
   } else {
     cut(low, high, parts);
   }

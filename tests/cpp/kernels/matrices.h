@@ -60,12 +60,17 @@ struct Matrix {
     matrix.values.resize(rows * cols);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < cols; ++j) {
-        const T value = T(normal(generator));
-        matrix.memory[i * matrix.stride + j] = value;
-        matrix.values[i * cols + j] = static_cast<double>(static_cast<float>(value));
+        matrix.set(i, j, normal(generator));
       }
     }
     return matrix;
+  }
+
+  // Of a matrix with values.
+  void set(int64_t i, int64_t j, float value) {
+    const T rounded = T(value);
+    memory[i * stride + j] = rounded;
+    values[i * cols + j] = static_cast<double>(static_cast<float>(rounded));
   }
 
   T* data() const { return memory.data(); }

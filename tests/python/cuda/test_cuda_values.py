@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_device import DEVICE, KERNEL_DTYPES
-from samples import SAMPLES, Sample, arguments, subsets, tensors
+from samples import DTYPES, SAMPLES, Sample, arguments, subsets, tensors
 from test_lora_linear_values import check, sampled
 from tolerances import assert_same_bits
 
@@ -89,14 +89,17 @@ def test_the_base_product_is_rounded_with_all_that_is_added_to_it(dtype, digits)
     assert y.diagonal()[:8].tolist() == [1.0 + 2.0 ** (1 - digits)] * 8
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_nan_and_inf_pass_through(dtype):
+@pytest.mark.parametrize("name", KERNEL_DTYPES)
+def test_nan_and_inf_pass_through(name):
+    dtype, adapter = DTYPES[name]
     x, weight = torch.ones(3, 4).to(DEVICE, dtype), torch.ones(5, 4).to(DEVICE, dtype)
     x[1, 2] = float("nan")
     x[2, 0] = float("inf")
-    A, B = torch.ones(2, 4).to(DEVICE, dtype), torch.ones(5, 2).to(DEVICE, dtype)
+    A, B = torch.ones(2, 4).to(DEVICE, adapter), torch.ones(5, 2).to(DEVICE, adapter)
     y = rankwise.ops.lora_linear(x, weight, None, A, B, scaling=1.0)
     assert y[0].isfinite().all() and y[1].isnan().all() and y[2].isinf().all()
+    A[1, 3] = float("nan")
+    assert rankwise.ops.lora_linear(x, weight, None, A, B, scaling=1.0).isnan().all()
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 5, 8])
