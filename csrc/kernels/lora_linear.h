@@ -98,7 +98,7 @@ struct Expand {
   int64_t out_stride;
   // At most one of these, of wide_type, is added; for `transposed` without dropout.
   const void* bias = nullptr;  // [cols]
-  const void* base = nullptr;  // [rows, cols]
+  const void* base = nullptr;  // [rows, cols]; may be `out` itself
   int64_t base_stride = 0;
 };
 int launch_expand(const Expand& problem, void* stream);

@@ -1,6 +1,7 @@
 // lora_linear on CUDA: the LoRA term is written first, by a kernel and with the bias in it, and the
 // base product added to it (beta = 1), so y and dx are written once, read once more and the larger
-// term is rounded last.
+// term is rounded last. Factors of float32 over a base of 16 bits are added to the base product
+// instead, in float32: the term may be the larger one, and PEFT does not round it either.
 #include "../../kernels/lora_linear.h"
 
 #include <ATen/ATen.h>
@@ -26,13 +27,14 @@ bool kernels_serve(const at::Tensor& input, const at::Tensor& weight, int64_t ra
          composite_reason(input.scalar_type(), input.device()).empty();
 }
 
-// y = (scaling * gated B^T + bias) + x W0^T, rounded after each of the two sums.
-at::Tensor expand_and_accumulate(const CudaAdapter& adapter, const at::Tensor& x,
-                                 const at::Tensor& w, const std::optional<at::Tensor>& bias,
-                                 const at::Tensor& gated) {
+// y = (scaling * gated B^T + bias) + x W0^T, or scaling * gated B^T + (x W0^T + bias) with factors
+// of float32 over 16 bits; rounded after each of the two sums.
+at::Tensor add_output(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& w,
+                      const std::optional<at::Tensor>& bias, const at::Tensor& gated) {
   const at::Tensor y = at::empty({x.size(0), w.size(0)}, x.options());
-  if (adapter.rank() == 0) {
+  if (adapter.rank() == 0 || adapter.type() != kernel_type(y)) {
     multiply_base(y, x, w.t(), bias);
+    if (adapter.rank() > 0) expand_output(adapter, gated, y, {}, /*base=*/y);
     return y;
   }
   expand_output(adapter, gated, y, has(bias) ? bias->contiguous() : at::Tensor(), {});
@@ -55,7 +57,7 @@ ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor
   const at::Tensor hidden = at::empty({x.size(0), rank}, adapter.A.options());
   const at::Tensor gated = adapter.E.defined() ? at::empty_like(hidden) : hidden;
   if (rank > 0) shrink(adapter, x, hidden, gated);
-  const at::Tensor y = expand_and_accumulate(adapter, x, weight, bias, gated);
+  const at::Tensor y = add_output(adapter, x, weight, bias, gated);
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = weight.size(0);
   return {y.view(shape), hidden, seed};
