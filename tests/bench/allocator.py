@@ -1,4 +1,5 @@
-# The AdaLoRA allocator against PEFT's update_and_allocate, on the same adapters.
+# The AdaLoRA allocator against PEFT's update_and_allocate, on the same adapters; and the spectral
+# allocator's passes, which have no counterpart.
 """Prints medians and quartiles of milliseconds, and the median of the ratios of paired runs.
 
 Each phase of the schedule is timed by itself: warm-up (averages only), budgeting (averages and an
@@ -6,7 +7,8 @@ allocation in each step), final (PEFT masks in each step; ours has shrunk). "war
 ten passes in a row, "cold" one pass after 240 MB of other memory were written, as a training step
 leaves the caches. Contenders alternate in one process, in random order; "twice" times rankwise
 against itself, the noise of the method. "Llama-2-7B" has that model's 224 matrices as bases without
-memory of their own, since no pass reads a base. On a GPU a time is that of ten passes between two
+memory of their own, since no pass reads a base. A spectral event moves a rank out of each second
+adapter into the others. On a GPU a time is that of ten passes between two
 events, warm alone.
 """
 
@@ -85,6 +87,35 @@ def our_pass(name: str, phase: str, device: str):
     return lambda: allocator.step(optimizer)
 
 
+def spectral_pass(name: str, device: str, event: bool):
+    def to_and_fro(question: rw.RankQuestion) -> list[int]:
+        return [RANK - (question.step + m) % 2 for m in range(len(question.ranks))]
+
+    base = base_model(name, device)
+    config = rw.SpectralConfig(
+        initial_rank=RANK, total_steps=10**9, allocation_interval=1 if event else 10**8,
+        rule=to_and_fro, target_modules=targets(base),
+    )  # fmt: skip
+    model = rw.apply_lora(base, config)
+    set_gradients(model, 0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    optimizer.step()
+    allocator = rw.SpectralAllocator(model, config)
+    return lambda: allocator.step(optimizer)
+
+
+def spectral(name: str, options: Namespace) -> tuple[str, dict]:
+    contenders = {
+        "between events": spectral_pass(name, options.device, event=False),
+        "an event": spectral_pass(name, options.device, event=True),
+        "an event, twice": spectral_pass(name, options.device, event=True),
+    }
+    timings = paired(contenders, options.repeats, milliseconds)
+    title = f"{name}, rank {RANK}, SpectralAllocator"
+    console.print(table(title, timings, "between events"))
+    return title, as_json(timings)
+
+
 def warm(action) -> float:
     return median(milliseconds(action) for _ in range(10))
 
@@ -114,6 +145,8 @@ def run(options: Namespace) -> dict[str, dict]:
                 title = f"{name}, rank {RANK}, {phase}, {how.__name__}"
                 found[title] = as_json(timings)
                 console.print(table(title, timings, "PEFT"))
+        title, timings = spectral(name, options)
+        found[title] = timings
     return found
 
 
