@@ -33,6 +33,7 @@ class AdaLoRACallback(AdapterCallback):
         form: of the penalty, see RankAllocator.orthogonality_penalty.
 
     Raises:
+        TypeError: another allocator.
         ValueError: when training begins: the schedule is longer than the training, the model has no
             AdaLoRA adapters, or DeepSpeed or FSDP would step.
         RuntimeError: then, when the allocator's steps are not the Trainer's: the checkpoint has no
@@ -45,6 +46,11 @@ class AdaLoRACallback(AdapterCallback):
         orthogonality: float = 0.0,
         form: str = "squared_sum",
     ) -> None:
+        if not isinstance(allocator, (RankAllocator, type(None))):
+            raise TypeError(
+                "AdaLoRACallback: allocator must be a RankAllocator or None, got "
+                f"{type(allocator).__name__}; attach another to trainer.create_optimizer()"
+            )
         self.allocator = allocator
         self.orthogonality = orthogonality
         self.form = form
