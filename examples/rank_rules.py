@@ -68,14 +68,18 @@ def elalora(moved: int = 4, candidates: int = 2) -> Rule:
 
 
 def growing(every: int = 1) -> Rule:
-    """Growth alone: at each event the adapters of the best weakest directions get a rank.
+    """Growth alone: adapters that have no direction get one, then those of the best weakest ones.
 
-    Begin with ``initial_rank=1`` and an initial_budget; `every`: ranks an event.
+    Begin with ``initial_rank=0, min_rank=0`` and an initial_budget; `every`: ranks an event.
     """
 
     def rule(question: RankQuestion) -> list[int]:
         ranks = list(question.ranks)
-        for m in sorted(range(len(ranks)), key=lambda m: -question.scores[m][-1])[:every]:
+        for m in range(len(ranks)):
+            if ranks[m] == 0 and affordable(question, ranks, m):
+                ranks[m] = 1
+        grown = [m for m, own in enumerate(question.scores) if own]
+        for m in sorted(grown, key=lambda m: -question.scores[m][-1])[:every]:
             if affordable(question, ranks, m):
                 ranks[m] += 1
         return ranks

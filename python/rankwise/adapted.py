@@ -210,9 +210,10 @@ class Adapted(Directed, Unloadable):
 
         factors = {"lora_A": new(capacity, inputs), "lora_B": new(outputs, capacity)}
         factors["lora_E"] = new(capacity, 1) if options.triplets else None
-        movable = options.triplets or capacity > options.rank  # by an allocator
-        directions = Directions(capacity, options.rank) if movable else None
-        adapter = StoredAdapter(factors, options, options.rank, directions).train(self.training)
+        rank = options.rank if options.first_rank is None else options.first_rank
+        movable = options.triplets or capacity > rank  # by an allocator
+        directions = Directions(capacity, rank) if movable else None
+        adapter = StoredAdapter(factors, options, rank, directions).train(self.training)
         self._reset_adapter(adapter)
         return adapter
 

@@ -69,6 +69,8 @@ class AdapterOptions:
         allocation: AdaLoRA's schedule where a configuration or a folder gave it; it goes into saved
             folders.
         task_type: PEFT's name of the task, where a folder gave it; it goes into saved folders.
+        first_rank: directions in use at first, of an allocator that changes how many there are; None
+            for rank.
         within_layer: take no more directions than the layer's smaller side has; see within().
     """
 
@@ -82,6 +84,7 @@ class AdapterOptions:
     triplets: bool = False
     allocation: library.AllocationSettings | None = None
     task_type: str = ""
+    first_rank: int | None = None
     within_layer: bool = False
 
     def __post_init__(self) -> None:

@@ -168,7 +168,7 @@ def _warn_of_lower_ranks(
     lower = [
         f"'{path}' ({adapter.rank} in the place of {options[path].rank})"
         for path, adapter in adapters.items()
-        if adapter.rank < options[path].rank
+        if adapter.options.rank < options[path].rank
     ]
     if lower:
         warnings.warn(

@@ -37,11 +37,13 @@ class SpectralConfig(TargetConfig):
     """LoRA whose ranks move between matrices: what apply_lora() makes and SpectralAllocator moves.
 
     Args:
-        initial_rank: of every adapter at the start, >= 1; at most its layer's smaller side.
-        alpha: the update is scaled by alpha / initial_rank, whatever its rank becomes.
+        initial_rank: of every adapter at the start, >= 0; at most its layer's smaller side. From 0
+            all ranks come out of initial_budget.
+        alpha: the update is scaled by alpha / initial_rank, or by alpha from rank 0, whatever its
+            rank becomes.
         max_rank: of every adapter, for which there is room in its factors; None for twice the
-            initial rank. At most the layer's smaller side.
-        min_rank: directions that every adapter keeps.
+            initial rank, or 8 from rank 0. At most the layer's smaller side.
+        min_rank: directions that every adapter keeps; 0 from rank 0.
         total_steps: optimizer steps of the whole training, >= 1.
         warmup_steps: steps at the start that move nothing.
         final_steps: steps at the end that move nothing.
@@ -107,8 +109,8 @@ class SpectralConfig(TargetConfig):
             value = getattr(self, name)
             require(value is None or callable(value), name, "a function or None")
         require(self.score in SCORES, "score", f"one of {SCORES}")
-        require(self.initial_rank >= 1, "initial_rank", "at least 1")
-        least = self.initial_rank
+        require(self.initial_rank >= 0, "initial_rank", "at least 0")
+        least = max(self.initial_rank, 1)
         require(self.max_rank is None or self.max_rank >= least, "max_rank", f"at least {least}")
         require(self.min_rank <= self.initial_rank, "min_rank", f"at most {self.initial_rank}")
         self.allocation_options()
@@ -117,7 +119,8 @@ class SpectralConfig(TargetConfig):
     def options(self, rank: int | None = None, alpha: float | None = None) -> AdapterOptions:
         rank = self.initial_rank if rank is None else rank
         return AdapterOptions(
-            rank=rank,
+            rank=max(rank, 1),
+            first_rank=0 if rank == 0 else None,
             alpha=self.alpha if alpha is None else alpha,
             dropout=self.dropout,
             capacity=max(rank, self._room),
@@ -127,7 +130,7 @@ class SpectralConfig(TargetConfig):
 
     @property
     def _room(self) -> int:
-        return 2 * self.initial_rank if self.max_rank is None else self.max_rank
+        return self.max_rank or 2 * self.initial_rank or 8
 
     def allocation_options(self):
         """The schedule for the C++ allocator, checked."""

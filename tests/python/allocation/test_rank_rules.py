@@ -15,7 +15,8 @@ RULES = {
     "increlora": dict(rule=rank_rules.increlora(), initial_budget=400),
     "elalora": dict(rule=rank_rules.elalora(moved=2), min_age=0),
     "growing": dict(
-        rule=rank_rules.growing(), initial_budget=222, initial_rank=1, max_rank=6, warmup_steps=0,
+        rule=rank_rules.growing(), initial_budget=222, initial_rank=0, min_rank=0, max_rank=6,
+        alpha=2.0, warmup_steps=0,
     ),
 }  # fmt: skip
 

@@ -70,6 +70,19 @@ def test_a_budget_of_the_users():
     assert cost_of(model) + allocator.bank == allocator.budget
 
 
+def test_from_rank_0_every_rank_comes_out_of_the_budget():
+    options = dict(initial_rank=0, min_rank=0, alpha=2.0, max_rank=5, initial_budget=222)
+    model, allocator = spectral(total_steps=160, final_steps=60, **options)
+    first = model.loss(0).item()
+    assert cost_of(model) == 0 and allocator.bank == 222
+    optimizer = torch.optim.AdamW(trained(model), 0.02)
+    allocator.attach(optimizer)
+    losses = train(model, optimizer, range(160))
+    assert losses[0] == first and losses[-1] < 0.3 * first
+    assert 0 <= allocator.bank < 22 and cost_of(model) + allocator.bank == 222
+    assert allocator.ranks["wide"] > allocator.ranks["narrow"]
+
+
 def test_a_narrow_layer_begins_with_what_it_can_have():
     model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(64, 64))
     chosen = config(initial_rank=12, alpha=24.0, target_modules=["0", "1"])
@@ -291,7 +304,7 @@ def test_what_it_needs():
         (dict(final_steps=70), "must be less than total_steps 60"),
         (dict(min_rank=4), "min_rank must be at most 3, got 4"),
         (dict(max_rank=2), "max_rank must be at least 3, got 2"),
-        (dict(initial_rank=0), "initial_rank must be at least 1, got 0"),
+        (dict(initial_rank=-1), "initial_rank must be at least 0, got -1"),
         (dict(initial_rank=2.5), "initial_rank must be an integer, got 2.5"),
         (dict(score="size"), "score must be one of .*, got 'size'"),
         (dict(rule="elalora"), "rule must be a function or None, got 'elalora'"),
