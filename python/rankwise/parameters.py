@@ -13,18 +13,25 @@ from .sharding import check_not_flat, reshard
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, ratio: float = 16.0, embedding_lr: float = 1e-6
+    model: nn.Module,
+    lr: float,
+    ratio: float = 16.0,
+    embedding_lr: float = 1e-6,
+    e_ratio: float = 1.0,
 ) -> list[dict]:
     """The trainable parameters in groups for LoRA+ (arXiv 2402.12354), for any torch optimizer.
 
     As in PEFT's create_loraplus_optimizer, but that modules trained whole are all in the first
-    group, and that groups have no weight decay of their own.
+    group, and that only the group of lora_E has a weight decay of its own.
 
     Args:
         model: with an active adapter.
-        lr: of lora_A, of AdaLoRA's lora_E, and of all that is trained besides the adapter.
+        lr: of lora_A and of all that is trained besides the adapter.
         ratio: lora_B learns at ratio * lr; finite, positive.
         embedding_lr: of both factors of embeddings.
+        e_ratio: AdaLoRA's lora_E learns at e_ratio * lr; finite, positive. It starts at zero behind
+            two small factors, so that more than 1 suits it. Another ratio than 1 makes a group of
+            its own, without weight decay, which would pull directions down that pruning weighs.
 
     Returns:
         [{"params": [...], "lr": ...}, ...], in this order, without empty groups.
@@ -32,22 +39,31 @@ def parameter_groups(
     Raises:
         ValueError: the model has no adapters, or nothing trains.
     """
-    if not (math.isfinite(ratio) and ratio > 0):
-        raise ValueError(f"parameter_groups: ratio must be finite and positive, got {ratio!r}")
+    for name, value in (("ratio", ratio), ("e_ratio", e_ratio)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"parameter_groups: {name} must be finite and positive, got {value!r}")
     reshard(model)
     check_not_flat("parameter_groups", model)
-    groups: dict[str, list[nn.Parameter]] = {"first": [], "lora_B": [], "embedding": []}
+    groups: dict[str, list[nn.Parameter]] = {
+        "first": [], "lora_B": [], "embedding": [], "lora_E": []
+    }  # fmt: skip
     group_of = {}
     for layer in ModelAdapters.of(model).layers.values():
         for name, parameter in layer.named_parameters():
             group_of[id(parameter)] = _group(layer, name)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups[group_of.get(id(parameter), "first")].append(parameter)
+            group = group_of.get(id(parameter), "first")
+            groups["first" if group == "lora_E" and e_ratio == 1 else group].append(parameter)
     if not any(groups.values()):
         raise ValueError("parameter_groups: nothing trains; call activate_adapter(model, name)")
-    rates = {"first": lr, "lora_B": lr * ratio, "embedding": embedding_lr}
-    return [{"params": own, "lr": rates[name]} for name, own in groups.items() if own]
+    options = {
+        "first": {"lr": lr},
+        "lora_B": {"lr": lr * ratio},
+        "embedding": {"lr": embedding_lr},
+        "lora_E": {"lr": lr * e_ratio, "weight_decay": 0.0},
+    }
+    return [{"params": own, **options[name]} for name, own in groups.items() if own]
 
 
 def _group(layer: Adapted, name: str) -> str:
@@ -56,7 +72,7 @@ def _group(layer: Adapted, name: str) -> str:
         return "first"
     if isinstance(layer, nn.Embedding):
         return "embedding"
-    return "lora_B" if "lora_B" in name else "first"
+    return next((factor for factor in ("lora_B", "lora_E") if factor in name), "first")
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -145,6 +145,20 @@ def test_adaloras_singular_values_learn_with_the_first_group():
     }  # fmt: skip
 
 
+def test_adaloras_singular_values_have_a_rate_of_their_own_and_no_decay():
+    config = rw.AdaLoRAConfig(target_modules=["query"], total_steps=5)
+    model = rw.apply_lora(bert_classifier(), config)
+    groups = rw.parameter_groups(model, 1.0, ratio=1.0, e_ratio=6.0)
+    found = rates(model, groups)
+    assert {name.rpartition(".")[2]: rate for name, rate in found.items()} == {
+        "lora_A": 1.0, "lora_E": 6.0, "lora_B": 1.0
+    }  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+    with pytest.raises(ValueError, match="e_ratio must be finite and positive, got 0"):
+        rw.parameter_groups(model, 1.0, e_ratio=0)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_optimizers_take_the_groups(models, optimizer):
     ours, _ = models
