@@ -77,6 +77,10 @@ std::vector<SpectralAllocator::Found> SpectralAllocator::find(const Gradients& g
     const Adapter& adapter = adapters_[m];
     found[m].A = doubles(adapter.lora_A.narrow(0, 0, adapter.rank));
     found[m].B = doubles(adapter.lora_B.narrow(1, 0, adapter.rank));
+    TORCH_CHECK(
+        found[m].A.isfinite().all().item<bool>() && found[m].B.isfinite().all().item<bool>(),
+        "SpectralAllocator: the factors of '", adapter.name, "' are infinite or NaN at step ",
+        steps_ + 1, ", so that they have no singular directions");
     const std::optional<at::Tensor> gA = gradients[3 * m], gB = gradients[3 * m + 1];
     if (!gA || !gB) continue;
     found[m].gA = doubles(gA->narrow(0, 0, adapter.rank));

@@ -69,7 +69,7 @@ class AdapterOptions:
         allocation: AdaLoRA's schedule where a configuration or a folder gave it; it goes into saved
             folders.
         task_type: PEFT's name of the task, where a folder gave it; it goes into saved folders.
-        first_rank: directions in use at first, of an allocator that changes how many there are; None
+        first_rank: directions in use at first, where an allocator changes how many there are; None
             for rank.
         within_layer: take no more directions than the layer's smaller side has; see within().
     """
