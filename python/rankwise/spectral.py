@@ -87,7 +87,7 @@ class SpectralConfig(TargetConfig):
     sensitivity_weight: float = 0.1
     beta: float = 0.85
     threshold: float = 0.0
-    hysteresis: float = 0.1
+    hysteresis: float = 0.5
     max_moves: int | None = None
     min_age: int | None = None
     ramp_steps: int = 0

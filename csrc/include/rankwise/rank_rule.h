@@ -29,7 +29,7 @@ using RankRule = std::function<std::vector<int64_t>(const RankQuestion&)>;
 /// What exchange_rule does beyond the budget.
 struct ExchangeSettings {
   double threshold = 0;     ///< directions with lower scores are dropped
-  double hysteresis = 0.1;  ///< in [0, 1): a direction gives way where its score is that part less
+  double hysteresis = 0.5;  ///< in [0, 1): a direction gives way where its score is that part less
   /// Directions dropped by choice, and added, at most; negative: as many as there are adapters.
   int64_t max_moves = -1;
 };

@@ -5,7 +5,7 @@ import sys
 import pytest
 from cpp_programs import EXAMPLES, build
 
-sys.path[:0] = [str(EXAMPLES / folder) for folder in ("sentiment", "smollm2", "cpp")]
+sys.path[:0] = [str(EXAMPLES / folder) for folder in ("sentiment", "smollm2", "study", "cpp")]
 
 
 @pytest.fixture(scope="session")

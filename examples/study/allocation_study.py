@@ -1,0 +1,114 @@
+"""Which way of giving out ranks is best, at equal parameters? Five methods, tuned alike, seeds.
+
+`python examples/study/allocation_study.py --help`, in the environment of requirements.txt. Each
+training is written to a file when it ends, so that a study that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated
+
+import typer
+from figures import draw_study
+from methods import METHODS, run
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import ttest_rel
+from tasks import TASKS, Task
+from tqdm import tqdm
+
+OUTPUT = Path(__file__).resolve().parents[2] / "build" / "study"
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+TUNING_SEEDS = (100, 101)  # of the trainings by which the rate is chosen
+console = Console(highlight=False, width=120)
+
+
+class Results:
+    """Outcomes of trainings by task, method, rate and seed, in a file of one line each."""
+
+    def __init__(self, path: Path, task: Task) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._task = path, task
+        self._known: dict[tuple, dict] = {}
+        for line in path.read_text().splitlines() if path.exists() else []:
+            row = json.loads(line)
+            self._known[tuple(row["key"])] = row["outcome"]
+
+    def outcome(self, method: str, rate: float, seed: int) -> dict:
+        """Known, or of a training that is made now."""
+        key = (self._task.name, self._task.steps, method, rate, seed)
+        if key not in self._known:
+            outcome = asdict(run(self._task, method, rate, seed))
+            with self._path.open("a") as file:
+                file.write(json.dumps({"key": key, "outcome": outcome}) + "\n")
+            self._known[key] = json.loads(json.dumps(outcome))
+        return self._known[key]
+
+
+def main(
+    task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")] = "digits",
+    seeds: Annotated[int, typer.Option(min=2, help="Trainings of each method.")] = 5,
+    methods: Annotated[str, typer.Option(help="Names, separated by ';'.")] = ";".join(METHODS),
+    output: Annotated[Path, typer.Option(help="Folder of results and the figure.")] = OUTPUT,
+) -> dict[str, list[float]]:
+    """Chooses a rate for each method on the validation split, then measures on the test split."""
+    chosen_task, chosen = TASKS[task](), methods.split(";")
+    results = Results(output / f"{task}.jsonl", chosen_task)
+    trainings = len(chosen) * (len(RATES) * len(TUNING_SEEDS) + seeds)
+    rates, found = {}, {}
+    with tqdm(total=trainings, disable=not sys.stderr.isatty()) as bar:
+        for method in chosen:
+            bar.set_description(f"{task}, {method}")
+
+            def validated(rate: float, method: str = method) -> float:
+                values = []
+                for seed in TUNING_SEEDS:
+                    outcome = results.outcome(method, rate, seed)
+                    values.append(outcome["accuracies"]["validation"])
+                    bar.update()
+                return mean(values)
+
+            scores = {rate: validated(rate) for rate in RATES}
+            rates[method] = max(RATES, key=lambda rate: scores[rate])  # noqa: B023
+            found[method] = []
+            for seed in range(seeds):
+                found[method].append(results.outcome(method, rates[method], seed))
+                bar.update()
+    accuracies = {name: [o["accuracies"]["test"] for o in own] for name, own in found.items()}
+    console.print(table(chosen_task, accuracies, found, rates))
+    draw_study(task, found, output / f"{task}.png")
+    console.print(f"figure: {output / f'{task}.png'}")
+    return accuracies
+
+
+def table(
+    task: Task, accuracies: dict[str, list[float]], found: dict[str, list[dict]], rates: dict
+) -> Table:
+    """Means and deviations over seeds; p: that the method is not better than LoRA, one-sided."""
+    made = Table(
+        "method", "rate", "accuracy", "loss", "over LoRA", "p",
+        title=f"{task.name}: {task.steps} steps, mean rank {task.rank}, test split",
+    )  # fmt: skip
+    reference = accuracies.get("LoRA")
+    for name, own in accuracies.items():
+        difference = probability = ""
+        if reference is not None and name != "LoRA":
+            gained = mean(a - b for a, b in zip(own, reference, strict=True))
+            difference = f"{100 * gained:+.2f} points"
+            if own != reference:
+                probability = f"{ttest_rel(own, reference, alternative='greater').pvalue:.3f}"
+        loss = mean(outcome["loss"] for outcome in found[name])
+        made.add_row(
+            name, f"{rates[name]:g}", f"{100 * mean(own):.2f} +- {100 * stdev(own):.2f} %",
+            f"{loss:.3f}", difference, probability,
+        )  # fmt: skip
+    return made
+
+
+if __name__ == "__main__":
+    typer.run(main)
