@@ -32,7 +32,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main(
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the snippets.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the snippets.")] = 1,
     snippets: Annotated[int, typer.Option(min=64, help="Of the 10,605, how many.")] = 10_605,
     seed: Annotated[int, typer.Option(help="Of the adapter and the batches.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")] = OUTPUT,
