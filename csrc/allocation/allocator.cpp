@@ -60,8 +60,9 @@ void add_name(std::string& list, const std::string& name) {
 
 }  // namespace
 
-Allocator::Allocator(std::string owner, std::vector<Adapter> adapters, bool triplets)
-    : owner_(std::move(owner)), adapters_(std::move(adapters)) {
+Allocator::Allocator(std::string owner, std::string entry, std::vector<Adapter> adapters,
+                     bool triplets)
+    : owner_(std::move(owner)), entry_(std::move(entry)), adapters_(std::move(adapters)) {
   if (adapters_.empty())
     throw std::invalid_argument(owner_ + ": there must be at least one adapter");
   std::set<std::string> names;
@@ -195,6 +196,13 @@ Allocator::Gradients Allocator::gather(int64_t step) {
                "directions to others");
   }
   return gradients;
+}
+
+std::vector<at::Tensor> Allocator::present(const Gradients& gradients) {
+  std::vector<at::Tensor> result;
+  for (const std::optional<at::Tensor> gradient : gradients)
+    if (gradient) result.push_back(*gradient);
+  return result;
 }
 
 std::vector<int64_t> Allocator::ranks_of_adapters() const {

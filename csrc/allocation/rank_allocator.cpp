@@ -43,7 +43,7 @@ BudgetSchedule make_schedule(const std::vector<int64_t>& ranks, const std::vecto
 }  // namespace
 
 RankAllocator::RankAllocator(std::vector<Adapter> adapters, const AdaLoRAOptions& options)
-    : Allocator("RankAllocator", std::move(adapters), /*triplets=*/true),
+    : Allocator("RankAllocator", "rank_allocator", std::move(adapters), /*triplets=*/true),
       initial_ranks_(ranks_of_adapters()),
       costs_(costs_of(adapters_, options.budget_unit())),
       options_(options),

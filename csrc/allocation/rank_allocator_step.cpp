@@ -8,16 +8,6 @@
 #include "direction_order.h"
 
 namespace rankwise {
-namespace {
-
-std::vector<at::Tensor> present(const c10::List<std::optional<at::Tensor>>& gradients) {
-  std::vector<at::Tensor> result;
-  for (const std::optional<at::Tensor> gradient : gradients)
-    if (gradient) result.push_back(*gradient);
-  return result;
-}
-
-}  // namespace
 
 void RankAllocator::step(const OptimizerView& optimizer) {
   const at::NoGradGuard no_grad;

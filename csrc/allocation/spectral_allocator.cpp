@@ -60,7 +60,8 @@ void SpectralOptions::check() const {
 }
 
 SpectralAllocator::SpectralAllocator(std::vector<Adapter> adapters, const SpectralOptions& options)
-    : Allocator("SpectralAllocator", std::move(adapters), /*triplets=*/false), options_(options) {
+    : Allocator("SpectralAllocator", "spectral_allocator", std::move(adapters), /*triplets=*/false),
+      options_(options) {
   options_.check();
   if (options_.min_age() < 0) options_.min_age(2 * options_.allocation_interval());
   rule_ = options_.rule() ? options_.rule() : exchange_rule(options_.exchange());
@@ -144,11 +145,8 @@ void SpectralAllocator::step(const OptimizerView& optimizer) {
   }
   const Gradients gradients = gather(steps_ + 1);
   warn_of_untrained(optimizer);
-  std::vector<at::Tensor> present;
-  for (const std::optional<at::Tensor> gradient : gradients)
-    if (gradient) present.push_back(*gradient);
   const bool left_out = optimizer.found_inf.defined() && optimizer.found_inf.item<double>() != 0;
-  const bool finite = !importance_check(present)[0].item<bool>();
+  const bool finite = !importance_check(present(gradients))[0].item<bool>();
   if (left_out || !finite) {
     *stepped_ = true;
     ++skipped_steps_;

@@ -8,7 +8,6 @@
 //   step history.steps, .budgets, .banks [n], .ranks [n, adapters], .moves [n, 2], .values [n, 3]
 #include <ATen/ATen.h>
 #include <rankwise/spectral_allocator.h>
-#include <torch/serialize/archive.h>
 
 #include <algorithm>
 
@@ -19,7 +18,6 @@ namespace rankwise {
 namespace {
 
 using State = std::map<std::string, at::Tensor>;
-constexpr const char* entry = "spectral_allocator";
 
 State options_state(const SpectralOptions& o) {
   return {{"options.total_steps", number(o.total_steps())},
@@ -170,25 +168,6 @@ void SpectralAllocator::load_state(const std::map<std::string, at::Tensor>& stat
       young_.push_back({m, first + i, A.select(0, i).clone(), B.select(1, i).clone()});
     adapter.change_rank(columns.size(0));
   }
-}
-
-torch::serialize::OutputArchive& operator<<(torch::serialize::OutputArchive& archive,
-                                            const SpectralAllocator& allocator) {
-  c10::Dict<std::string, at::Tensor> state;
-  for (const auto& [name, tensor] : allocator.state()) state.insert(name, tensor);
-  archive.write(entry, c10::IValue(state));
-  return archive;
-}
-
-torch::serialize::InputArchive& operator>>(torch::serialize::InputArchive& archive,
-                                           SpectralAllocator& allocator) {
-  c10::IValue value;
-  TORCH_CHECK(archive.try_read(entry, value), "SpectralAllocator: the archive holds no allocator");
-  std::map<std::string, at::Tensor> state;
-  for (const auto& item : value.toGenericDict())
-    state.emplace(item.key().toStringRef(), item.value().toTensor());
-  allocator.load_state(state);
-  return archive;
 }
 
 }  // namespace rankwise

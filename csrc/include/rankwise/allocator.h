@@ -5,12 +5,18 @@
 #include <c10/util/Exception.h>
 #include <rankwise/adapter.h>
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <set>
 #include <string>
 #include <utility>
 #include <vector>
+
+namespace torch::serialize {
+class InputArchive;
+class OutputArchive;
+}  // namespace torch::serialize
 
 namespace rankwise {
 
@@ -50,6 +56,20 @@ class Allocator {
   /// What belongs after each step of the optimizer and before gradients are cleared.
   virtual void step(const OptimizerView& optimizer = {}) = 0;
 
+  /// Everything a bit-exact resume needs besides modules and optimizer.
+  virtual std::map<std::string, at::Tensor> state() const = 0;
+  /// Takes a state() back, and with it the adapters' ranks. Throws std::invalid_argument, and
+  /// changes nothing, for that of another allocator.
+  virtual void load_state(const std::map<std::string, at::Tensor>& state, bool at_work = true) = 0;
+
+  /// Its state() to and from an archive: torch::save(allocator, file) and
+  /// torch::load(allocator, file), as for modules and optimizers. Loading throws as load_state, and
+  /// c10::Error for an archive that holds no such allocator.
+  friend torch::serialize::OutputArchive& operator<<(torch::serialize::OutputArchive& archive,
+                                                     const Allocator& allocator);
+  friend torch::serialize::InputArchive& operator>>(torch::serialize::InputArchive& archive,
+                                                    Allocator& allocator);
+
   /// Runs step() after each of the optimizer's (rankwise/optim.h) until the handle is removed or
   /// the allocator is destroyed. Throws c10::Error when it is attached already: the schedule would
   /// run at double speed.
@@ -70,10 +90,10 @@ class Allocator {
  protected:
   using Gradients = c10::List<std::optional<at::Tensor>>;
 
-  /// `owner`: the class, for messages. Throws std::invalid_argument for no adapters, repeated
-  /// names, wrong shapes, with or without lora_E other than `triplets` says, or factors that are
-  /// not in memory.
-  Allocator(std::string owner, std::vector<Adapter> adapters, bool triplets);
+  /// `owner`: the class, for messages; `entry`: its name in archives. Throws std::invalid_argument
+  /// for no adapters, repeated names, wrong shapes, with or without lora_E other than `triplets`
+  /// says, or factors that are not in memory.
+  Allocator(std::string owner, std::string entry, std::vector<Adapter> adapters, bool triplets);
 
   /// Throws std::invalid_argument where an adapter has an allocator that has made steps; one that
   /// has made none gives way. `moves`: states must tell how directions lie from now on.
@@ -89,8 +109,10 @@ class Allocator {
   /// for each adapter. Throws c10::Error when there is none at all.
   Gradients gather(int64_t step);
   std::vector<int64_t> ranks_of_adapters() const;
+  /// Those that are there.
+  static std::vector<at::Tensor> present(const Gradients& gradients);
 
-  const std::string owner_;
+  const std::string owner_, entry_;
   std::vector<Adapter> adapters_;
   std::vector<at::Tensor> factors_;                            // A, B, E of each adapter
   std::vector<std::vector<int64_t>> initial_orders_, orders_;  // of adapters with `directions`

@@ -5,7 +5,6 @@
 #include <rankwise/budget_schedule.h>
 #include <rankwise/ops.h>
 
-#include <map>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -14,10 +13,6 @@
 namespace torch::nn {
 class Module;
 }
-namespace torch::serialize {
-class InputArchive;
-class OutputArchive;
-}  // namespace torch::serialize
 
 namespace rankwise {
 
@@ -91,13 +86,13 @@ class RankAllocator : public Allocator {
   std::vector<Allocation> history() const;
 
   /// Everything a bit-exact resume needs besides modules and optimizer.
-  std::map<std::string, at::Tensor> state() const;
+  std::map<std::string, at::Tensor> state() const override;
   /// Puts the directions of the adapters in the state's order, and their ranks; the module's state
   /// may be loaded before or after. An allocator made over what an earlier schedule left takes a
   /// state of that schedule too, as it was before any pruning. Throws std::invalid_argument, and
   /// changes nothing, unless the state is of an allocator with the same options and adapters.
   /// `at_work`: the state's steps count as this allocator's own, so that it gives way to no other.
-  void load_state(const std::map<std::string, at::Tensor>& state, bool at_work = true);
+  void load_state(const std::map<std::string, at::Tensor>& state, bool at_work = true) override;
 
  private:
   void warn_of_earlier_schedule() const;
@@ -133,13 +128,5 @@ class RankAllocator : public Allocator {
   int64_t calls_ = 0;  // steps, the skipped ones too
   bool frozen_ = false, shrunk_ = false, warned_of_zeros_ = false;
 };
-
-/// An allocator's state() to and from an archive: torch::save(allocator, file) and
-/// torch::load(allocator, file), as for modules and optimizers. Loading throws as load_state, and
-/// c10::Error for an archive that holds no allocator.
-torch::serialize::OutputArchive& operator<<(torch::serialize::OutputArchive& archive,
-                                            const RankAllocator& allocator);
-torch::serialize::InputArchive& operator>>(torch::serialize::InputArchive& archive,
-                                           RankAllocator& allocator);
 
 }  // namespace rankwise

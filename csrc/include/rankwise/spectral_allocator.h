@@ -4,15 +4,9 @@
 #include <rankwise/allocator.h>
 #include <rankwise/spectral_options.h>
 
-#include <map>
-
 namespace torch::nn {
 class Module;
 }
-namespace torch::serialize {
-class InputArchive;
-class OutputArchive;
-}  // namespace torch::serialize
 
 namespace rankwise {
 
@@ -71,11 +65,11 @@ class SpectralAllocator : public Allocator {
   const std::vector<SpectralEvent>& history() const { return history_; }
 
   /// Everything a bit-exact resume needs besides modules and optimizer.
-  std::map<std::string, at::Tensor> state() const;
+  std::map<std::string, at::Tensor> state() const override;
   /// Also sets the adapters' ranks; the module's state may be loaded before or after. Throws
   /// std::invalid_argument, and changes nothing, unless the state is of an allocator with the same
   /// options and adapters. `at_work`: see RankAllocator::load_state.
-  void load_state(const std::map<std::string, at::Tensor>& state, bool at_work = true);
+  void load_state(const std::map<std::string, at::Tensor>& state, bool at_work = true) override;
 
  private:
   // What is known of an adapter's columns, in their order.
@@ -114,11 +108,5 @@ class SpectralAllocator : public Allocator {
   std::vector<SpectralEvent> history_;
   int64_t steps_ = 0, skipped_steps_ = 0, budget_ = 0;
 };
-
-/// An allocator's state() to and from an archive; see RankAllocator's.
-torch::serialize::OutputArchive& operator<<(torch::serialize::OutputArchive& archive,
-                                            const SpectralAllocator& allocator);
-torch::serialize::InputArchive& operator>>(torch::serialize::InputArchive& archive,
-                                           SpectralAllocator& allocator);
 
 }  // namespace rankwise
