@@ -43,8 +43,9 @@ class AllocatedAdapters(FollowedFactors):
     Copied and pickled with the layers.
     """
 
-    def __init__(self, layers: dict[str, Adapted], directions: dict[str, Directions]) -> None:
-        self._layers, self._directions = layers, directions
+    def __init__(self, owner: str, layers: dict[str, Adapted]) -> None:
+        self._owner, self._layers = owner, layers
+        self._directions: dict[str, Directions] = {n: x.directions for n, x in layers.items()}
         self.check_unsharded()
         self._factors = {name: self._holder(name).factors for name in layers}
         self._orders = self._orders_now()
@@ -62,7 +63,7 @@ class AllocatedAdapters(FollowedFactors):
         """Also for layers that were sharded after the allocator was made over their factors."""
         for name, layer in self._layers.items():
             factors = {f"{name}.{f}": getattr(layer, f) for f in FACTORS}
-            check_unsharded("RankAllocator", factors, _UNSHARDED)
+            check_unsharded(self._owner, factors, _UNSHARDED)
 
     def follow(self, core) -> None:
         """Before the allocator works: takes parameters that are in the place of those it has.
@@ -73,7 +74,7 @@ class AllocatedAdapters(FollowedFactors):
         """
         if any(layer.unloaded for layer in self._layers.values()):
             raise RuntimeError(
-                "RankAllocator: the model was unloaded and has no adapters; call remove() on the "
+                f"{self._owner}: the model was unloaded and has no adapters; call remove() on the "
                 "handle that attach() returned"
             )
         self.check_unsharded()

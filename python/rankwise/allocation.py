@@ -12,10 +12,7 @@ from .allocated import AllocatedAdapters
 from .allocator import Allocator
 from .attachment import round_of
 from .config import AdaLoRAConfig
-from .installed import check_complete
 from .late_gradients import late
-from .sharding import reshard
-from .tree import Tree
 
 PENALTY_FORMS = ("squared_sum", "mean_norm")
 
@@ -56,17 +53,8 @@ class RankAllocator(Allocator):
             raise TypeError(
                 f"RankAllocator: config must be an AdaLoRAConfig, got {type(config).__name__}"
             )
-        tree = Tree(model)
-        check_complete("RankAllocator", tree)
-        layers = {n: x for n, x in tree.adapted.items() if x.lora_E is not None}
-        if not layers:
-            raise ValueError(
-                "RankAllocator: the model has no active AdaLoRA adapter; call "
-                "apply_lora(model, AdaLoRAConfig(...)) first"
-            )
-        reshard(model)
-        directions = {name: layer.directions for name, layer in layers.items()}
-        self._take(config, AllocatedAdapters(layers, directions))
+        layers = self._layers_of(model, config, triplets=True)
+        self._take(config, AllocatedAdapters(type(self).__name__, layers))
         for layer in layers.values():
             layer.options = replace(layer.options, allocation=config.allocation_settings())
 

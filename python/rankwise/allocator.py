@@ -7,12 +7,15 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .adapted import Adapted
 from .allocated import AllocatedAdapters
 from .attachment import Attachment, Round, round_of, unwrapped, view_of
-from .tree import enclosing
+from .installed import check_complete
+from .sharding import reshard
+from .tree import Tree, enclosing
 from .wrappers import without_wrappers
 
 
@@ -23,6 +26,24 @@ class Allocator:
     the same shapes. Copies and pickles of an allocator belong to the copied layers, and are not
     attached.
     """
+
+    def _layers_of(self, model: nn.Module, config, triplets: bool) -> dict[str, Adapted]:
+        """The layers with an active adapter, AdaLoRA's or plain LoRA's, by name."""
+        owner, method = type(self).__name__, "AdaLoRA" if triplets else "LoRA"
+        tree = Tree(model)
+        check_complete(owner, tree)
+        layers = {
+            name: layer
+            for name, layer in tree.adapted.items()
+            if layer.adapter is not None and (layer.lora_E is not None) == triplets
+        }
+        if not layers:
+            raise ValueError(
+                f"{owner}: the model has no active {method} adapter; call "
+                f"apply_lora(model, {type(config).__name__}(...)) first"
+            )
+        reshard(model)
+        return layers
 
     def _take(self, config, adapters: AllocatedAdapters) -> None:
         self.config, self._adapters = config, adapters

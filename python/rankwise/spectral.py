@@ -13,9 +13,6 @@ from .allocated import AllocatedAdapters
 from .allocator import Allocator
 from .config import AdapterOptions, TargetConfig, _is_integer, _is_real, _require
 from .directions import Directions
-from .installed import check_complete
-from .sharding import reshard
-from .tree import Tree
 
 RankQuestion = library.RankQuestion
 SCORES = ("normalised", "literal")
@@ -189,20 +186,11 @@ class SpectralAllocator(Allocator):
             raise TypeError(
                 f"SpectralAllocator: config must be a SpectralConfig, got {type(config).__name__}"
             )
-        tree = Tree(model)
-        check_complete("SpectralAllocator", tree)
-        layers = {n: x for n, x in tree.adapted.items() if x.adapter and x.lora_E is None}
-        if not layers:
-            raise ValueError(
-                "SpectralAllocator: the model has no active LoRA adapter; call "
-                "apply_lora(model, SpectralConfig(...)) first"
-            )
-        reshard(model)
+        layers = self._layers_of(model, config, triplets=False)
         for layer in layers.values():
             if layer.directions is None:
                 layer.directions = Directions(layer.capacity, layer.rank)
-        directions = {name: layer.directions for name, layer in layers.items()}
-        self._take(config, AllocatedAdapters(layers, directions))
+        self._take(config, AllocatedAdapters(type(self).__name__, layers))
 
     def _new_core(self, config: SpectralConfig, adapters: AllocatedAdapters):
         return library.SpectralAllocator(adapters.for_library(), config.allocation_options())
