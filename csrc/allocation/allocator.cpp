@@ -16,7 +16,7 @@ void check_adapter(const std::string& owner, const Adapter& adapter, bool triple
   const auto fail = [&](const std::string& message) {
     throw std::invalid_argument(owner + ": " + message);
   };
-  const auto& [name, A, B, E, rank, set_rank, rank_now, directions, scaling] = adapter;
+  const auto& [name, A, B, E, rank, set_rank, rank_now, directions, scaling, probes] = adapter;
   check_memory(owner, adapter, /*gradients=*/false);
   const auto shape = [](const at::Tensor& tensor) {
     std::ostringstream text;
@@ -118,8 +118,8 @@ void Allocator::check_order(size_t m) const {
   if (!adapter.directions) return;
   const int64_t rank = adapter.rank_now ? adapter.rank_now() : adapter.rank;
   if (rank < 0) return;
-  TORCH_CHECK(rank == adapter.rank && adapter.directions->order() == orders_[m], owner_, ": '",
-              adapter.name, "' has rank ", rank,
+  TORCH_CHECK(rank == adapter.rank + adapter.probes && adapter.directions->order() == orders_[m],
+              owner_, ": '", adapter.name, "' has rank ", rank,
               " and another order of directions than this allocator left it with, rank ",
               adapter.rank,
               ": a state of another step was loaded into the model. Load the allocator's state of "

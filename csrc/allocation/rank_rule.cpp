@@ -78,14 +78,27 @@ class Exchange {
     return question_.scores[m].empty() ? 0 : question_.scores[m].back();
   }
 
+  double priority(size_t m) const {
+    const std::vector<double>& own = question_.scores[m];
+    const auto count = static_cast<int64_t>(own.size());
+    switch (settings_.growth) {
+      case GrowthOrder::gradient:
+        return question_.unserved.at(m);
+      case GrowthOrder::mean:
+        return count == 0 ? 0 : std::reduce(own.begin(), own.end()) / static_cast<double>(count);
+      case GrowthOrder::least:
+        break;
+    }
+    return count == 0 ? 0 : own[count - std::min(settings_.kth_least, count)];
+  }
+
   // One more direction for each adapter that can have it, the best first; false where none can.
   bool give_in_turn() {
     std::vector<size_t> order;
     for (size_t m = 0; m < ranks_.size(); ++m)
       if (ranks_[m] < question_.highest[m] && ranks_[m] >= before_[m] && question_.young[m] == 0)
         order.push_back(m);
-    std::ranges::stable_sort(order, std::ranges::greater(),
-                             [&](size_t m) { return weakest_score(m); });
+    std::ranges::stable_sort(order, std::ranges::greater(), [&](size_t m) { return priority(m); });
     int64_t given = 0;
     for (const size_t m : order) given += ranks_[m] >= before_[m] && left_ > 0 && pay_for(m);
     return given > 0;

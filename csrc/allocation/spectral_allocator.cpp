@@ -1,11 +1,9 @@
 // SpectralAllocator: what it is made of, and what it does in each step.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <rankwise/budget_schedule.h>
 #include <rankwise/spectral_allocator.h>
 
 #include <algorithm>
-#include <numeric>
 #include <sstream>
 #include <stdexcept>
 
@@ -32,6 +30,50 @@ int64_t smaller_side(const Adapter& adapter) {
   return std::min(adapter.lora_A.size(1), adapter.lora_B.size(0));
 }
 
+// Of one direction.
+int64_t cost_of(const Adapter& adapter) {
+  return adapter.lora_A.size(1) + adapter.lora_B.size(0);
+}
+
+// The one that the adapter was made with, also where an earlier allocator moved it.
+int64_t first_rank_of(const Adapter& adapter) {
+  return adapter.directions ? adapter.directions->first_rank() : adapter.rank;
+}
+
+// The options with what they leave open.
+SpectralOptions completed(SpectralOptions options, const std::vector<Adapter>& adapters) {
+  options.check();
+  if (options.min_age() < 0) options.min_age(2 * options.allocation_interval());
+  int64_t cost = 0;
+  for (const Adapter& adapter : adapters) {
+    const int64_t side = smaller_side(adapter);
+    require(adapter.rank <= side, "the rank of '", adapter.name, "' must be at most ", side,
+            ", the smaller side of its layer, got ", adapter.rank);
+    cost += first_rank_of(adapter) * cost_of(adapter);
+  }
+  if (options.initial_budget() == 0) {
+    require(options.final_budget() <= cost,
+            "final_budget must be at most what the first ranks cost, ", cost, ", got ",
+            options.final_budget());
+    options.initial_budget(cost);
+  }
+  require(options.initial_budget() >= cost,
+          "initial_budget must be at least what the first ranks cost, ", cost, ", got ",
+          options.initial_budget());
+  if (options.final_budget() == 0) options.final_budget(options.initial_budget());
+  return options;
+}
+
+BudgetSchedule schedule_of(const SpectralOptions& options) {
+  AllocationSettings settings;
+  settings.target_rank = 0;
+  settings.total_steps = options.total_steps();
+  settings.warmup_steps = options.warmup_steps();
+  settings.final_steps = options.final_steps();
+  settings.allocation_interval = options.allocation_interval();
+  return {options.initial_budget(), options.final_budget(), {1, settings}};
+}
+
 }  // namespace
 
 void SpectralOptions::check() const {
@@ -55,38 +97,25 @@ void SpectralOptions::check() const {
   require(exchange_.hysteresis >= 0 && exchange_.hysteresis < 1,
           "hysteresis must be in [0, 1), got ", exchange_.hysteresis);
   require(exchange_.threshold >= 0, "threshold must be at least 0, got ", exchange_.threshold);
+  require_count("kth_least", exchange_.kth_least, 1);
+  require_count("probes", probes_, 0);
+  require(exchange_.growth != GrowthOrder::gradient || probes_ > 0 || rule_,
+          "probes must be at least 1 for growth by the gradient, got 0");
   require_count("ramp_steps", ramp_steps_, 0);
   require_count("seed", seed_, 0);
 }
 
 SpectralAllocator::SpectralAllocator(std::vector<Adapter> adapters, const SpectralOptions& options)
     : Allocator("SpectralAllocator", "spectral_allocator", std::move(adapters), /*triplets=*/false),
-      options_(options) {
-  options_.check();
-  if (options_.min_age() < 0) options_.min_age(2 * options_.allocation_interval());
-  rule_ = options_.rule() ? options_.rule() : exchange_rule(options_.exchange());
+      options_(completed(options, adapters_)),
+      schedule_(schedule_of(options_)),
+      rule_(options_.rule() ? options_.rule() : exchange_rule(options_.exchange())),
+      budget_(options_.initial_budget()) {
   for (const Adapter& adapter : adapters_) {
-    // Those that the adapter was made with, also where an earlier allocator moved them.
-    first_ranks_.push_back(adapter.directions ? adapter.directions->first_rank() : adapter.rank);
-    const int64_t side = smaller_side(adapter);
-    require(adapter.rank <= side, "the rank of '", adapter.name, "' must be at most ", side,
-            ", the smaller side of its layer, got ", adapter.rank);
-    costs_.push_back(adapter.lora_A.size(1) + adapter.lora_B.size(0));
+    first_ranks_.push_back(first_rank_of(adapter));
+    costs_.push_back(cost_of(adapter));
     columns_.emplace_back(adapter.rank);
   }
-  const int64_t cost =
-      std::inner_product(first_ranks_.begin(), first_ranks_.end(), costs_.begin(), int64_t{0});
-  if (options_.initial_budget() == 0) {
-    require(options_.final_budget() <= cost,
-            "final_budget must be at most what the first ranks cost, ", cost, ", got ",
-            options_.final_budget());
-    options_.initial_budget(cost);
-  }
-  require(options_.initial_budget() >= cost,
-          "initial_budget must be at least what the first ranks cost, ", cost, ", got ",
-          options_.initial_budget());
-  if (options_.final_budget() == 0) options_.final_budget(options_.initial_budget());
-  budget_ = options_.initial_budget();
   check_budget(options_.final_budget(), options_.freeze_step());
   take_charge(/*moves=*/true);
 }
@@ -110,14 +139,7 @@ void SpectralAllocator::check_budget(int64_t budget, int64_t step) const {
 }
 
 int64_t SpectralAllocator::budget_at(int64_t step) const {
-  if (options_.budget_at()) return options_.budget_at()(step);
-  AllocationSettings settings;
-  settings.target_rank = 0;
-  settings.total_steps = options_.total_steps();
-  settings.warmup_steps = options_.warmup_steps();
-  settings.final_steps = options_.final_steps();
-  return BudgetSchedule(options_.initial_budget(), options_.final_budget(), {1, settings})
-      .budget(step);
+  return options_.budget_at() ? options_.budget_at()(step) : schedule_.budget(step);
 }
 
 int64_t SpectralAllocator::bank() const {
@@ -153,9 +175,10 @@ void SpectralAllocator::step(const OptimizerView& optimizer) {
     return;
   }
   ramp();
-  if (options_.allocates(steps_ + 1)) event(gradients, optimizer);
+  if (schedule_.allocates(steps_ + 1)) event(gradients, optimizer);
   *stepped_ = true;
   ++steps_;
+  insert_probes();
 }
 
 // Of the updates of new directions, the part that their age allows.

@@ -4,8 +4,9 @@
 //   steps, skipped_steps, budget                           0-d int64
 //   <adapter>.columns       int64 [rank, 2]: events, birth of each direction
 //   <adapter>.sensitivity   float64 [rank]
-//   <adapter>.young_A [n, in], .young_B [out, n]           new directions on the ramp, before a
-//   step history.steps, .budgets, .banks [n], .ranks [n, adapters], .moves [n, 2], .values [n, 3]
+//   <adapter>.young_A [n, in], .young_B [out, n]   new directions on the ramp, before a step
+//   <adapter>.probes        0-d int64
+//   history.steps, .budgets, .banks [n], .ranks [n, adapters], .moves [n, 2], .values [n, 3]
 #include <ATen/ATen.h>
 #include <rankwise/spectral_allocator.h>
 
@@ -34,6 +35,9 @@ State options_state(const SpectralOptions& o) {
           {"options.threshold", number(o.exchange().threshold)},
           {"options.hysteresis", number(o.exchange().hysteresis)},
           {"options.max_moves", number(o.exchange().max_moves)},
+          {"options.growth", number(static_cast<int64_t>(o.exchange().growth))},
+          {"options.kth_least", number(o.exchange().kth_least)},
+          {"options.probes", number(o.probes())},
           {"options.min_age", number(o.min_age())},
           {"options.ramp_steps", number(o.ramp_steps())},
           {"options.seed", number(o.seed())}};
@@ -111,6 +115,7 @@ std::map<std::string, at::Tensor> SpectralAllocator::state() const {
       B.push_back(young.B.to(B[0].device()).unsqueeze(1));
     }
     state[adapter.name + ".columns"] = columns;
+    state[adapter.name + ".probes"] = number(adapter.probes);
     state[adapter.name + ".sensitivity"] = sensitivity;
     state[adapter.name + ".young_A"] = at::cat(A, 0);
     state[adapter.name + ".young_B"] = at::cat(B, 1);
@@ -135,6 +140,7 @@ void SpectralAllocator::load_state(const std::map<std::string, at::Tensor>& stat
     const int64_t rank = check.count(adapter.name + ".sensitivity");
     check.tensor(adapter.name + ".sensitivity", at::kDouble, {-1});
     check.tensor(adapter.name + ".columns", at::kLong, {rank, 2});
+    check.tensor(adapter.name + ".probes", at::kLong, {});
     check.tensor(adapter.name + ".young_A", dtype, {-1, adapter.lora_A.size(1)});
     check.tensor(adapter.name + ".young_B", dtype, {adapter.lora_B.size(0), -1});
     if (rank > highest(m))
@@ -167,6 +173,7 @@ void SpectralAllocator::load_state(const std::map<std::string, at::Tensor>& stat
     for (int64_t i = 0; i < young; ++i)
       young_.push_back({m, first + i, A.select(0, i).clone(), B.select(1, i).clone()});
     adapter.change_rank(columns.size(0));
+    adapter.probe(state.at(adapter.name + ".probes").item<int64_t>());
   }
 }
 

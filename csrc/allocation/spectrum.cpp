@@ -91,10 +91,13 @@ double row_length(const at::Tensor& A) {
   return median > 0 ? median : std::sqrt(1.0 / 3);
 }
 
-at::Tensor fresh_rows(const at::Tensor& A, int64_t count, uint64_t seed) {
+at::Tensor fresh_rows(const at::Tensor& A, const at::Tensor& preferred, int64_t count,
+                      uint64_t seed) {
+  const int64_t known = preferred.defined() ? std::min(preferred.size(0), count) : 0;
   auto generator = at::detail::createCPUGenerator(seed);
-  const at::Tensor random = at::randn({count, A.size(1)}, generator, A.options());
-  const at::Tensor all = at::cat({A, random}).t();
+  const at::Tensor random = at::randn({count - known, A.size(1)}, generator, A.options());
+  const at::Tensor all =
+      (known > 0 ? at::cat({A, preferred.narrow(0, 0, known), random}) : at::cat({A, random})).t();
   const auto [Q, R] = at::linalg_qr(all, "reduced");
   return Q.narrow(1, A.size(0), count).t().contiguous();
 }

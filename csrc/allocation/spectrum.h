@@ -56,7 +56,9 @@ Repacked repacked(const Spectrum& spectrum, const std::vector<int64_t>& kept,
 // The length that a new row of A gets: the median of the rows', or that of Kaiming's first values.
 double row_length(const at::Tensor& A);
 
-// `count` orthonormal rows [count, in], orthogonal to those of V^T [rank, in], from `seed` alone.
-at::Tensor fresh_rows(const at::Tensor& A, int64_t count, uint64_t seed);
+// `count` orthonormal rows [count, in], orthogonal to those of A: the first of `preferred`, which
+// are so already, and random ones, from `seed` alone, where these are too few or undefined.
+at::Tensor fresh_rows(const at::Tensor& A, const at::Tensor& preferred, int64_t count,
+                      uint64_t seed);
 
 }  // namespace rankwise

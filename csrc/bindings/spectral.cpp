@@ -10,6 +10,7 @@
 
 namespace py = pybind11;
 using rankwise::ExchangeSettings;
+using rankwise::GrowthOrder;
 using rankwise::RankQuestion;
 using rankwise::RankRule;
 using rankwise::SpectralAllocator;
@@ -28,13 +29,20 @@ void bind_rules(py::module_& m) {
       .def_readonly("costs", &RankQuestion::costs)
       .def_readonly("lowest", &RankQuestion::lowest)
       .def_readonly("highest", &RankQuestion::highest)
+      .def_readonly("unserved", &RankQuestion::unserved)
       .def_property_readonly("ranks", &RankQuestion::ranks)
       .def("cost", &RankQuestion::cost, py::arg("ranks"));
+  py::enum_<GrowthOrder>(m, "GrowthOrder")
+      .value("least", GrowthOrder::least)
+      .value("mean", GrowthOrder::mean)
+      .value("gradient", GrowthOrder::gradient);
   py::class_<ExchangeSettings>(m, "ExchangeSettings")
-      .def(py::init([](double threshold, double hysteresis, int64_t max_moves) {
-             return ExchangeSettings{threshold, hysteresis, max_moves};
-           }),
-           py::arg("threshold"), py::arg("hysteresis"), py::arg("max_moves"));
+      .def(py::init<>())
+      .def_readwrite("threshold", &ExchangeSettings::threshold)
+      .def_readwrite("hysteresis", &ExchangeSettings::hysteresis)
+      .def_readwrite("max_moves", &ExchangeSettings::max_moves)
+      .def_readwrite("growth", &ExchangeSettings::growth)
+      .def_readwrite("kth_least", &ExchangeSettings::kth_least);
   m.def("exchange_rule", [](const ExchangeSettings& settings, const RankQuestion& question) {
     return rankwise::exchange_rule(settings)(question);
   });
@@ -62,10 +70,10 @@ void bind_options(py::module_& m) {
       .def("exchange", [](SpectralOptions& o, const ExchangeSettings& v) { o.exchange(v); })
       .def("rule", [](SpectralOptions& o, RankRule v) { o.rule(std::move(v)); })
       .def("min_age", [](SpectralOptions& o, int64_t v) { o.min_age(v); })
+      .def("probes", [](SpectralOptions& o, int64_t v) { o.probes(v); })
       .def("ramp_steps", [](SpectralOptions& o, int64_t v) { o.ramp_steps(v); })
       .def("seed", [](SpectralOptions& o, int64_t v) { o.seed(v); })
-      .def("check", &SpectralOptions::check)
-      .def("allocates", &SpectralOptions::allocates, py::arg("step"));
+      .def("check", &SpectralOptions::check);
 }
 
 }  // namespace

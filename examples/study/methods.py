@@ -79,12 +79,17 @@ def pruned(task: Task, model: nn.Module) -> tuple[nn.Module, Allocator]:
     )  # fmt: skip
 
 
-def grown(task: Task, model: nn.Module) -> tuple[nn.Module, Allocator]:
+def grown(task: Task, model: nn.Module, **options) -> tuple[nn.Module, Allocator]:
     """Spectral, at the rank from the start; ranks rise up to four times of it."""
     return _spectral(
         task, model, initial_rank=task.rank, max_rank=4 * task.rank, alpha=2.0 * task.rank,
-        min_rank=0,
+        min_rank=0, **options,
     )  # fmt: skip
+
+
+def grown_by_gradient(task: Task, model: nn.Module) -> tuple[nn.Module, Allocator]:
+    """The same, towards the gradient that directions do not see, in adapters that miss most."""
+    return grown(task, model, probes=3, growth="gradient")
 
 
 Method = Callable[[Task, nn.Module], tuple[nn.Module, Allocator | None]]
@@ -94,6 +99,7 @@ METHODS: dict[str, Method] = {
     "AdaLoRA": adalora,
     "spectral, pruned": pruned,
     "spectral, grown": grown,
+    "spectral, by gradient": grown_by_gradient,
 }
 
 
@@ -101,20 +107,24 @@ def run(task: Task, method: str, rate: float, seed: int) -> Outcome:
     """One training; everything random comes from the seed."""
     torch.manual_seed(seed)
     model, allocator = METHODS[method](task, task.new_model(seed))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    losses: list[float] = []
-    if parameters:
-        losses = _train(task, model.train(), allocator, parameters, rate, seed)
+    return train_and_measure(task, model, allocator, rate, seed)
+
+
+def train_and_measure(
+    task: Task, model: nn.Module, allocator: Allocator | None, rate: float, seed: int
+) -> Outcome:
+    losses = _train(task, model.train(), allocator, rate, seed)
     model.eval()
     accuracies = {split: task.accuracy(model, split) for split in ("validation", "test")}
     last = losses[-max(len(losses) // 10, 1) :]
-    ranks = {} if method == "frozen" else {x.name: x.rank for x in rw.summary(model).layers}
+    adapted = any(isinstance(module, rw.nn.LoRALinear) for module in model.modules())
+    ranks = {x.name: x.rank for x in rw.summary(model).layers} if adapted else {}
     events = [(e.step, list(e.ranks)) for e in allocator.history] if allocator else []
-    return Outcome(accuracies, sum(last) / len(last) if last else float("nan"), ranks, events)
+    return Outcome(accuracies, sum(last) / len(last), ranks, events)
 
 
-def _train(task: Task, model, allocator, parameters, rate: float, seed: int) -> list[float]:
-    optimizer = AdamW(parameters, rate)
+def _train(task: Task, model, allocator, rate: float, seed: int) -> list[float]:
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], rate)
     schedule = LinearLR(optimizer, 1.0, 0.0, total_iters=task.steps)
     if allocator is not None:
         allocator.attach(optimizer)

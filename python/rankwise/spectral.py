@@ -16,6 +16,7 @@ from .directions import Directions
 
 RankQuestion = library.RankQuestion
 SCORES = ("normalised", "literal")
+GROWTH = ("least", "mean", "gradient")
 _INTEGERS = (
     "total_steps",
     "warmup_steps",
@@ -24,6 +25,8 @@ _INTEGERS = (
     "min_rank",
     "initial_budget",
     "final_budget",
+    "kth_least",
+    "probes",
     "ramp_steps",
     "seed",
 )
@@ -59,11 +62,18 @@ class SpectralConfig(TargetConfig):
             1 - hysteresis of that one's weakest.
         max_moves: directions that an event may drop by choice, and add; None for as many as there
             are adapters.
+        growth: which adapters gain first: those with the best "least" score, the best "mean" score,
+            or the largest "gradient" that their directions do not see, as probes estimate it.
+        kth_least: for "least": the k-th from below, or the best of adapters that have fewer.
+        probes: directions by which each adapter looks, in the step of an event, at the gradient
+            that its own do not see, where it has room: new ones begin with the largest part of
+            that. 0: new ones are random. Layers' ranks count them from the step before an event
+            to the event, the allocator's do not.
         min_age: steps before a choice may drop a new direction; None for two intervals.
         ramp_steps: steps over which the updates of a new direction grow to their full size.
-        seed: of new directions.
+        seed: of new directions, and of probes.
         rule: in the place of the rule above: a function of a RankQuestion (scores, young, costs,
-            lowest, highest, ranks, budget, step) that returns the new ranks. It must depend on that
+            lowest, highest, unserved, ranks, budget, step) that returns the new ranks. It must depend on that
             alone.
         target_modules, exclude_modules, rank_pattern, alpha_pattern, modules_to_save, dropout,
             adapter_dtype: see TargetConfig.
@@ -86,6 +96,9 @@ class SpectralConfig(TargetConfig):
     threshold: float = 0.0
     hysteresis: float = 0.5
     max_moves: int | None = None
+    growth: str = "least"
+    kth_least: int = 1
+    probes: int = 0
     min_age: int | None = None
     ramp_steps: int = 0
     seed: int = 0
@@ -106,6 +119,7 @@ class SpectralConfig(TargetConfig):
             value = getattr(self, name)
             require(value is None or callable(value), name, "a function or None")
         require(self.score in SCORES, "score", f"one of {SCORES}")
+        require(self.growth in GROWTH, "growth", f"one of {GROWTH}")
         require(self.initial_rank >= 0, "initial_rank", "at least 0")
         least = max(self.initial_rank, 1)
         require(self.max_rank is None or self.max_rank >= least, "max_rank", f"at least {least}")
@@ -132,17 +146,19 @@ class SpectralConfig(TargetConfig):
     def allocation_options(self):
         """The schedule for the C++ allocator, checked."""
         options = library.SpectralOptions()
-        for name in _INTEGERS:
+        for name in set(_INTEGERS) - {"kth_least"}:
             getattr(options, name)(getattr(self, name))
         for name in ("sensitivity_weight", "beta"):
             getattr(options, name)(float(getattr(self, name)))
         options.max_rank(self._room)
         options.score(getattr(library.SpectralScore, self.score))
         options.min_age(-1 if self.min_age is None else self.min_age)
-        moves = -1 if self.max_moves is None else self.max_moves
-        options.exchange(
-            library.ExchangeSettings(float(self.threshold), float(self.hysteresis), moves)
-        )
+        exchange = library.ExchangeSettings()
+        exchange.threshold, exchange.hysteresis = float(self.threshold), float(self.hysteresis)
+        exchange.max_moves = -1 if self.max_moves is None else self.max_moves
+        exchange.growth = getattr(library.GrowthOrder, self.growth)
+        exchange.kth_least = self.kth_least
+        options.exchange(exchange)
         if self.budget_at is not None:
             options.budget_at(self.budget_at)
         if self.rule is not None:

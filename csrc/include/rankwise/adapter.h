@@ -27,14 +27,21 @@ struct Adapter {
   std::shared_ptr<Directions> directions = {};
   /// Of the update, scaling * B diag(E) A; compared between adapters by a SpectralAllocator.
   double scaling = 1;
+  /// Directions behind the active ones that compute for a step, for their gradients to be seen.
+  int64_t probes = 0;
 
   /// lora_A, lora_B and lora_E, in this order.
   std::array<at::Tensor, 3> factors() const { return {lora_A, lora_B, lora_E}; }
 
-  /// Sets `rank` and tells set_rank.
+  /// Sets `rank`, without probes, and tells set_rank.
   void change_rank(int64_t value) {
     rank = value;
-    if (set_rank) set_rank(value);
+    probe(0);
+  }
+  /// Sets `probes` and tells set_rank what computes.
+  void probe(int64_t count) {
+    probes = count;
+    if (set_rank) set_rank(rank + probes);
   }
 };
 

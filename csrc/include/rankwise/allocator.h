@@ -77,7 +77,7 @@ class Allocator {
   auto attach(Optimizer& optimizer);
 
   /// Lets go of the adapters, so that another allocator can be made over what is left of them.
-  void detach();
+  virtual void detach();
   /// Whether detach() was not called, and no other allocator took an adapter over.
   bool in_charge() const;
 

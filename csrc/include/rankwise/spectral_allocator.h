@@ -2,6 +2,7 @@
 #pragma once
 
 #include <rankwise/allocator.h>
+#include <rankwise/budget_schedule.h>
 #include <rankwise/spectral_options.h>
 
 namespace torch::nn {
@@ -31,6 +32,11 @@ struct SpectralEvent {
 /// rows of the usual length in A; their optimizer state begins at zero. An adapter whose rank does
 /// not fall keeps the bits it has. Parameters keep their identity: ranks move within the capacity.
 ///
+/// With probes() adapters compute some directions more from the step before an event to the event:
+/// zeros in A, so that no output changes, and small Gaussian columns in B, so that the gradient of
+/// A's zero rows is a sketch of dL/dW. Layers' ranks count them, ranks() does not; detach() takes
+/// them out.
+///
 /// A step whose gradients are infinite or NaN changes nothing but skipped_steps(). Results do not
 /// depend on the number of threads. Events are computed in float64 on the CPU; on other devices
 /// each step waits for the gradients' check.
@@ -51,6 +57,8 @@ class SpectralAllocator : public Allocator {
   /// that cannot be. Nothing is changed then. Warns once of each adapter without a gradient, and of
   /// factors that the optimizer does not hold.
   void step(const OptimizerView& optimizer = {}) override;
+
+  void detach() override;
 
   const SpectralOptions& options() const { return options_; }
   int64_t steps() const { return steps_; }                  ///< with finite gradients
@@ -97,16 +105,19 @@ class SpectralAllocator : public Allocator {
   void score(std::vector<Found>& found) const;
   std::vector<int64_t> ask(const std::vector<Found>& found, int64_t budget) const;
   void check_optimizer(const std::vector<int64_t>& ranks, const OptimizerView& optimizer) const;
+  void insert_probes();
+  void remove_probes(const OptimizerView& optimizer);
   void change(size_t adapter, const Found& found, int64_t rank, const OptimizerView& optimizer);
-  void add(size_t adapter, int64_t count);
+  void add(size_t adapter, const Found& found, int64_t count);
 
   SpectralOptions options_;
+  BudgetSchedule schedule_;
   RankRule rule_;
   std::vector<int64_t> first_ranks_, costs_;
   std::vector<std::vector<Column>> columns_;
   std::vector<Young> young_;
   std::vector<SpectralEvent> history_;
-  int64_t steps_ = 0, skipped_steps_ = 0, budget_ = 0;
+  int64_t steps_ = 0, skipped_steps_ = 0, budget_;
 };
 
 }  // namespace rankwise

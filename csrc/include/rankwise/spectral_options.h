@@ -47,16 +47,15 @@ class SpectralOptions {
   TORCH_ARG(int64_t, min_age) = -1;
   /// Steps over which a new direction's updates grow to their full size, >= 0.
   TORCH_ARG(int64_t, ramp_steps) = 0;
-  TORCH_ARG(int64_t, seed) = 0;  ///< of new directions
+  /// Directions by which each adapter looks, in the step of an event, at the gradient that its own
+  /// do not see, where it has room: new ones begin with the largest part of that. 0: they are
+  /// random, and RankQuestion::unserved is not known.
+  TORCH_ARG(int64_t, probes) = 0;
+  TORCH_ARG(int64_t, seed) = 0;  ///< of new directions, and of probes
 
  public:
   /// The last event: total_steps - final_steps.
   int64_t freeze_step() const { return total_steps_ - final_steps_; }
-  /// Whether `step` is an event.
-  bool allocates(int64_t step) const {
-    if (step <= warmup_steps_ || step > freeze_step()) return false;
-    return step == freeze_step() || step % allocation_interval_ == 0;
-  }
   /// Throws std::invalid_argument naming the option, what was wanted and what came.
   void check() const;
 };

@@ -11,6 +11,7 @@ namespace {
 
 using rankwise::exchange_rule;
 using rankwise::ExchangeSettings;
+using rankwise::GrowthOrder;
 using rankwise::RankQuestion;
 using testing::ElementsAre;
 
@@ -43,6 +44,24 @@ TEST(ExchangeRule, NeverPassesTheSmallerSide) {
   RankQuestion q = question({8, 8}, {0.1, 2}, 30, 480);
   q.highest = {10, 10};  // of a 10 x 20 matrix
   EXPECT_THAT(exchange_rule({.max_moves = 10})(q), ElementsAre(6, 10));
+}
+
+TEST(ExchangeRule, GivesInTheOrderThatWasAsked) {
+  RankQuestion q{.step = 1, .budget = 90, .scores = {{4, 1}, {3, 2}, {9, 1.5, 1.2}}};
+  q.young = {0, 0, 0};
+  q.costs = {10, 10, 10};
+  q.lowest = {0, 0, 0};
+  q.highest = {4, 4, 4};
+  q.unserved = {7, 1, 2};
+  const auto ranks = [&](ExchangeSettings settings) {
+    settings.max_moves = 1;
+    return exchange_rule(settings)(q);
+  };
+  EXPECT_THAT(ranks({.growth = GrowthOrder::least}), ElementsAre(2, 3, 3));
+  EXPECT_THAT(ranks({.growth = GrowthOrder::least, .kth_least = 2}), ElementsAre(3, 2, 3));
+  EXPECT_THAT(ranks({.growth = GrowthOrder::least, .kth_least = 9}), ElementsAre(2, 2, 4));
+  EXPECT_THAT(ranks({.growth = GrowthOrder::mean}), ElementsAre(2, 2, 4));
+  EXPECT_THAT(ranks({.growth = GrowthOrder::gradient}), ElementsAre(3, 2, 3));
 }
 
 TEST(ExchangeRule, HysteresisKeepsWhatIsNearlyAsGood) {

@@ -1,65 +1,13 @@
-// SpectralAllocator from C++: events between optimizer steps, what they keep, and resuming.
-#include <gmock/gmock.h>
-#include <gtest/gtest.h>
-#include <rankwise/rankwise.h>
-#include <torch/torch.h>
-
+// SpectralAllocator from C++: events, what they keep, and what is refused.
 #include <random>
-#include <sstream>
 
+#include "spectral_adapters.h"
+
+namespace rankwise {
 namespace {
 
-using rankwise::SpectralAllocator;
-using rankwise::SpectralEvent;
-using rankwise::SpectralOptions;
 using testing::ElementsAre;
 using testing::HasSubstr;
-using testing::Pair;
-template <class Optimizer>
-using WithCallbacks = rankwise::optim::WithCallbacks<Optimizer>;
-
-SpectralOptions options() {
-  return SpectralOptions().total_steps(1000).allocation_interval(1);
-}
-
-// Adapters in float64 that follow their ranks.
-struct Adapters {
-  struct Shape {
-    int64_t in, out, rank, capacity;
-  };
-  std::vector<at::Tensor> A, B;
-  std::vector<int64_t> ranks;
-
-  explicit Adapters(const std::vector<Shape>& shapes) {
-    torch::manual_seed(3);
-    for (const auto& [in, out, rank, capacity] : shapes) {
-      A.push_back(torch::zeros({capacity, in}, torch::kDouble));
-      B.push_back(torch::zeros({out, capacity}, torch::kDouble));
-      A.back().narrow(0, 0, rank).normal_();
-      B.back().narrow(1, 0, rank).normal_();
-      ranks.push_back(rank);
-      A.back().requires_grad_();
-      B.back().requires_grad_();
-    }
-  }
-
-  std::vector<rankwise::Adapter> list() {
-    std::vector<rankwise::Adapter> result;
-    for (size_t m = 0; m < A.size(); ++m)
-      result.push_back({"m" + std::to_string(m), A[m], B[m], {}, ranks[m], [this, m](int64_t rank) {
-                          ranks[m] = rank;
-                        }});
-    return result;
-  }
-
-  at::Tensor update(size_t m) const { return B[m].detach().matmul(A[m].detach()); }
-
-  // As of a loss whose gradient with respect to the update is G.
-  void set_gradients(size_t m, const at::Tensor& G) {
-    A[m].mutable_grad() = B[m].detach().t().matmul(G);
-    B[m].mutable_grad() = G.matmul(A[m].detach().t());
-  }
-};
 
 TEST(SpectralAllocator, RandomEventsConserveParametersAndTellTheChange) {
   std::mt19937_64 random(5);
@@ -79,7 +27,7 @@ TEST(SpectralAllocator, RandomEventsConserveParametersAndTellTheChange) {
     chosen.exchange({.threshold = 0.1 * uniform(0, 3),
                      .hysteresis = 0.1 * uniform(0, 5),
                      .max_moves = uniform(-1, 5)});
-    if (uniform(0, 1) == 0) chosen.score(rankwise::SpectralScore::literal);
+    if (uniform(0, 1) == 0) chosen.score(SpectralScore::literal);
     SpectralAllocator allocator(adapters.list(), chosen);
     const int64_t budget = allocator.budget();
     for (int event = 0; event < 20; ++event) {
@@ -131,125 +79,10 @@ TEST(SpectralAllocator, ScoresAreSingularValuesAndTheirGradients) {
   at::Tensor G = torch::zeros({6, 6}, torch::kDouble);
   G[1][1] = -4;
   adapters.set_gradients(0, G);
-  SpectralAllocator allocator(
-      adapters.list(), options().score(rankwise::SpectralScore::literal).sensitivity_weight(0.5));
+  SpectralAllocator allocator(adapters.list(),
+                              options().score(SpectralScore::literal).sensitivity_weight(0.5));
   allocator.step();
   EXPECT_NEAR(allocator.history().back().lowest_kept, 3, 1e-12);  // 3 + 0, and 2 + 0.5 * 4
-}
-
-struct Train {
-  Adapters adapters{{{9, 7, 3, 6}, {7, 5, 3, 5}}};
-  at::Tensor W1, W2, x;
-
-  Train() {
-    torch::manual_seed(1);
-    W1 = torch::randn({7, 9}, torch::kDouble);
-    W2 = torch::randn({5, 7}, torch::kDouble);
-    x = torch::randn({32, 9}, torch::kDouble);
-    for (const at::Tensor& B : adapters.B) B.detach().zero_();
-  }
-
-  at::Tensor forward() const {
-    const auto& a = adapters;
-    const at::Tensor hidden =
-        rankwise::lora_linear(x, W1, {}, a.A[0], a.B[0], {}, 2.0, 0.0, a.ranks[0]);
-    return rankwise::lora_linear(hidden.tanh(), W2, {}, a.A[1], a.B[1], {}, 2.0, 0.0, a.ranks[1]);
-  }
-
-  std::vector<at::Tensor> parameters() const {
-    return {adapters.A[0], adapters.B[0], adapters.A[1], adapters.B[1]};
-  }
-
-  template <class Optimizer>
-  double step(Optimizer& optimizer) {
-    optimizer.zero_grad();
-    const at::Tensor loss = (forward() - x.narrow(1, 0, 5).sin() * 3).square().mean();
-    loss.backward();
-    optimizer.step();
-    return loss.template item<double>();
-  }
-};
-
-SpectralOptions schedule() {
-  SpectralOptions chosen;
-  return chosen.total_steps(60).warmup_steps(5).final_steps(10).allocation_interval(5).min_age(6);
-}
-
-template <class Optimizer, class Settings>
-void trains(const Settings& settings) {
-  Train run;
-  WithCallbacks<Optimizer> optimizer(run.parameters(), settings);
-  const auto to_and_fro = [](const rankwise::RankQuestion& question) {
-    return question.step % 10 == 0 ? std::vector<int64_t>{2, 4} : std::vector<int64_t>{3, 3};
-  };
-  SpectralAllocator allocator(run.adapters.list(), schedule().ramp_steps(3).rule(to_and_fro));
-  allocator.attach(optimizer);
-  double first = 0, last = 0;
-  for (int i = 0; i < 60; ++i) last = i == 0 ? first = run.step(optimizer) : run.step(optimizer);
-  EXPECT_LT(last, 0.9 * first);
-  EXPECT_EQ(allocator.steps(), 60);
-  EXPECT_TRUE(allocator.frozen());
-  for (const SpectralEvent& event : allocator.history()) EXPECT_EQ(event.added, 1);
-}
-
-TEST(SpectralAllocator, TrainsWithTorchsOptimizers) {
-  trains<torch::optim::AdamW>(torch::optim::AdamWOptions(1e-2));
-  trains<torch::optim::Adam>(torch::optim::AdamOptions(1e-2).amsgrad(true));
-  trains<torch::optim::SGD>(torch::optim::SGDOptions(1e-2).momentum(0.9));
-  trains<torch::optim::RMSprop>(torch::optim::RMSpropOptions(1e-3).centered(true));
-  trains<torch::optim::Adagrad>(torch::optim::AdagradOptions(1e-1));
-}
-
-TEST(SpectralAllocator, GrowthChangesNoOutput) {
-  Train run;
-  WithCallbacks<torch::optim::AdamW> optimizer(run.parameters(), torch::optim::AdamWOptions(1e-2));
-  SpectralAllocator allocator(run.adapters.list(),
-                              schedule().initial_budget(400).rule([](const auto& question) {
-                                std::vector<int64_t> ranks = question.ranks();
-                                for (int64_t& rank : ranks) rank = std::min<int64_t>(rank + 1, 5);
-                                return ranks;
-                              }));
-  for (int i = 0; i < 20; ++i) {
-    run.step(optimizer);
-    const at::Tensor before = run.forward();
-    allocator.step();
-    EXPECT_TRUE(run.forward().equal(before)) << i;
-  }
-  EXPECT_THAT(allocator.ranks(), ElementsAre(Pair("m0", 5), Pair("m1", 5)));
-}
-
-TEST(SpectralAllocator, ResumesToTheBit) {
-  const auto chosen = schedule().ramp_steps(4);
-  for (const int stop : {1, 5, 10, 11, 13, 20, 34, 50, 55}) {
-    Train whole;
-    WithCallbacks<torch::optim::AdamW> optimizer(whole.parameters(),
-                                                 torch::optim::AdamWOptions(1e-2));
-    SpectralAllocator allocator(whole.adapters.list(), chosen);
-    allocator.attach(optimizer);
-    std::stringstream saved, moments;
-    std::vector<at::Tensor> factors;
-    for (int i = 0; i < 60; ++i) {
-      if (i == stop) {
-        torch::save(allocator, saved);
-        torch::save(static_cast<torch::optim::Optimizer&>(optimizer), moments);
-        for (const at::Tensor& p : whole.parameters()) factors.push_back(p.detach().clone());
-      }
-      whole.step(optimizer);
-    }
-
-    Train again;
-    WithCallbacks<torch::optim::AdamW> other(again.parameters(), torch::optim::AdamWOptions(1e-2));
-    SpectralAllocator resumed(again.adapters.list(), chosen);
-    torch::load(resumed, saved);
-    torch::load(static_cast<torch::optim::Optimizer&>(other), moments);
-    for (size_t i = 0; i < factors.size(); ++i) again.parameters()[i].detach().copy_(factors[i]);
-    resumed.attach(other);
-    for (int i = stop; i < 60; ++i) again.step(other);
-    EXPECT_EQ(resumed.ranks(), allocator.ranks());
-    EXPECT_EQ(resumed.history().size(), allocator.history().size());
-    for (size_t i = 0; i < factors.size(); ++i)
-      EXPECT_TRUE(again.parameters()[i].equal(whole.parameters()[i])) << stop << " " << i;
-  }
 }
 
 TEST(SpectralAllocator, ThreadsDoNotChangeTheResult) {
@@ -293,16 +126,6 @@ TEST(SpectralAllocator, GradientsThatAreNotFiniteChangeNothing) {
   EXPECT_EQ(allocator.steps(), 0);
   EXPECT_TRUE(allocator.history().empty());
   EXPECT_TRUE(adapters.A[0].equal(before));
-}
-
-template <class Action>
-std::string error_of(const Action& action) {
-  try {
-    action();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 TEST(SpectralAllocator, RefusesWhatCannotBe) {
@@ -356,24 +179,24 @@ TEST(SpectralAllocator, RefusesAnOptimizersStateThatCannotFollow) {
 
 TEST(SpectralAllocator, LayersOfAModelFollowAndSaveWhatTheyKept) {
   torch::manual_seed(2);
-  torch::nn::Sequential model(
-      rankwise::nn::LoRALinear(rankwise::nn::LoRALinearOptions(12, 8).rank(3).capacity(6)),
-      rankwise::nn::LoRALinear(rankwise::nn::LoRALinearOptions(8, 8).rank(3).capacity(6)));
+  torch::nn::Sequential model(nn::LoRALinear(nn::LoRALinearOptions(12, 8).rank(3).capacity(6)),
+                              nn::LoRALinear(nn::LoRALinearOptions(8, 8).rank(3).capacity(6)));
   SpectralAllocator allocator(*model, options().rule([](const auto&) {
     return std::vector<int64_t>{2, 4};
   }));
-  rankwise::freeze_base(*model);
+  freeze_base(*model);
   std::vector<at::Tensor> factors;
-  for (const rankwise::Adapter& adapter : rankwise::adapters_of(*model))
+  for (const Adapter& adapter : adapters_of(*model))
     factors.insert(factors.end(), {adapter.lora_A, adapter.lora_B});
   WithCallbacks<torch::optim::AdamW> optimizer(factors, torch::optim::AdamWOptions(1e-2));
   allocator.attach(optimizer);
   model->forward(torch::randn({4, 12})).square().mean().backward();
   optimizer.step();
-  EXPECT_EQ(model->ptr<rankwise::nn::LoRALinearImpl>(0)->rank(), 2);
-  EXPECT_EQ(model->ptr<rankwise::nn::LoRALinearImpl>(1)->rank(), 4);
+  EXPECT_EQ(model->ptr<nn::LoRALinearImpl>(0)->rank(), 2);
+  EXPECT_EQ(model->ptr<nn::LoRALinearImpl>(1)->rank(), 4);
   EXPECT_THAT(error_of([&] { SpectralAllocator other(*model, options()); }),
               HasSubstr("'0' has an allocator already"));
 }
 
 }  // namespace
+}  // namespace rankwise

@@ -120,12 +120,12 @@ TEST(Spectrum, DirectionsThatLieApartStayAsTheyAre) {
 
 TEST(Spectrum, FreshRowsAreOrthonormalToTheOthers) {
   const Problem p(5);
-  const at::Tensor rows = rankwise::fresh_rows(p.A, 3, 11);
+  const at::Tensor rows = rankwise::fresh_rows(p.A, {}, 3, 11);
   EXPECT_LT(distance(rows.matmul(rows.t()), torch::eye(3, torch::kDouble)), bound);
   EXPECT_LT((rows.matmul(p.A.t())).abs().max().item<double>(), bound * 10);
-  EXPECT_TRUE(rows.equal(rankwise::fresh_rows(p.A, 3, 11)));
-  EXPECT_FALSE(rows.equal(rankwise::fresh_rows(p.A, 3, 12)));
-  EXPECT_EQ(rankwise::fresh_rows(p.A.narrow(0, 0, 0), 2, 1).sizes(), at::IntArrayRef({2, 40}));
+  EXPECT_TRUE(rows.equal(rankwise::fresh_rows(p.A, {}, 3, 11)));
+  EXPECT_FALSE(rows.equal(rankwise::fresh_rows(p.A, {}, 3, 12)));
+  EXPECT_EQ(rankwise::fresh_rows(p.A.narrow(0, 0, 0), {}, 2, 1).sizes(), at::IntArrayRef({2, 40}));
 }
 
 }  // namespace
