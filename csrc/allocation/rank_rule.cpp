@@ -2,6 +2,7 @@
 #include <rankwise/rank_rule.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -73,9 +74,12 @@ class Exchange {
     cost_ -= question_.costs[m];
   }
 
-  // Of the directions that were there before.
-  double weakest_score(size_t m) const {
-    return question_.scores[m].empty() ? 0 : question_.scores[m].back();
+  // Of one direction more than now.
+  double expected_score(size_t m) const {
+    const double weakest = question_.scores[m].empty() ? 0 : question_.scores[m].back();
+    const auto further = static_cast<size_t>(ranks_[m] - before_[m]);
+    if (m >= question_.former.size() || further >= question_.former[m].size()) return weakest;
+    return std::fmin(weakest, question_.former[m][further]);  // of NaN and a number the number
   }
 
   double priority(size_t m) const {
@@ -89,6 +93,7 @@ class Exchange {
       case GrowthOrder::least:
         break;
     }
+    if (settings_.kth_least == 1) return expected_score(m);
     return count == 0 ? 0 : own[count - std::min(settings_.kth_least, count)];
   }
 
@@ -110,7 +115,7 @@ class Exchange {
     while (cost > question_.budget) {
       const auto victim = weakest([&](size_t i) { return i == m ? ranks[i] : floor(i); }, ranks);
       const bool worth =
-          victim && last_score(*victim, ranks) < (1 - settings_.hysteresis) * weakest_score(m);
+          victim && last_score(*victim, ranks) < (1 - settings_.hysteresis) * expected_score(m);
       if (!worth || ++moves > left_) return false;
       --ranks[*victim];
       cost -= question_.costs[*victim];

@@ -4,6 +4,7 @@
 #include <rankwise/spectral_allocator.h>
 
 #include <algorithm>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 
@@ -115,6 +116,7 @@ SpectralAllocator::SpectralAllocator(std::vector<Adapter> adapters, const Spectr
     first_ranks_.push_back(first_rank_of(adapter));
     costs_.push_back(cost_of(adapter));
     columns_.emplace_back(adapter.rank);
+    former_.emplace_back(adapter.lora_A.size(0), std::numeric_limits<double>::quiet_NaN());
   }
   check_budget(options_.final_budget(), options_.freeze_step());
   take_charge(/*moves=*/true);

@@ -71,6 +71,7 @@ std::vector<int64_t> SpectralAllocator::ask(const std::vector<Found>& found, int
     question.lowest.push_back(lowest(m));
     question.highest.push_back(highest(m));
     question.unserved.push_back(found[m].sketch.energy);
+    question.former.emplace_back(former_[m].begin() + adapters_[m].rank, former_[m].end());
   }
   const std::vector<int64_t> ranks = rule_(question);
   const auto fail = [&](const std::string& wanted, const std::string& got) {
@@ -112,6 +113,7 @@ void SpectralAllocator::event(const Gradients& gradients, const OptimizerView& o
         continue;
       }
       event.highest_dropped = std::fmax(event.highest_dropped, score);
+      former_[m][place] = score;
       const double size =
           adapters_[m].scaling * own.spectrum.S.const_data_ptr<double>()[own.order[place]];
       change += size * size;

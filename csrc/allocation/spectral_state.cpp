@@ -6,6 +6,7 @@
 //   <adapter>.sensitivity   float64 [rank]
 //   <adapter>.young_A [n, in], .young_B [out, n]   new directions on the ramp, before a step
 //   <adapter>.probes        0-d int64
+//   <adapter>.former        float64 [capacity]: scores of dropped directions
 //   history.steps, .budgets, .banks [n], .ranks [n, adapters], .moves [n, 2], .values [n, 3]
 #include <ATen/ATen.h>
 #include <rankwise/spectral_allocator.h>
@@ -116,6 +117,7 @@ std::map<std::string, at::Tensor> SpectralAllocator::state() const {
     }
     state[adapter.name + ".columns"] = columns;
     state[adapter.name + ".probes"] = number(adapter.probes);
+    state[adapter.name + ".former"] = at::tensor(former_[m], at::kDouble);
     state[adapter.name + ".sensitivity"] = sensitivity;
     state[adapter.name + ".young_A"] = at::cat(A, 0);
     state[adapter.name + ".young_B"] = at::cat(B, 1);
@@ -141,6 +143,7 @@ void SpectralAllocator::load_state(const std::map<std::string, at::Tensor>& stat
     check.tensor(adapter.name + ".sensitivity", at::kDouble, {-1});
     check.tensor(adapter.name + ".columns", at::kLong, {rank, 2});
     check.tensor(adapter.name + ".probes", at::kLong, {});
+    check.tensor(adapter.name + ".former", at::kDouble, {adapter.lora_A.size(0)});
     check.tensor(adapter.name + ".young_A", dtype, {-1, adapter.lora_A.size(1)});
     check.tensor(adapter.name + ".young_B", dtype, {adapter.lora_B.size(0), -1});
     if (rank > highest(m))
@@ -162,6 +165,9 @@ void SpectralAllocator::load_state(const std::map<std::string, at::Tensor>& stat
     Adapter& adapter = adapters_[m];
     const at::Tensor columns = state.at(adapter.name + ".columns").cpu().contiguous();
     const at::Tensor sensitivity = state.at(adapter.name + ".sensitivity").cpu().contiguous();
+    const at::Tensor former = state.at(adapter.name + ".former").cpu().contiguous();
+    const auto* const scores = former.const_data_ptr<double>();
+    former_[m].assign(scores, scores + former.numel());
     const at::Tensor A = state.at(adapter.name + ".young_A");
     const at::Tensor B = state.at(adapter.name + ".young_B");
     columns_[m].clear();

@@ -30,6 +30,7 @@ void bind_rules(py::module_& m) {
       .def_readonly("lowest", &RankQuestion::lowest)
       .def_readonly("highest", &RankQuestion::highest)
       .def_readonly("unserved", &RankQuestion::unserved)
+      .def_readonly("former", &RankQuestion::former)
       .def_property_readonly("ranks", &RankQuestion::ranks)
       .def("cost", &RankQuestion::cost, py::arg("ranks"));
   py::enum_<GrowthOrder>(m, "GrowthOrder")

@@ -22,6 +22,10 @@ struct RankQuestion {
   /// (Frobenius norm); 0 without probes, which adapters of the highest rank do not have.
   std::vector<double> unserved = {};
 
+  /// What each adapter's further directions scored when it last had them, from its (rank + 1)-th
+  /// on; NaN, or nothing at the end, where it never did.
+  std::vector<std::vector<double>> former = {};
+
   std::vector<int64_t> ranks() const;  ///< the present ones
   int64_t cost(const std::vector<int64_t>& ranks) const;
 };
@@ -49,10 +53,11 @@ struct ExchangeSettings {
 /// Drops the directions of the lowest scores until the budget is kept, then those below the
 /// threshold, and gives parameters to adapters that may have more, in turns of one rank each, in
 /// the order of `growth`: from what is free, or by dropping directions of others whose scores are
-/// below (1 - hysteresis) of the gaining adapter's weakest one. So no direction gives way to one
-/// that is worse, and by the order `least` the weakest scores draw level. Equals are decided by the
-/// order of adapters. An adapter gains nothing while it has young directions, nor at an event at
-/// which it loses some, nor the other way round.
+/// below (1 - hysteresis) of what the new one is expected to score: what the gaining adapter's
+/// weakest one does, or that further one when it was last there, if that is less. So no direction
+/// gives way to one that is worse, ranks do not go to and fro, and by the order `least` the weakest
+/// scores draw level. Equals are decided by the order of adapters. An adapter gains nothing while
+/// it has young directions, nor at an event at which it loses some, nor the other way round.
 RankRule exchange_rule(const ExchangeSettings& settings);
 
 }  // namespace rankwise

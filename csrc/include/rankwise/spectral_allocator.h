@@ -115,6 +115,8 @@ class SpectralAllocator : public Allocator {
   RankRule rule_;
   std::vector<int64_t> first_ranks_, costs_;
   std::vector<std::vector<Column>> columns_;
+  // Of each adapter's directions by their number, the score when it was last dropped; NaN: never.
+  std::vector<std::vector<double>> former_;
   std::vector<Young> young_;
   std::vector<SpectralEvent> history_;
   int64_t steps_ = 0, skipped_steps_ = 0, budget_;

@@ -4,6 +4,7 @@
 #include <rankwise/rank_rule.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <random>
 
@@ -44,6 +45,19 @@ TEST(ExchangeRule, NeverPassesTheSmallerSide) {
   RankQuestion q = question({8, 8}, {0.1, 2}, 30, 480);
   q.highest = {10, 10};  // of a 10 x 20 matrix
   EXPECT_THAT(exchange_rule({.max_moves = 10})(q), ElementsAre(6, 10));
+}
+
+TEST(ExchangeRule, ExpectsOfAFurtherDirectionWhatItScoredBefore) {
+  RankQuestion q = question({1, 3}, {2, 0.5}, 10, 40);
+  EXPECT_THAT(exchange_rule({})(q), ElementsAre(2, 2));
+  q.former = {{0.4, 0.1}, {}};
+  EXPECT_THAT(exchange_rule({})(q), ElementsAre(1, 3));
+  q.former = {{0.4, 0.1}, {0.3}};
+  q.budget = 50;  // what is free is given all the same
+  EXPECT_THAT(exchange_rule({.max_moves = 1})(q), ElementsAre(2, 3));
+  q.former[0][0] = std::numeric_limits<double>::quiet_NaN();  // the first never was there
+  q.budget = 40;
+  EXPECT_THAT(exchange_rule({})(q), ElementsAre(2, 2));
 }
 
 TEST(ExchangeRule, GivesInTheOrderThatWasAsked) {

@@ -85,6 +85,25 @@ TEST(SpectralAllocator, ScoresAreSingularValuesAndTheirGradients) {
   EXPECT_NEAR(allocator.history().back().lowest_kept, 3, 1e-12);  // 3 + 0, and 2 + 0.5 * 4
 }
 
+TEST(SpectralAllocator, RemembersWhatDroppedDirectionsScored) {
+  Adapters adapters({{6, 6, 3, 4}});
+  std::vector<std::vector<double>> scores, former;
+  SpectralAllocator allocator(
+      adapters.list(),
+      options().min_age(0).budget_at([](int64_t) { return 1000; }).rule([&](const auto& question) {
+        scores.push_back(question.scores[0]);
+        former.push_back(question.former[0]);
+        return std::vector<int64_t>{question.step == 1 ? 1 : 2};
+      }));
+  for (int event = 0; event < 3; ++event) {
+    adapters.set_gradients(0, torch::randn({6, 6}, torch::kDouble));
+    allocator.step();
+  }
+  EXPECT_THAT(former[0], ElementsAre(testing::IsNan()));
+  EXPECT_THAT(former[1], ElementsAre(scores[0][1], scores[0][2], testing::IsNan()));
+  EXPECT_THAT(former[2], ElementsAre(scores[0][2], testing::IsNan()));
+}
+
 TEST(SpectralAllocator, ThreadsDoNotChangeTheResult) {
   const int before = at::get_num_threads();
   std::vector<at::Tensor> first;
