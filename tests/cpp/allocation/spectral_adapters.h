@@ -57,6 +57,12 @@ struct Adapters {
   }
 };
 
+inline std::vector<int64_t> ranks_of(const SpectralAllocator& allocator) {
+  std::vector<int64_t> ranks;
+  for (const auto& [name, rank] : allocator.ranks()) ranks.push_back(rank);
+  return ranks;
+}
+
 struct Train {
   Adapters adapters{{{9, 7, 3, 6}, {7, 5, 3, 5}}};
   at::Tensor W1, W2, x;

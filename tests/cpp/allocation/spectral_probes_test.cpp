@@ -87,8 +87,7 @@ TEST(SpectralProbes, ComeForOneStepAndLeaveZeros) {
     }
     if (before_event) {
       const at::Tensor with = run.forward();
-      std::vector<int64_t> ranks;
-      for (const auto& [name, rank] : allocator.ranks()) ranks.push_back(rank);
+      std::vector<int64_t> ranks = ranks_of(allocator);
       std::swap(ranks, run.adapters.ranks);
       ASSERT_TRUE(run.forward().equal(with)) << step;
       std::swap(ranks, run.adapters.ranks);
