@@ -20,7 +20,7 @@ ROOMS = {
     "csrc/ops": (r"kernels/.+\.h|ops/cpu/blocks\.h", PYTHON),
     "csrc/ops/cpu": (r"kernels/.+\.h|ops/[^/]+\.h", PYTHON),
     "csrc/ops/cuda": (r"kernels/.+\.h|ops/[^/]+\.h", PYTHON),
-    "csrc/allocation": (r"ops/importance\.h", PYTHON),
+    "csrc/allocation": (r"ops/(importance|cpu/blocks)\.h", PYTHON),
     "csrc/io": (r"", rf"{PYTHON}|torch/"),
     "csrc/nn": (r"", PYTHON),
     "csrc/bindings": (r"", r"ATen/native"),

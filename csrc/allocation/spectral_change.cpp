@@ -1,13 +1,14 @@
 // SpectralAllocator after a decision: factors, gradients and the optimizer's state follow, and
 // probes come and go.
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <rankwise/spectral_allocator.h>
 #include <rankwise/tensor_memory.h>
 
 #include <algorithm>
 
+#include "../ops/cpu/blocks.h"
 #include "gradient_sketch.h"
-#include "matrices_of_adapters.h"
 #include "spectral_directions.h"
 
 namespace rankwise {
@@ -92,7 +93,7 @@ void SpectralAllocator::change(size_t m, const Found& found, int64_t rank,
   follow(adapter.lora_A, 0, made.T_B);
   follow(adapter.lora_B, 1, made.T_A);
   for (Move& move : moves) move.fetch();
-  for_each_matrix(moves.size(), [&](size_t i) { moves[i].compute(); });
+  run_blocks(static_cast<int64_t>(moves.size()), [&](int64_t i) { moves[i].compute(); });
   for (const Move& move : moves) move.write();
   Move{adapter.lora_A, 0, made.T_B, made.A}.write();
   Move{adapter.lora_B, 1, made.T_A, made.B}.write();
@@ -110,8 +111,8 @@ void SpectralAllocator::add(size_t m, const Found& found, int64_t count) {
   const at::Tensor A = doubles(adapter.lora_A.narrow(0, 0, rank));
   at::Tensor rows;
   const uint64_t seed = mixed(static_cast<uint64_t>(options_.seed()), steps_ + 1, m);
-  for_each_matrix(
-      1, [&](size_t) { rows = fresh_rows(A, found.sketch.rows, count, seed) * row_length(A); });
+  run_blocks(
+      1, [&](int64_t) { rows = fresh_rows(A, found.sketch.rows, count, seed) * row_length(A); });
   adapter.lora_A.narrow(0, rank, count).copy_(rows);
   adapter.lora_B.narrow(1, rank, count).zero_();
   for (int64_t column = rank; column < rank + count; ++column) {

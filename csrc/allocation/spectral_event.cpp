@@ -9,7 +9,7 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "matrices_of_adapters.h"
+#include "../ops/cpu/blocks.h"
 #include "spectral_directions.h"
 
 namespace rankwise {
@@ -35,7 +35,7 @@ std::vector<SpectralAllocator::Found> SpectralAllocator::find(const Gradients& g
     found[m].gB = doubles(gB->narrow(1, 0, adapter.rank));
     found[m].unseen = doubles(gA->narrow(0, adapter.rank, adapter.probes));
   }
-  for_each_matrix(found.size(), [&](size_t m) {
+  run_blocks(static_cast<int64_t>(found.size()), [&](int64_t m) {
     if (adapters_[m].rank > 0) found[m].look(adapters_[m].scaling);
     if (adapters_[m].probes > 0 && found[m].unseen.defined())
       found[m].sketch = sketch_of(found[m].unseen, found[m].spectrum.V, adapters_[m].scaling);

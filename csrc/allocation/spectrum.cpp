@@ -19,6 +19,10 @@ at::Tensor indices(const std::vector<int64_t>& values) {
 
 }  // namespace
 
+at::Tensor doubles(const at::Tensor& tensor) {
+  return tensor.detach().to(at::kCPU, at::kDouble).contiguous();
+}
+
 bool Spectrum::empty(int64_t i) const {
   const auto* const s = S.const_data_ptr<double>();
   return !(s[i] > smallest * s[0]);

@@ -9,6 +9,9 @@
 
 namespace rankwise {
 
+// A copy in float64 on the CPU.
+at::Tensor doubles(const at::Tensor& tensor);
+
 // M = U diag(S) V^T, and how the factors lie to it.
 struct Spectrum {
   at::Tensor U;   // [out, rank]

@@ -73,8 +73,8 @@ class SpectralConfig(TargetConfig):
         ramp_steps: steps over which the updates of a new direction grow to their full size.
         seed: of new directions, and of probes.
         rule: in the place of the rule above: a function of a RankQuestion (scores, young, costs,
-            lowest, highest, unserved, ranks, budget, step) that returns the new ranks. It must depend on that
-            alone.
+            lowest, highest, unserved, former, ranks, budget, step) that returns the new ranks. It
+            must depend on that alone.
         target_modules, exclude_modules, rank_pattern, alpha_pattern, modules_to_save, dropout,
             adapter_dtype: see TargetConfig.
     """
