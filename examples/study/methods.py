@@ -97,34 +97,39 @@ METHODS: dict[str, Method] = {
     "frozen": frozen,
     "LoRA": lora,
     "AdaLoRA": adalora,
+    "AdaLoRA, faster E": adalora,
     "spectral, pruned": pruned,
     "spectral, grown": grown,
     "spectral, by gradient": grown_by_gradient,
 }
+E_RATIOS = {"AdaLoRA, faster E": 8.0}  # of lora_E's rate to that of lora_A and lora_B
 
 
 def run(task: Task, method: str, rate: float, seed: int) -> Outcome:
     """One training; everything random comes from the seed."""
     torch.manual_seed(seed)
     model, allocator = METHODS[method](task, task.new_model(seed))
-    return train_and_measure(task, model, allocator, rate, seed)
+    return train_and_measure(task, model, allocator, rate, seed, E_RATIOS.get(method, 1.0))
 
 
 def train_and_measure(
-    task: Task, model: nn.Module, allocator: Allocator | None, rate: float, seed: int
-) -> Outcome:
-    losses = _train(task, model.train(), allocator, rate, seed)
+    task: Task, model: nn.Module, allocator: Allocator | None, rate: float, seed: int,
+    e_ratio: float = 1.0,
+) -> Outcome:  # fmt: skip
+    adapted = any(isinstance(module, rw.nn.LoRALinear) for module in model.modules())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if adapted:
+        parameters = rw.parameter_groups(model, rate, ratio=1.0, e_ratio=e_ratio)
+    losses = _train(task, model.train(), allocator, AdamW(parameters, rate), seed)
     model.eval()
     accuracies = {split: task.accuracy(model, split) for split in ("validation", "test")}
     last = losses[-max(len(losses) // 10, 1) :]
-    adapted = any(isinstance(module, rw.nn.LoRALinear) for module in model.modules())
     ranks = {x.name: x.rank for x in rw.summary(model).layers} if adapted else {}
     events = [(e.step, list(e.ranks)) for e in allocator.history] if allocator else []
     return Outcome(accuracies, sum(last) / len(last), ranks, events)
 
 
-def _train(task: Task, model, allocator, rate: float, seed: int) -> list[float]:
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], rate)
+def _train(task: Task, model, allocator, optimizer: AdamW, seed: int) -> list[float]:
     schedule = LinearLR(optimizer, 1.0, 0.0, total_iters=task.steps)
     if allocator is not None:
         allocator.attach(optimizer)
