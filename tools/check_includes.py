@@ -21,17 +21,23 @@ ROOMS = {
     "csrc/ops/cpu": (r"kernels/.+\.h|ops/[^/]+\.h", PYTHON),
     "csrc/ops/cuda": (r"kernels/.+\.h|ops/[^/]+\.h", PYTHON),
     "csrc/allocation": (r"ops/(importance|cpu/blocks)\.h", PYTHON),
+    "csrc/analysis": (r"allocation/spectrum\.h|ops/cpu/blocks\.h", PYTHON),
     "csrc/io": (r"", rf"{PYTHON}|torch/"),
     "csrc/nn": (r"", PYTHON),
     "csrc/bindings": (r"", r"ATen/native"),
 }
-PRIVATE = re.compile(r"(\.\./|allocation|bindings|io|kernels|nn|ops)(/.*|$)")  # never in <>
+# Never in <>.
+PRIVATE = re.compile(r"(\.\./|allocation|analysis|bindings|io|kernels|nn|ops)(/.*|$)")
 TORCH_FREE = re.compile(r"csrc/io/(?!adapter_(file|fold|tensors)\.).*")
 # Python files that may reach the binary library directly.
 LIBRARY_USERS = {
     "_library.py",
     "allocated.py",
     "allocation.py",
+    "analysis/combinations.py",
+    "analysis/distances.py",
+    "analysis/subspaces.py",
+    "analysis/updates.py",
     "config.py",
     "directions.py",
     "doctor.py",

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu_path(m);
   bind_files(m);
   bind_tensor_memory(m);
+  bind_analysis(m);
 }

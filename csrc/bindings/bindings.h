@@ -17,6 +17,7 @@ auto released(const Action& action) {
   }
 }
 
+void bind_analysis(pybind11::module_& m);
 void bind_allocation(pybind11::module_& m);
 void bind_cpu_path(pybind11::module_& m);
 void bind_files(pybind11::module_& m);

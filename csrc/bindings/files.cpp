@@ -96,7 +96,18 @@ void bind_fold(py::module_& m) {
                                   scaling,           embedding};
            }),
            py::arg("module"), py::arg("lora_A"), py::arg("lora_B"), py::arg("lora_E"),
-           py::arg("scaling"), py::arg("embedding"));
+           py::arg("scaling"), py::arg("embedding"))
+      .def_readonly("module", &AdapterUpdate::module)
+      .def_readonly("lora_A", &AdapterUpdate::lora_A)
+      .def_readonly("lora_B", &AdapterUpdate::lora_B)
+      .def_property_readonly("lora_E",
+                             [](const AdapterUpdate& self) {
+                               return self.lora_E.defined() ? std::optional(self.lora_E)
+                                                            : std::nullopt;
+                             })
+      .def_readonly("scaling", &AdapterUpdate::scaling)
+      .def_readonly("embedding", &AdapterUpdate::embedding);
+  m.def("updates_of", &rankwise::updates_of, py::call_guard<py::gil_scoped_release>());
   m.def(
       "fold_adapter",
       py::overload_cast<const std::vector<AdapterUpdate>&, AdapterConfig>(&rankwise::fold_adapter),
