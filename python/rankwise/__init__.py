@@ -1,6 +1,6 @@
 """rankwise: LoRA and AdaLoRA for PyTorch, computed by a C++ library for LibTorch."""
 
-from . import nn, ops
+from . import analysis, nn, ops
 from ._library import __version__
 from .allocation import RankAllocator
 from .config import AdaLoRAConfig, LoRAConfig
@@ -35,6 +35,7 @@ __all__ = [
     "adalora_config",
     "adapter_names",
     "add_adapter",
+    "analysis",
     "apply_lora",
     "delete_adapter",
     "disable_adapters",
