@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cpp_programs import output_of
 from test_cpp_reference import EXAMPLES
 
 import rankwise as rw
@@ -114,6 +115,41 @@ def test_the_adapter_program_names_a_bad_folder(programs, tmp_path):
     result = subprocess.run(run, capture_output=True, text=True)
     assert result.returncode == 1
     assert str(tmp_path / "nothing") in result.stderr
+
+
+def test_the_combination_program_adds_two_folders(programs, tmp_path):
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+    rw.apply_lora(model, rw.LoRAConfig(rank=2, alpha=4.0, target_modules=["0", "1"]), name="lora")
+    rw.add_adapter(
+        model,
+        "adalora",
+        rw.AdaLoRAConfig(initial_rank=3, target_rank=1, total_steps=9, target_modules=["0"]),
+    )
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    folders = [tmp_path / "lora", tmp_path / "adalora"]
+    for folder in folders:
+        rw.save_adapter(model, folder, folder.name)
+    arguments = [folders[0], "0.5", folders[1], "-2", tmp_path / "sum"]
+    lines = output_of(programs / "combine", *arguments).splitlines()
+    assert lines[0] == str(folders[0]) and lines[1].startswith("  0: rank 2, norm ")
+    assert [line for line in lines if line.startswith("  1: ")][1] == "  1: 1.0000"
+    rw.analysis.combine_folders(folders, [0.5, -2.0], tmp_path / "python")
+    assert rw.analysis.same_function(tmp_path / "sum", tmp_path / "python", tolerance=0)
+    output_of(programs / "combine", *arguments[:4], tmp_path / "less", "2")
+    found = rw.analysis.distances(tmp_path / "sum", tmp_path / "less")
+    exact = rw.analysis.truncate(rw.analysis.updates(tmp_path / "sum")["0"], 2)
+    assert found["0"].absolute == pytest.approx(exact.error, rel=1e-5)
+
+
+def test_the_combination_program_names_what_is_wrong(programs, tmp_path):
+    run = [programs / "combine", tmp_path / "nothing", "1", tmp_path / "nothing", "1", tmp_path]
+    result = subprocess.run(run, capture_output=True, text=True)
+    assert result.returncode == 1 and str(tmp_path / "nothing") in result.stderr
+    assert subprocess.run(run[:3], capture_output=True).returncode == 2
 
 
 def test_python_and_peft_load_what_the_module_program_saved(programs, tmp_path):
