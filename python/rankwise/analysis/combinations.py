@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .._library import library
 from ..adapted import Adapted
 from ..config import _is_integer, _is_real, _require
-from .updates import Update, check_integers, for_library, read, result_of
+from .updates import Update, check_integers, check_list, for_library, read, result_of
 
 _core = library.analysis
 METHODS = tuple(_core.Combination.__members__)
@@ -43,8 +42,8 @@ def truncate(update: Update | Adapted, rank: int) -> Approximation:
 
 
 def combine(
-    updates: Sequence[Update | Adapted],
-    weights: Sequence[float],
+    updates: list[Update | Adapted],
+    weights: list[float],
     *,
     method: str = "linear",
     rank: int | None = None,
@@ -72,14 +71,15 @@ def combine(
         majority_sign: "total", of the elements' sum, or "frequency", of their signs' sum.
         seed: of the elements dropped.
     """
+    check_list("combine", "updates", updates)
     given = [for_library("combine", f"updates[{i}]", update) for i, update in enumerate(updates)]
     options = _options("combine", method, rank, density, majority_sign, seed)
     return _approximation(_core.combine(given, _weights("combine", weights), options))
 
 
 def combine_folders(
-    folders: Sequence[str | os.PathLike],
-    weights: Sequence[float],
+    folders: list[str | os.PathLike],
+    weights: list[float],
     directory: str | os.PathLike,
     *,
     method: str = "linear",
@@ -105,6 +105,7 @@ def combine_folders(
     """
     function = "combine_folders"
     options = _options(function, method, rank, density, majority_sign, seed)
+    check_list(function, "folders", folders)
     files = [read(function, f"folders[{i}]", path) for i, path in enumerate(folders)]
     combined = _core.combine_files(files, _weights(function, weights), options)
     library.write_adapter(directory, combined)
@@ -124,7 +125,7 @@ def _options(function: str, method, rank, density, majority_sign, seed):
     )
 
 
-def _weights(function: str, weights: Sequence[float]) -> list[float]:
-    numbers = list(weights)
-    _require(all(map(_is_real, numbers)), function, "weights", "numbers", weights)
-    return [float(number) for number in numbers]
+def _weights(function: str, weights: list[float]) -> list[float]:
+    check_list(function, "weights", weights)
+    _require(all(map(_is_real, weights)), function, "weights", "numbers", weights)
+    return [float(weight) for weight in weights]

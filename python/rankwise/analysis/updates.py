@@ -16,7 +16,7 @@ from ..file_slots import factors_of
 from ..sharding import reshard
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Update:
     """What an adapter adds to one weight: ``scaling * lora_B diag(lora_E) lora_A``.
 
@@ -46,6 +46,10 @@ class Update:
     @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
+
+    def __repr__(self) -> str:
+        shape = [*self.lora_B.shape[:1], *self.lora_A.shape[1:]]
+        return f"Update({self.module!r}, {shape}, rank {self.rank}, scaling {self.scaling:g})"
 
     def dense(self) -> Tensor:
         """dW itself, ``[out, in]``, float64 on the CPU."""
@@ -117,3 +121,8 @@ def check_integers(function: str, **values: int | None) -> None:
         fits = _is_integer(value) or (name == "rank" and value is None)
         _require(fits, function, name, "an integer", value)
         _require(name != "seed" or value >= 0, function, name, "at least 0", value)
+
+
+def check_list(function: str, name: str, values: object) -> None:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{function}: {name} must be a list, got {type(values).__name__}")

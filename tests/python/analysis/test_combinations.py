@@ -200,3 +200,21 @@ ONE, OTHER = generic((4, 5), (2, 1, 3))[0], generic((4, 6), (2, 1, 3))[0]
 def test_errors_say_what_was_wanted(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: analysis.combine(ONE, [1.0]), "combine: updates must be a list, got Update"),
+        (lambda: analysis.combine({"q": ONE}, [1.0]), "updates must be a list, got dict"),
+        (lambda: analysis.combine([ONE], 0.5), "combine: weights must be a list, got float"),
+        (
+            lambda: analysis.combine(["q"], [1.0]),
+            r"updates\[0\] must be an Update or a layer .*, got str",
+        ),
+        (lambda: analysis.combine_folders("a", [1.0], "b"), "folders must be a list, got str"),
+    ],
+)
+def test_other_types_are_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()

@@ -61,6 +61,31 @@ def test_one_folder_with_a_rank_is_its_truncation(tmp_path):
         assert distance.absolute == pytest.approx(exact.error, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ("svd", "linear"),
+        ("cat", "linear"),
+        ("ties_svd", "ties"),
+        ("magnitude_prune_svd", "magnitude_prune"),
+    ],
+)
+def test_the_methods_are_those_of_pefts_models(tmp_path, theirs, ours):
+    config = dict(target_modules=["up", "down"], init_lora_weights=False)
+    model = peft.get_peft_model(base(), peft.LoraConfig(r=2, lora_alpha=3, **config), "one")
+    model.add_adapter("two", peft.LoraConfig(r=3, lora_alpha=5, use_rslora=True, **config))
+    weights, density = [0.5, -1.5], None if ours == "linear" else 0.6
+    model.add_weighted_adapter(
+        ["one", "two"], weights, "sum", combination_type=theirs, svd_rank=4, density=density
+    )
+    model.save_pretrained(tmp_path)
+    options = {} if theirs == "cat" else {"rank": 4, "density": density or 0.5}
+    folders = [tmp_path / "one", tmp_path / "two"]
+    analysis.combine_folders(folders, weights, tmp_path / "ours", method=ours, **options)
+    for module, distance in analysis.distances(tmp_path / "sum", tmp_path / "ours").items():
+        assert distance.relative < 1e-6, module
+
+
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
 def test_methods_on_elements(tmp_path, method):
     folders = [folder(tmp_path / str(i), lora(i)) for i in range(2)]

@@ -88,7 +88,12 @@ def folder(path, model):
 
 
 def test_updates_are_found_in_models_and_folders(tmp_path):
-    for name, model in {"lora": lora(1), "adalora": adalora(2)}.items():
+    pruned = adalora(4)
+    pruned.up.rank = 3
+    with torch.no_grad():
+        for factor in (pruned.up.lora_A, pruned.up.lora_B.t(), pruned.up.lora_E):
+            factor[3:] = 0
+    for name, model in {"lora": lora(1), "adalora": adalora(2), "pruned": pruned}.items():
         there, stored = analysis.updates(model), analysis.updates(folder(tmp_path / name, model))
         assert there.keys() == stored.keys()
         for module, update in there.items():
@@ -106,6 +111,7 @@ def test_updates_of_a_named_adapter_and_of_its_rank():
     assert list(analysis.updates(model, "other")) == ["head"]
     model.up.rank = 3
     assert {m: u.rank for m, u in analysis.updates(model).items()} == {"up": 3, "down": 4}
+    assert repr(analysis.updates(model)["up"]) == "Update('up', [8, 6], rank 3, scaling 2)"
     with pytest.raises(ValueError, match="updates: adapters are .*, got 'none'"):
         analysis.updates(model, "none")
     with pytest.raises(TypeError, match="updates: source must be a folder or a model, got int"):
