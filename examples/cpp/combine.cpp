@@ -4,6 +4,8 @@
 #include <torch/torch.h>
 
 #include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -28,6 +30,14 @@ void compare(const rankwise::AdapterFile& first, const rankwise::AdapterFile& se
     std::printf("  %s: %.4f\n", module.c_str(), distance.relative);
 }
 
+double number(const char* text) {
+  char* end = nullptr;
+  const double value = std::strtod(text, &end);
+  if (end == text || *end != '\0')
+    throw std::invalid_argument(std::string("weights and ranks are numbers, got ") + text);
+  return value;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -42,8 +52,8 @@ int main(int argc, char** argv) {
     inspect(argv[3], adapters[1]);
     compare(adapters[0], adapters[1]);
     analysis::CombineOptions options;
-    if (argc == 7) options.rank = std::stol(argv[6]);
-    const std::vector<double> weights = {std::stod(argv[2]), std::stod(argv[4])};
+    if (argc == 7) options.rank = static_cast<int64_t>(number(argv[6]));
+    const std::vector<double> weights = {number(argv[2]), number(argv[4])};
     const rankwise::AdapterFile combined = analysis::combine(adapters, weights, options);
     rankwise::write_adapter(argv[5], combined);
     inspect(argv[5], combined);

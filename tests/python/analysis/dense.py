@@ -62,4 +62,4 @@ def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def clusters(s: np.ndarray) -> list[int]:
     """The numbers of directions at which the subspace is one's own: not within equal values."""
-    return [i for i in range(len(s)) if i + 1 == len(s) or s[i] - s[i + 1] > 1e-6 * s[0]]
+    return [i for i in range(len(s)) if i + 1 == len(s) or s[i] - s[i + 1] > 1e-4 * s[0]]

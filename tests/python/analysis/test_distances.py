@@ -233,3 +233,13 @@ def test_rank_0_is_the_zero_update():
     assert analysis.distance(none, none) == Distance(0, 0)
     assert analysis.distance(none, one).relative == 1
     assert np.isclose(analysis.distance(one, none).absolute, norm(dense(one)))
+
+
+def test_no_dense_update_is_formed():
+    """It would have 480 GB."""
+    one = Update(torch.randn(2, 200_000).double(), torch.randn(300_000, 2).double())
+    less = analysis.truncate(one, 1)
+    found = analysis.distance(one, less.update)
+    assert found.absolute == pytest.approx(less.error, rel=1e-10)
+    assert analysis.combine([one, one], [1.0, -0.5]).update.rank == 2
+    assert analysis.subspace_similarity(one, less.update)[1, 0] == pytest.approx(1)

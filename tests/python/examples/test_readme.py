@@ -146,10 +146,17 @@ def test_the_combination_program_adds_two_folders(programs, tmp_path):
 
 
 def test_the_combination_program_names_what_is_wrong(programs, tmp_path):
+    import torch
+
     run = [programs / "combine", tmp_path / "nothing", "1", tmp_path / "nothing", "1", tmp_path]
     result = subprocess.run(run, capture_output=True, text=True)
     assert result.returncode == 1 and str(tmp_path / "nothing") in result.stderr
     assert subprocess.run(run[:3], capture_output=True).returncode == 2
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    rw.save_adapter(rw.apply_lora(model, rw.LoRAConfig(target_modules=["0"])), tmp_path)
+    run = [programs / "combine", tmp_path, "1", tmp_path, "half", tmp_path]
+    result = subprocess.run(run, capture_output=True, text=True)
+    assert result.returncode == 1 and "numbers, got half" in result.stderr
 
 
 def test_python_and_peft_load_what_the_module_program_saved(programs, tmp_path):
