@@ -69,9 +69,7 @@ Factors factors_of(const std::string& function, const std::string& argument,
 
 void check_same_shape(const std::string& function, const std::string& argument,
                       const Factors& factors, const std::string& other, const Factors& wanted) {
-  const auto shape = [](const Factors& f) {
-    return "[" + std::to_string(f.out()) + ", " + std::to_string(f.in()) + "]";
-  };
+  const auto shape = [](const Factors& f) { return c10::str("[", f.out(), ", ", f.in(), "]"); };
   if (factors.in() == wanted.in() && factors.out() == wanted.out()) return;
   fail(function, argument + " must be an update of " + shape(wanted) + " like " + other +
                      ", got one of " + shape(factors));
