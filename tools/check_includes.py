@@ -38,6 +38,8 @@ LIBRARY_USERS = {
     "analysis/distances.py",
     "analysis/subspaces.py",
     "analysis/updates.py",
+    "commands/inspect.py",
+    "commands/plan.py",
     "config.py",
     "directions.py",
     "doctor.py",

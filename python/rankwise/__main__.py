@@ -1,4 +1,4 @@
-"""``python -m rankwise``: the command line, and ``--cmake-dir``, which needs no other package."""
+"""``rankwise``: the command line, and ``--cmake-dir``, which needs no other package."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,8 @@ def main() -> None:
         if missing not in ("typer", "rich"):
             raise
         sys.exit(f"rankwise: commands need {missing}; install it with: pip install typer rich")
-    app(prog_name="python -m rankwise")
+    started = Path(sys.argv[0]).stem
+    app(prog_name="python -m rankwise" if started == "__main__" else started)
 
 
 if __name__ == "__main__":

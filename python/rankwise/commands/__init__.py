@@ -4,9 +4,15 @@ from typing import Annotated
 
 import typer
 
+from .analyze import analyze
+from .combine import combine, truncate
+from .compare import compare
 from .doctor import doctor
+from .inspect import inspect
+from .output import Commands
+from .plan import plan
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, cls=Commands, rich_markup_mode=None)
 
 
 @app.callback()
@@ -20,4 +26,5 @@ def options(
         raise typer.BadParameter("--cmake-dir stands alone, without a command")
 
 
-app.command()(doctor)
+for command in (inspect, analyze, compare, combine, truncate, plan, doctor):
+    app.command()(command)

@@ -15,7 +15,10 @@ def doctor(
         bool, typer.Option("--measure", help="Also time lora_linear on the CPU's paths.")
     ] = False,
 ) -> None:
-    """Says what this installation has to work with. Exits with 1 if it finds a problem."""
+    """What this installation has to work with.
+
+    Exits with 1 if it finds a problem.
+    """
     found = examine()
     console = Console(highlight=False, soft_wrap=True)
     for what, version in found.versions.items():

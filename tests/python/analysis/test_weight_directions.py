@@ -100,9 +100,7 @@ WEIGHT = torch.ones(4, 5)
 HOLED = WEIGHT.clone().index_put_((torch.tensor(3), torch.tensor(4)), torch.tensor(float("inf")))
 
 
-@pytest.mark.parametrize(
-    "function", [analysis.amplification_factor, analysis.intruder_directions], ids=str
-)
+@pytest.mark.parametrize("function", [analysis.amplification_factor, analysis.intruder_directions])
 @pytest.mark.parametrize(
     "weight, message",
     [
