@@ -108,12 +108,13 @@ std::map<std::string, at::Tensor> SpectralAllocator::state() const {
       columns.mutable_data_ptr<int64_t>()[2 * i + 1] = column.birth;
       sensitivity.mutable_data_ptr<double>()[i] = column.sensitivity;
     }
-    std::vector<at::Tensor> A = {adapter.lora_A.new_empty({0, adapter.lora_A.size(1)})};
-    std::vector<at::Tensor> B = {adapter.lora_B.new_empty({adapter.lora_B.size(0), 0})};
+    const at::TensorOptions on_cpu(adapter.lora_A.scalar_type());
+    std::vector<at::Tensor> A = {at::empty({0, adapter.lora_A.size(1)}, on_cpu)};
+    std::vector<at::Tensor> B = {at::empty({adapter.lora_B.size(0), 0}, on_cpu)};
     for (const Young& young : young_) {
       if (young.adapter != m) continue;
-      A.push_back(young.A.to(A[0].device()).unsqueeze(0));
-      B.push_back(young.B.to(B[0].device()).unsqueeze(1));
+      A.push_back(young.A.cpu().unsqueeze(0));
+      B.push_back(young.B.cpu().unsqueeze(1));
     }
     state[adapter.name + ".columns"] = columns;
     state[adapter.name + ".probes"] = number(adapter.probes);
