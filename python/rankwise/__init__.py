@@ -6,6 +6,9 @@ from .allocation import RankAllocator
 from .config import AdaLoRAConfig, LoRAConfig
 from .file_config import adalora_config
 from .files import FileError, LoadReport, export_lora, load_adapter, save_adapter
+from .first_gradients import LoRAGA
+from .first_inputs import EVA
+from .first_weights import OLoRA, PiSSA
 from .merging import MergeReport, merge, unmerge
 from .model import (
     activate_adapter,
@@ -22,10 +25,14 @@ from .spectral import RankQuestion, SpectralAllocator, SpectralConfig
 
 __all__ = [
     "AdaLoRAConfig",
+    "EVA",
     "FileError",
     "LoRAConfig",
+    "LoRAGA",
     "LoadReport",
     "MergeReport",
+    "OLoRA",
+    "PiSSA",
     "RankAllocator",
     "RankQuestion",
     "SpectralAllocator",

@@ -11,6 +11,7 @@ from .computed import not_a_parameter
 from .config import AdapterOptions, factor_dtypes
 from .devices import FACTORS, follow_base, values_kept
 from .directions import ORDER, Directed, Directions
+from .first_factors import FIRST
 from .sharding import check_unsharded
 from .stand_in import adopt_hooks
 from .stored_adapter import HeldAdapter, StoredAdapter
@@ -32,6 +33,7 @@ def _is_adapter_key(key: str, prefix: str) -> bool:
     return key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in (
         *FACTORS,
         ORDER,
+        FIRST,
         "adapters",
     )
 
@@ -86,6 +88,7 @@ class Adapted(Directed, Unloadable):
         self.directions = None
         for name in FACTORS:
             self.register_parameter(name, None)
+        self.register_module(FIRST, None)
 
     @property
     def adapter_in_use(self) -> bool:
@@ -130,7 +133,7 @@ class Adapted(Directed, Unloadable):
             KeyError: there is none of that name.
         """
         holder = self.holder_of(name)
-        return HeldAdapter(*holder.factors, holder.options, holder.rank)
+        return HeldAdapter(*holder.factors, holder.options, holder.rank, holder.lora_first)
 
     def add_adapter(self, name: str, options: AdapterOptions) -> None:
         """A new adapter, not active."""
@@ -148,7 +151,9 @@ class Adapted(Directed, Unloadable):
         self.check_switch(name)
         if self.adapter is not None:
             stored = dict(zip(FACTORS, self.factors, strict=True))
-            waiting = StoredAdapter(stored, self.options, self.rank, self.directions)
+            waiting = StoredAdapter(
+                stored, self.options, self.rank, self.directions, self.lora_first
+            )
             self.adapters[self.adapter] = waiting.train(self.training)
             self._clear_active()
         if name in self.adapters:
@@ -157,7 +162,7 @@ class Adapted(Directed, Unloadable):
                 self.register_parameter(factor, getattr(chosen, factor))
             chosen.requires_grad_(True)
             self.adapter, self.options, self.rank = name, chosen.options, chosen.rank
-            self.directions = chosen.directions
+            self.directions, self.lora_first = chosen.directions, chosen.lora_first
 
     def check_switch(self, name: str | None) -> None:
         """Refuses to move factors that FSDP has in its books, or that something computes.
@@ -225,6 +230,7 @@ class Adapted(Directed, Unloadable):
 
     @torch.no_grad()
     def _reset_adapter(self, holder: StoredAdapter | Adapted) -> None:
+        holder.lora_first = None  # another base's
         for factor in holder.factors:
             if factor is not None:
                 factor.zero_()

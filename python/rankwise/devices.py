@@ -40,6 +40,8 @@ def follow_base(layer: Adapted) -> None:
         for factor in _factors(holder).values():
             if factor.device != device:
                 factor.data = factor.data.to(device)
+        if holder.lora_first is not None:
+            holder.lora_first.to(device)
 
 
 @contextmanager

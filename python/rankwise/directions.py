@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ._library import library
 from .devices import FACTORS
+from .first_factors import FIRST, FirstFactors
 
 Directions = library.Directions  # their order, shared with an allocator
 ORDER = "lora_directions"
@@ -29,6 +30,8 @@ class Directed:
     Args:
         directions: of adapters that an allocator may change, AdaLoRA's and those with a capacity
             above their rank; None for others.
+        lora_first: what the update is counted from, of adapters that begin inside the base, as with
+            PiSSA; None for others. A state has it beside the factors, or neither.
     """
 
     lora_A: nn.Parameter | None
@@ -36,6 +39,12 @@ class Directed:
     lora_E: nn.Parameter | None
     rank: int
     directions: Directions | None
+    lora_first: FirstFactors | None
+
+    @property
+    def update_rank(self) -> int:
+        """Of the whole update: directions in use, and those of lora_first."""
+        return self.rank + (0 if self.lora_first is None else self.lora_first.rank)
 
     @property
     def factors(self) -> tuple[nn.Parameter | None, ...]:
@@ -63,6 +72,13 @@ class Directed:
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ) -> None:
         key, count = prefix + ORDER, len(errors)
+        if prefix + "lora_A" in state_dict and not self._same_first(state_dict, prefix):
+            errors.append(
+                f"{prefix}{FIRST}: of the state and the model one has an adapter that begins "
+                "inside the base; make both with the same first_values, and load lora_A, lora_B "
+                f"and {FIRST} together"
+            )
+            return
         arrangement = None
         if self.directions is not None:
             try:
@@ -77,6 +93,10 @@ class Directed:
             unexpected.remove(key)
         if arrangement is not None and len(errors) == count:
             self._arrange(*arrangement)
+
+    def _same_first(self, state_dict, prefix: str) -> bool:
+        found = any(key.startswith(f"{prefix}{FIRST}.") for key in state_dict)
+        return found == (self.lora_first is not None)
 
     def _arrangement_in(self, state_dict, prefix: str) -> tuple[list[int], int] | None:
         """The order and rank of the factors in a state; None where it has none."""

@@ -74,7 +74,7 @@ def add_method(config, adapters: Adapters) -> None:
 def _add_lora(config, adapters: Adapters) -> None:
     owner = "PEFT's LoRA folder"
     config.rslora = _one(owner, "value of rslora", (a.options.rslora for a in adapters.values()))
-    ranks = {path: adapter.rank for path, adapter in adapters.items()}
+    ranks = {path: adapter.update_rank for path, adapter in adapters.items()}
     alphas = {path: _alpha(adapter) for path, adapter in adapters.items()}
     config.rank, config.alpha = _most_common(ranks.values()), _most_common(alphas.values())
     config.rank_pattern, config.alpha_pattern = _patterns(ranks), _patterns(alphas)
@@ -171,11 +171,11 @@ def _one(owner: str, what: str, values: Iterable):
 
 
 def _alpha(adapter: HeldAdapter | StoredAdapter) -> float:
-    """The alpha that gives the layer's scaling at its present rank."""
-    options = adapter.options
-    if adapter.rank == options.rank:
+    """The alpha that gives the layer's scaling at its update's present rank."""
+    options, rank = adapter.options, adapter.update_rank
+    if rank == options.rank:
         return options.alpha
-    return options.scaling * (math.sqrt(adapter.rank) if options.rslora else adapter.rank)
+    return options.scaling * (math.sqrt(rank) if options.rslora else rank)
 
 
 def _most_common(values: Iterable):

@@ -18,11 +18,15 @@ _Key = library.AdapterKey
 
 @dataclass(frozen=True)
 class Slot:
-    """The leading `rank` directions of a factor, along `dim`; or with rank None all of a tensor."""
+    """The leading `rank` directions of a factor, along `dim`; or with rank None all of a tensor.
+
+    To read, `first` is more directions behind them, which do not train.
+    """
 
     tensor: Tensor
     dim: int = 0
     rank: int | None = None
+    first: Tensor | None = None
 
     @property
     def shape(self) -> list[int]:
@@ -45,6 +49,11 @@ class Slot:
         """Why fill() cannot write the tensor; "" when it can."""
         if self.kind:
             return f"must be dense, with data, got {self.kind}"
+        if self.first is not None:
+            return (
+                "adapter begins inside the base (first_values) and a folder's does not; load it "
+                "under another name, or delete_adapter() first"
+            )
         overlaps = not is_sharded(self.tensor) and library.has_overlap(self.tensor)
         return "has elements that share memory" if overlaps else ""
 
@@ -55,7 +64,10 @@ class Slot:
         """
         if self.kind:
             return self.tensor
-        return self._directions(whole(self.tensor).detach())
+        value = self._directions(whole(self.tensor).detach())
+        if self.first is None:
+            return value
+        return torch.cat([value, self.first.to(value.device)], self.dim)
 
     def fill(self, value: Tensor) -> None:
         """Writes the values; a sharded factor's directions behind `rank`, not in use, become 0."""
@@ -73,8 +85,10 @@ class Slot:
 
 def factors_of(adapter: HeldAdapter | StoredAdapter) -> list[Slot]:
     """lora_A, lora_B and, of AdaLoRA, lora_E: the directions in use."""
-    slots = [Slot(adapter.lora_A, 0, adapter.rank), Slot(adapter.lora_B, 1, adapter.rank)]
-    return slots if adapter.lora_E is None else [*slots, Slot(adapter.lora_E, 0, adapter.rank)]
+    first, rank = adapter.lora_first, adapter.rank
+    A0, B0 = (None, None) if first is None else (first.lora_A, first.lora_B)
+    slots = [Slot(adapter.lora_A, 0, rank, A0), Slot(adapter.lora_B, 1, rank, B0)]
+    return slots if adapter.lora_E is None else [*slots, Slot(adapter.lora_E, 0, rank)]
 
 
 def slots_of(

@@ -68,7 +68,7 @@ def save_adapter(
     check_task("save_adapter", task_type)
     reshard(model)
     layers, adapters, whole = adapter_of("save_adapter", model, name)
-    adapters = {p: a for p, a in adapters.items() if a.rank > 0 or a.options.triplets}
+    adapters = {p: a for p, a in adapters.items() if a.update_rank > 0 or a.options.triplets}
     if not adapters:
         raise ValueError("save_adapter: every layer has rank 0; there is nothing to save")
     config = shared_config(model, layers, adapters)
@@ -105,7 +105,7 @@ def export_lora(
     check_task("export_lora", task_type)
     reshard(model)
     layers, adapters, whole = adapter_of("export_lora", model, name)
-    adapters = {p: a for p, a in adapters.items() if a.rank > 0}
+    adapters = {p: a for p, a in adapters.items() if a.update_rank > 0}
     if not adapters:
         raise ValueError("export_lora: every layer has rank 0; there is nothing to write")
     slots = slots_of("export_lora", layers, adapters, whole)

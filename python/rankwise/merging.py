@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import ops
 from .computed import compute_anew, not_a_parameter
 from .config import AdapterOptions
+from .first_factors import FirstFactors, with_first
 from .installed import check_complete
 from .sharding import check_unsharded, kind_without_memory, naming, reshard
 from .tree import AdaptedLayer, Tree, required_layers
@@ -50,6 +51,7 @@ class Mergeable(AdaptedLayer):
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     lora_E: nn.Parameter | None
+    lora_first: FirstFactors | None
     adapter: str | None
     options: AdapterOptions | None
     rank: int
@@ -68,7 +70,7 @@ class Mergeable(AdaptedLayer):
         return self._unmerged is not None
 
     def merge(self) -> MergeReport | None:
-        """Puts round(W0 + scaling * B diag(E) A) in the place of ``weight``.
+        """Puts round(W0 + scaling * B diag(E) A) in the place of ``weight``, less first factors.
 
         The sum is formed in float64 and rounded once. None (with a warning) when merged already.
 
@@ -87,13 +89,9 @@ class Mergeable(AdaptedLayer):
         check_unsharded("merge", matrices, "merge the saved adapter into a model that is not")
         with torch.no_grad(), naming("merge", matrices):
             compute_anew(self)  # the factors too may be computed
+            A, B, rank = self._update()
             merged, error, changed = ops.merged_weight(
-                self._matrix(self.weight),
-                self.lora_A,
-                self.lora_B,
-                self.lora_E,
-                scaling=self.scaling,
-                rank=self.rank,
+                self._matrix(self.weight), A, B, self.lora_E, scaling=self.scaling, rank=rank
             )
             if kind_without_memory(merged) and not kind_without_memory(self.weight):
                 raise RuntimeError(f"the weight would become {kind_without_memory(merged)}")
@@ -125,6 +123,10 @@ class Mergeable(AdaptedLayer):
         found = not_a_parameter(self, "weight")
         if found is not None:
             raise RuntimeError(f"{operation}: the layer's {found}; nothing was changed")
+
+    def _update(self) -> tuple[Tensor, Tensor, int]:
+        """A, B and rank of the active adapter's update, with its first factors."""
+        return with_first(self.lora_first, self.lora_A, self.lora_B, self.rank)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """weight as [out, in], without a copy; its own inverse."""

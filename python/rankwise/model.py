@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from .adapted import Adapted, StoredAdapter, check_adapter_name
 from .base_parameters import Place, base_parameters, check_not_sharded, copies_of, tied_ends
 from .config import AdapterOptions, TargetConfig
 from .file_names import check_savable
+from .first_values import FirstValues
 from .installed import Installed, forget_installed
 from .left_out import warn_of_left_out
 from .model_adapters import ModelAdapters
@@ -28,7 +29,12 @@ from .tree import Tree
 from .whole import check_apart, check_owners, find_whole
 
 
-def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") -> nn.Module:
+def apply_lora(
+    model: nn.Module,
+    config: TargetConfig,
+    name: str = "default",
+    first_values: FirstValues | None = None,
+) -> nn.Module:
     """Puts adapted layers in the place of a model's linear and embedding layers, in place.
 
     Every other parameter is frozen but those of `config.modules_to_save`, which are copied and
@@ -40,12 +46,15 @@ def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") ->
             other wrappers, in whole or in part: names are always those of the plain model.
         config: what and where: a LoRAConfig or an AdaLoRAConfig.
         name: of the adapter; more are added with add_adapter().
+        first_values: PiSSA(), OLoRA(), LoRAGA(...) or EVA(...) in the place of random directions.
+            The model still computes what it did, and its parameters are not written.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: no such targets (near misses are listed), tied weights, or adapters already.
+        ValueError: no such targets (near misses are listed), tied weights, adapters already, or
+            layers that the first values are not for; nothing is changed.
     """
     tree = Tree(model)
     if tree.adapted:
@@ -53,17 +62,22 @@ def apply_lora(model: nn.Module, config: TargetConfig, name: str = "default") ->
     reshard(model)
     forget_installed(tree)
     state = ModelAdapters(tree)
-    install_adapter(state, name, prepare_adapter(state, name, *plan(tree, config)))
+    prepared = prepare_adapter(state, name, *plan(tree, config), first_values)
+    install_adapter(state, name, prepared)
     model.requires_grad_(False)
     activate_adapter(model, name)
     return model
 
 
-def add_adapter(model: nn.Module, name: str, config: TargetConfig) -> None:
-    """Adds an adapter, not active, over the same base; its targets may differ from others'."""
+def add_adapter(
+    model: nn.Module, name: str, config: TargetConfig, first_values: FirstValues | None = None
+) -> None:
+    """Adds an adapter, not active, over the same base, with targets and first values of its own."""
     reshard(model)
     state = ModelAdapters.of(model)
-    install_adapter(state, name, prepare_adapter(state, name, *plan(state.tree, config)))
+    with disable_adapters(model) if first_values is not None else nullcontext():
+        prepared = prepare_adapter(state, name, *plan(state.tree, config), first_values)
+    install_adapter(state, name, prepared)
 
 
 Plan = tuple[dict[str, AdapterOptions], dict[str, torch.dtype | None]]
@@ -115,6 +129,7 @@ def prepare_adapter(
     name: str,
     options: dict[str, AdapterOptions],
     whole: dict[str, torch.dtype | None],
+    first_values: FirstValues | None = None,
 ) -> PreparedAdapter:
     """Makes an adapter by plan; whatever can fail fails here."""
     tree = state.tree
@@ -126,12 +141,17 @@ def prepare_adapter(
         raise ValueError("the model itself is a layer; use LoRALinear.from_linear(layer) instead")
     check_apart(tree, known, options, whole)
     layers = {path: _adapted(path, tree.modules[path], options[path]) for path in options}
+    first = {} if first_values is None else first_values.find(tree, layers, options)
+    options = {path: found.options for path, found in first.items()} or options
+    layers = {path: layers[path] for path in options}
     places = {path: known.get(path) or WholePlace(tree.modules[path]) for path in whole}
     originals = {path: place.original for path, place in places.items()}
     base = base_parameters(tree, state.whole, state.parameters)
     copies = copies_of(originals, state.parameters[None])
     ends = list(tied_ends(base, copies, layers))
     adapters = {path: _new_adapter(path, layer, options[path]) for path, layer in layers.items()}
+    for path, found in first.items():
+        found.put_into(adapters[path])
     _warn_of_lower_ranks(options, adapters)
     trained = {path: place.new_copy(copies[path], whole[path]) for path, place in places.items()}
     for copied in trained.values():

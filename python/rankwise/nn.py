@@ -108,16 +108,17 @@ class LoRALinear(Adapted, nn.Linear):
         self._check_trainable()
         if not self.adapter_in_use:
             return F.linear(input, self._matrix(self._weight_in_use()), self.bias)
+        A, B, rank = self._update()
         return ops.lora_linear(
             input,
             self._matrix(self.weight),
             self.bias,
-            self.lora_A,
-            self.lora_B,
+            A,
+            B,
             self.lora_E,
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
-            rank=self.rank,
+            rank=rank,
         )
 
     def extra_repr(self) -> str:

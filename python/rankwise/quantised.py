@@ -75,15 +75,16 @@ class OverQuantised(Adapted):
         base = super().forward(input)
         if not self.adapter_in_use:
             return base
+        A, B, rank = self._update()
         return ops.lora_update(
             base,
             input.to(base.dtype),
-            self.lora_A,
-            self.lora_B,
+            A,
+            B,
             self.lora_E,
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
-            rank=self.rank,
+            rank=rank,
         )
 
     def check_own_weight(self, operation: str) -> None:

@@ -52,6 +52,10 @@ def resize_adapters(layer: Adapted, rows: int) -> None:
     layer._trained_before = {n: f.requires_grad for n, f in factors.items() if f is not None}
     for holder in (layer, *layer.adapters.values()):
         factor = holder.lora_A if embeds else holder.lora_B
+        if holder.lora_first is not None:  # of linear layers alone
+            kept = holder.lora_first.lora_B[:rows]
+            more = kept.new_zeros(rows - len(kept), kept.shape[1])
+            holder.lora_first.lora_B = torch.cat([kept, more])
         if factor is not None:
             kept = (factor.t() if embeds else factor)[:rows]
             resized = torch.cat([kept, kept.new_zeros(rows - len(kept), kept.shape[1])])

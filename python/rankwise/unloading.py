@@ -8,6 +8,7 @@ from torch import nn
 
 from .computed import not_a_parameter
 from .devices import FACTORS
+from .first_factors import FIRST
 from .merging import Mergeable
 from .sharding import check_unsharded
 from .stand_in import adopt_hooks, stand_in
@@ -69,7 +70,8 @@ class Unloadable(Mergeable):
             vars(plain).pop(name, None)
         for name in FACTORS:
             del plain._parameters[name]
-        del plain._modules["adapters"]
+        for name in ("adapters", FIRST):
+            del plain._modules[name]
         for hooks in (plain._forward_pre_hooks, plain._load_state_dict_post_hooks):
             for key in [key for key, hook in hooks.items() if hook in self._own_hooks]:
                 del hooks[key]

@@ -14,9 +14,12 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ...directions import ORDER
 from ...files import export_lora, save_adapter
+from ...first_factors import FIRST
 from ...model_adapters import ModelAdapters
 from ...tree import adapted_layers
 from ...wrappers import unwrapped
+
+_FIRST = (f"{FIRST}.lora_A", f"{FIRST}.lora_B")
 
 
 class AdapterCallback(TrainerCallback):
@@ -142,7 +145,9 @@ def _write(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What of the model's state_dict() trains, each tensor once, with the directions' order."""
+    """What of the model's state_dict() trains, each tensor once, with the directions' order and the
+    first factors.
+    """
     places = ModelAdapters.of(model).places
     whole = [
         place.copies[place.adapter].module for place in places if place.adapter in place.copies
@@ -154,8 +159,9 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
         if tensor.requires_grad or id(tensor) in own:
             first.setdefault(id(tensor), key)
     layers = {key.rpartition(".")[0] for key in first.values() if key.endswith(".lora_A")}
-    orders = [key for layer in layers if (key := f"{layer}.{ORDER}") in state]
-    return {key: state[key].detach().contiguous() for key in (*first.values(), *orders)}
+    noted = [f"{layer}.{key}" for layer in layers for key in (ORDER, *_FIRST)]
+    also = [key for key in noted if key in state]
+    return {key: state[key].detach().contiguous() for key in (*first.values(), *also)}
 
 
 def _complete(model: nn.Module, state: dict[str, Tensor], *_) -> None:
