@@ -65,9 +65,6 @@ class Adapted(Directed, Unloadable):
         self._become_mergeable(transposed)
         self.adapters = nn.ModuleDict().train(self.training)
         self._plain_state: str | None = None
-        # nn.TransformerEncoderLayer's inference fast path reads weights and would pass the adapter
-        # over; PyTorch does not take it when a layer has a hook.
-        self.register_forward_pre_hook(_keep_forward)
         self.register_load_state_dict_post_hook(_forgive_missing_adapters)
         self._clear_active()
 
@@ -77,7 +74,15 @@ class Adapted(Directed, Unloadable):
         self.requires_grad_(False)
         self.adapters["default"] = adapter
         self.activate_adapter("default")
+        self.take_place()
+
+    def take_place(self) -> None:
+        """Once it stands where a plain layer was, with whose hooks it shares their container."""
         adopt_hooks(self)
+        # nn.TransformerEncoderLayer's inference fast path reads weights and would pass the adapter
+        # over; PyTorch does not take it when a layer has a hook.
+        if _keep_forward not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(_keep_forward)
 
     # The active adapter
 

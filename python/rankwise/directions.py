@@ -72,7 +72,7 @@ class Directed:
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ) -> None:
         key, count = prefix + ORDER, len(errors)
-        if prefix + "lora_A" in state_dict and not self._same_first(state_dict, prefix):
+        if not self._first_fits(state_dict, prefix):
             errors.append(
                 f"{prefix}{FIRST}: of the state and the model one has an adapter that begins "
                 "inside the base; make both with the same first_values, and load lora_A, lora_B "
@@ -94,9 +94,13 @@ class Directed:
         if arrangement is not None and len(errors) == count:
             self._arrange(*arrangement)
 
-    def _same_first(self, state_dict, prefix: str) -> bool:
-        found = any(key.startswith(f"{prefix}{FIRST}.") for key in state_dict)
-        return found == (self.lora_first is not None)
+    def _first_fits(self, state_dict, prefix: str) -> bool:
+        """Whether a state has the first factors and the trained ones together, or not at all."""
+        parts = ("lora_A", "lora_B", f"{FIRST}.lora_A", f"{FIRST}.lora_B")
+        found = [prefix + part in state_dict for part in parts]
+        if self.lora_first is None:
+            return self.lora_A is None or not any(found[2:])
+        return all(found) or not any(found)
 
     def _arrangement_in(self, state_dict, prefix: str) -> tuple[list[int], int] | None:
         """The order and rank of the factors in a state; None where it has none."""

@@ -44,7 +44,7 @@ class LoRAGA(FirstValues):
     Args:
         batches: a few, of any kind; in several processes all must have the same.
         loss: a function of the model and a batch that returns a scalar.
-        gamma: see above, > 0. The paper's is 16 at most.
+        gamma: see above, > 0: the larger, the smaller A and B.
         scale: "paper" or "peft"; see above.
         at_once: layers in one pass over the batches; None for all.
         seed: of the SVD.

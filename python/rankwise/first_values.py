@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapted import Adapted
 from .config import AdapterOptions
-from .quantised import OverQuantised
+from .quantised import OverQuantised, keep_differentiable
 from .sharding import check_unsharded, kind_without_memory
 from .stored_adapter import StoredAdapter
 from .tree import Tree
@@ -102,6 +102,23 @@ class FirstValues:
             raise ValueError(f"{owner} must have a finite weight, got infinite values or NaN")
 
 
+def find_first(
+    first_values: FirstValues | None,
+    tree: Tree,
+    layers: Mapping[str, Adapted],
+    options: Mapping[str, AdapterOptions],
+) -> FirstAdapters:
+    """What first_values, checked, finds; nothing for None."""
+    if first_values is None:
+        return {}
+    if not isinstance(first_values, FirstValues):
+        raise TypeError(
+            "first_values must be rw.PiSSA(), rw.OLoRA(), rw.LoRAGA(...), rw.EVA(...) or None, "
+            f"got {first_values!r}"
+        )
+    return first_values.find(tree, layers, options)
+
+
 def first_rank(options: AdapterOptions) -> int:
     """Directions that an adapter begins with."""
     return options.rank if options.first_rank is None else options.first_rank
@@ -141,6 +158,7 @@ def call(model: nn.Module, batch) -> object:
 @contextmanager
 def in_eval(model: nn.Module) -> Iterator[None]:
     """Within the block nothing is dropped, and no statistics are collected."""
+    keep_differentiable(model)  # 4-bit layers would change in eval mode, and lose digits
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:

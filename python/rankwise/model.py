@@ -14,7 +14,7 @@ from .adapted import Adapted, StoredAdapter, check_adapter_name
 from .base_parameters import Place, base_parameters, check_not_sharded, copies_of, tied_ends
 from .config import AdapterOptions, TargetConfig
 from .file_names import check_savable
-from .first_values import FirstValues
+from .first_values import FirstValues, find_first
 from .installed import Installed, forget_installed
 from .left_out import warn_of_left_out
 from .model_adapters import ModelAdapters
@@ -23,7 +23,6 @@ from .patterns import pattern_values
 from .places import WholeCopy, WholePlace, note_place
 from .quantised import keep_differentiable
 from .sharding import reshard
-from .stand_in import adopt_hooks
 from .targets import ALL_LINEAR, find_targets, named
 from .tree import Tree
 from .whole import check_apart, check_owners, find_whole
@@ -141,7 +140,7 @@ def prepare_adapter(
         raise ValueError("the model itself is a layer; use LoRALinear.from_linear(layer) instead")
     check_apart(tree, known, options, whole)
     layers = {path: _adapted(path, tree.modules[path], options[path]) for path in options}
-    first = {} if first_values is None else first_values.find(tree, layers, options)
+    first = find_first(first_values, tree, layers, options)
     options = {path: found.options for path, found in first.items()} or options
     layers = {path: layers[path] for path in options}
     places = {path: known.get(path) or WholePlace(tree.modules[path]) for path in whole}
@@ -205,7 +204,7 @@ def install_adapter(state: ModelAdapters, name: str, prepared: PreparedAdapter) 
         layer.adapters[name] = prepared.adapters[path]
         layer.adapters_enabled = enabled
         tree.replace(tree.modules[path], layer)
-        adopt_hooks(layer)
+        layer.take_place()
     keep_differentiable(tree.model)
     for path, place in prepared.whole.items():
         place.add_copy(name, prepared.copies[path])

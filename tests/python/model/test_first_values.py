@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 from first_models import CONFIG, EVERY, INSIDE, begun, loss, plain, rows, trained
-from small_models import bert, fingerprint, gpt2, output
+from small_models import assert_unchanged, bert, fingerprint, gpt2, output
 from tolerances import assert_same_bits
 from torch import nn
 
@@ -209,6 +209,15 @@ def test_refused_by_name_before_anything_is_changed(case):
     after = fingerprint(model)
     assert before.modules == after.modules and before.parameters == after.parameters
     assert before.trainable == after.trainable and before.attributes == after.attributes
+
+
+@pytest.mark.parametrize("wrong", ["pissa", rw.PiSSA, 3], ids=["name", "class", "number"])
+def test_what_is_no_first_values_is_named(wrong):
+    model = plain()
+    before = fingerprint(model)
+    with pytest.raises(TypeError, match=r"first_values must be rw.PiSSA\(\), .* or None, got"):
+        rw.apply_lora(model, CONFIG, first_values=wrong)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(
