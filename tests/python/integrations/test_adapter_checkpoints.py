@@ -119,6 +119,25 @@ def test_resuming_is_going_on(folder, options, accumulation, caplog):
     assert "missing keys" not in caplog.text
 
 
+def test_resuming_brings_the_first_factors(folder, caplog):
+    """Those of the model that goes on are others."""
+
+    def begun(seed):
+        first = rw.PiSSA(iterations=0, seed=seed)
+        return rw.apply_lora(base(folder / "base"), lora_config(), first_values=first)
+
+    whole, again = begun(0), begun(1)
+    trainer(whole, folder / "whole", [AdapterCallback()]).train()
+    run = trainer(again, folder / "again", [AdapterCallback()])
+    run.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-6"))
+    same_bits(trained(again), trained(whole))
+    assert torch.equal(logits(again), logits(whole))
+    assert "missing keys" not in caplog.text
+    checkpoint = folder / "whole" / f"checkpoint-{STEPS}"
+    theirs = peft.PeftModel.from_pretrained(base(folder / "base"), checkpoint)
+    torch.testing.assert_close(logits(theirs), logits(whole), rtol=1e-5, atol=1e-5)
+
+
 def test_resuming_the_last_one_by_itself(folder):
     whole = adapted(folder)
     trainer(whole, folder / "run", [AdapterCallback()]).train()
