@@ -42,11 +42,6 @@ class Directed:
     lora_first: FirstFactors | None
 
     @property
-    def update_rank(self) -> int:
-        """Of the whole update: directions in use, and those of lora_first."""
-        return self.rank + (0 if self.lora_first is None else self.lora_first.rank)
-
-    @property
     def factors(self) -> tuple[nn.Parameter | None, ...]:
         """lora_A, lora_B and lora_E."""
         return tuple(getattr(self, factor) for factor in FACTORS)

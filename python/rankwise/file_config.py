@@ -58,7 +58,7 @@ def shared_config(model: nn.Module, layers: Mapping[str, Adapted], adapters: Ada
     return config
 
 
-def add_method(config, adapters: Adapters) -> None:
+def add_method(config, adapters: Mapping[str, HeldAdapter]) -> None:
     """Adds the fields of the adapters' method, LoRA or AdaLoRA, to a shared_config.
 
     Raises:
@@ -71,7 +71,7 @@ def add_method(config, adapters: Adapters) -> None:
         _add_lora(config, adapters)
 
 
-def _add_lora(config, adapters: Adapters) -> None:
+def _add_lora(config, adapters: Mapping[str, HeldAdapter]) -> None:
     owner = "PEFT's LoRA folder"
     config.rslora = _one(owner, "value of rslora", (a.options.rslora for a in adapters.values()))
     ranks = {path: adapter.update_rank for path, adapter in adapters.items()}
@@ -170,7 +170,7 @@ def _one(owner: str, what: str, values: Iterable):
     return distinct[0]
 
 
-def _alpha(adapter: HeldAdapter | StoredAdapter) -> float:
+def _alpha(adapter: HeldAdapter) -> float:
     """The alpha that gives the layer's scaling at its update's present rank."""
     options, rank = adapter.options, adapter.update_rank
     if rank == options.rank:

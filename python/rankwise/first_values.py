@@ -13,7 +13,6 @@ from .adapted import Adapted
 from .config import AdapterOptions
 from .quantised import OverQuantised, keep_differentiable
 from .sharding import check_unsharded, kind_without_memory
-from .stored_adapter import StoredAdapter
 from .tree import Tree
 
 # {layer: what its adapter begins with}; a layer that is not there gets none.
@@ -33,9 +32,6 @@ class FirstAdapter:
     options: AdapterOptions
     A: Tensor
     B: Tensor | None
-
-    def put_into(self, adapter: StoredAdapter) -> None:
-        adapter.begin(self.A, self.B)
 
 
 class FirstValues:

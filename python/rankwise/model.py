@@ -150,7 +150,7 @@ def prepare_adapter(
     ends = list(tied_ends(base, copies, layers))
     adapters = {path: _new_adapter(path, layer, options[path]) for path, layer in layers.items()}
     for path, found in first.items():
-        found.put_into(adapters[path])
+        adapters[path].begin(found.A, found.B)
     _warn_of_lower_ranks(options, adapters)
     trained = {path: place.new_copy(copies[path], whole[path]) for path, place in places.items()}
     for copied in trained.values():
