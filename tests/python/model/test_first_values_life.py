@@ -190,6 +190,32 @@ def test_moved_ranks_leave_the_first_factors():
         assert_same_bits(model(x), plain()(x), "disabled")
 
 
+def test_ranks_move_as_over_a_base_that_gave_the_first_values_up():
+    config = rw.SpectralConfig(
+        initial_rank=4, alpha=8.0, total_steps=40, allocation_interval=5, max_rank=8,
+        final_budget=210, probes=2, target_modules=["0", "2"],
+    )  # fmt: skip
+    ours = rw.apply_lora(plain(), config, first_values=rw.PiSSA())
+    other = rw.apply_lora(plain(), config)
+    with torch.no_grad():
+        for name in "02":
+            layer, own = other.get_submodule(name), ours.get_submodule(name)
+            layer.weight -= own.scaling * own.lora_B @ own.lora_A
+            layer.lora_A.copy_(own.lora_A)
+            layer.lora_B.copy_(own.lora_B)
+    allocators = []
+    for model in (ours, other):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        allocators.append(rw.SpectralAllocator(model, config))
+        allocators[-1].attach(optimizer)
+        for _ in range(40):
+            optimizer.zero_grad()
+            (model(rows()) - rows()[:, :16]).square().mean().backward()
+            optimizer.step()
+    assert allocators[0].ranks == allocators[1].ranks != {"0": 4, "2": 4}
+    assert (ours(rows()) - other(rows())).abs().max() < 1e-7
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_moved_dtype_moves_all_alike(dtype):
     model, base, x = begun("pissa").to(dtype), plain().to(dtype), rows(dtype)
