@@ -160,6 +160,16 @@ def test_loaded_into_the_same_adapter_it_is_refused(tmp_path):
     assert (output(model) - wanted).abs().max() < 1e-5
 
 
+def test_the_analysis_sees_what_the_base_gave_up(tmp_path):
+    model = begun("pissa")
+    for update in rw.analysis.updates(model).values():
+        assert update.rank == 6 and update.dense().abs().max() < 1e-7
+    rw.save_adapter(trained(model), tmp_path)
+    saved = rw.analysis.updates(tmp_path)
+    for path, update in rw.analysis.updates(model).items():
+        assert torch.equal(update.dense(), saved[path].dense()) and update.dense().any()
+
+
 def test_two_processes_save_a_sharded_model_as_one_does(tmp_path):
     rw.save_adapter(_small(), tmp_path / "one")
     rw.export_lora(_small(), tmp_path / "one exported")
