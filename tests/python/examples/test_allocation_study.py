@@ -1,5 +1,6 @@
 # The study of allocation, a few trainings of it.
 import allocation_study
+import forced_moves
 import methods
 import pytest
 import torch
@@ -51,3 +52,11 @@ def test_reviews_are_a_task(monkeypatch):
     model = task.new_model(0)
     loss = next(task.losses(model, 0))
     assert torch.isfinite(loss) and task.steps == 199
+
+
+def test_a_training_survives_forced_moves():
+    found = forced_moves.main(task="digits", steps=400, rate=8e-3, seed=0)
+    still, moved = found.values()
+    assert len(moved.events) == 40 and len(still.events) == 1
+    assert moved.loss < 0.05
+    assert abs(moved.accuracies["test"] - still.accuracies["test"]) < 0.03
