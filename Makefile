@@ -23,10 +23,10 @@ test-cpp: $(PACKAGE)
 		-DCMAKE_PREFIX_PATH=$$($(BIN)/python -m rankwise --cmake-dir) \
 		-DRANKWISE_PYTHON=$(CURDIR)/$(BIN)/python
 	$(BIN)/cmake --build build/tests -j 2
-	$(BIN)/ctest --test-dir build/tests --output-on-failure
+	$(BIN)/ctest --test-dir build/tests --output-on-failure -j 2
 
 test-python: $(PACKAGE)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # PEFT's own tests on our layers, beside stock PEFT; some minutes. Report: build/peft/all.json.
 peft-tests: $(PACKAGE)

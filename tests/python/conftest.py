@@ -1,4 +1,6 @@
 # What every Python test runs under: seeded data, restored threads and CPU path, fixed examples.
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -9,6 +11,10 @@ hypothesis.settings.register_profile(
     "fixed", derandomize=True, deadline=None, database=None, print_blob=False
 )
 hypothesis.settings.load_profile("fixed")
+
+# Workers of pytest-xdist share the processors.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(torch.get_num_threads() // workers, 1))
 
 
 @pytest.fixture(autouse=True)
