@@ -1,6 +1,7 @@
 """Runs a function of a test module in several processes that make one gloo process group."""
 
 import faulthandler
+import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,4 +45,5 @@ def _process(rank: int, function: Callable, world_size: int, store: str, seconds
         timeout=timedelta(seconds=seconds),
     )
     function(rank, *args)
+    gc.collect()  # what holds the group: its threads must end before Python does
     dist.destroy_process_group()
