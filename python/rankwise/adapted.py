@@ -220,7 +220,7 @@ class Adapted(Directed, Unloadable):
 
         factors = {"lora_A": new(capacity, inputs), "lora_B": new(outputs, capacity)}
         factors["lora_E"] = new(capacity, 1) if options.triplets else None
-        rank = options.rank if options.first_rank is None else options.first_rank
+        rank = options.rank_at_first
         movable = options.triplets or capacity > rank  # by an allocator
         directions = Directions(capacity, rank) if movable else None
         adapter = StoredAdapter(factors, options, rank, directions).train(self.training)

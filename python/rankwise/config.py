@@ -111,6 +111,11 @@ class AdapterOptions:
             return 0.0
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def rank_at_first(self) -> int:
+        """Directions in use at first."""
+        return self.rank if self.first_rank is None else self.first_rank
+
     def within(self, side: int) -> AdapterOptions:
         """The same with at most `side` directions, and the scaling that it had."""
         capacity = self.rank if self.capacity is None else self.capacity

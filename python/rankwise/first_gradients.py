@@ -15,8 +15,10 @@ from .first_values import (
     FirstAdapter,
     FirstAdapters,
     FirstValues,
+    Layers,
+    Options,
+    check_at_once,
     exact,
-    first_rank,
     in_eval,
     passes,
     top_svd,
@@ -61,31 +63,25 @@ class LoRAGA(FirstValues):
         _require(callable(self.loss), "LoRAGA", "loss", "a function of model and batch", self.loss)
         _require(_is_real(self.gamma) and self.gamma > 0, "LoRAGA", "gamma", "> 0", self.gamma)
         _require(self.scale in SCALES, "LoRAGA", "scale", f"one of {SCALES}", self.scale)
-        count = self.at_once is None or (_is_integer(self.at_once) and self.at_once > 0)
-        _require(count, "LoRAGA", "at_once", "an integer > 0 or None", self.at_once)
+        check_at_once("LoRAGA", self.at_once)
         _require(_is_integer(self.seed), "LoRAGA", "seed", "an integer", self.seed)
 
     def _check(self, path: str, layer: Adapted, options: AdapterOptions) -> None:
         super()._check(path, layer, options)
-        rank, side = first_rank(options), min(layer._sizes)
+        rank, side = options.rank_at_first, min(layer._sizes)
         if 2 * rank > side:
             raise ValueError(
                 f"LoRAGA: {path!r} must have twice the rank's directions, got rank {rank} and a "
                 f"side of {side}; give it at most {side // 2} in rank_pattern, or exclude it"
             )
 
-    def _find(
-        self,
-        tree: Tree,
-        layers: Mapping[str, Adapted],
-        options: Mapping[str, AdapterOptions],
-    ) -> FirstAdapters:
+    def _find(self, tree: Tree, layers: Layers, options: Options) -> FirstAdapters:
         found = {}
         for names, batches in passes(self.batches, list(layers), self.at_once):
             chosen = {path: layers[path] for path in names}
             gradients = self._gradients(tree.model, chosen, batches)
             for path in names:
-                gradient, rank = gradients.pop(path), first_rank(options[path])
+                gradient, rank = gradients.pop(path), options[path].rank_at_first
                 found[path] = FirstAdapter(options[path], *self._factors(gradient, rank))
         return found
 

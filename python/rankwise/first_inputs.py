@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import Adapted
-from .config import AdapterOptions, _is_integer, _is_real, _require
+from .config import AdapterOptions, _is_real, _require
 from .first_values import (
     FirstAdapter,
     FirstAdapters,
     FirstValues,
+    Layers,
+    Options,
     call,
-    first_rank,
+    check_at_once,
     in_eval,
     passes,
 )
@@ -53,15 +55,9 @@ class EVA(FirstValues):
 
     def __post_init__(self) -> None:
         _require(_is_real(self.rho) and self.rho >= 1, "EVA", "rho", "at least 1", self.rho)
-        count = self.at_once is None or (_is_integer(self.at_once) and self.at_once > 0)
-        _require(count, "EVA", "at_once", "an integer > 0 or None", self.at_once)
+        check_at_once("EVA", self.at_once)
 
-    def _find(
-        self,
-        tree: Tree,
-        layers: Mapping[str, Adapted],
-        options: Mapping[str, AdapterOptions],
-    ) -> FirstAdapters:
+    def _find(self, tree: Tree, layers: Layers, options: Options) -> FirstAdapters:
         most = {path: self._most(layers[path], options[path]) for path in layers}
         shares: dict[str, Tensor] = {}
         directions: dict[str, Tensor] = {}
@@ -70,7 +66,7 @@ class EVA(FirstValues):
             for path in names:
                 inputs[path].check(path, most[path])
                 shares[path], directions[path] = inputs.pop(path).directions(most[path])
-        ranks = _divided(shares, sum(first_rank(own) for own in options.values()))
+        ranks = _divided(shares, sum(own.rank_at_first for own in options.values()))
         return {
             path: FirstAdapter(_with_rank(options[path], rank), directions[path][:rank], None)
             for path, rank in ranks.items()
@@ -81,7 +77,7 @@ class EVA(FirstValues):
         room = min(layer._sizes)
         if options.capacity is not None:
             room = min(room, options.capacity)
-        return min(round(self.rho * first_rank(options)), room)
+        return min(round(self.rho * options.rank_at_first), room)
 
 
 def _with_rank(options: AdapterOptions, rank: int) -> AdapterOptions:

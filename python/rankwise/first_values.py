@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import Adapted
-from .config import AdapterOptions
+from .config import AdapterOptions, _is_integer, _require
 from .quantised import OverQuantised, keep_differentiable
 from .sharding import check_unsharded, kind_without_memory
 from .tree import Tree
 
+Layers = Mapping[str, Adapted]
+Options = Mapping[str, AdapterOptions]  # of their adapters
 # {layer: what its adapter begins with}; a layer that is not there gets none.
 FirstAdapters = dict[str, "FirstAdapter"]
 
@@ -43,12 +45,7 @@ class FirstValues:
 
     _needs_weights = True  # the base's values, and whole
 
-    def find(
-        self,
-        tree: Tree,
-        layers: Mapping[str, Adapted],
-        options: Mapping[str, AdapterOptions],
-    ) -> FirstAdapters:
+    def find(self, tree: Tree, layers: Layers, options: Options) -> FirstAdapters:
         """The first values of every layer, of a model that is not changed.
 
         Args:
@@ -63,12 +60,7 @@ class FirstValues:
             self._check(path, layer, options[path])
         return self._find(tree, layers, options)
 
-    def _find(
-        self,
-        tree: Tree,
-        layers: Mapping[str, Adapted],
-        options: Mapping[str, AdapterOptions],
-    ) -> FirstAdapters:
+    def _find(self, tree: Tree, layers: Layers, options: Options) -> FirstAdapters:
         raise NotImplementedError
 
     def _check(self, path: str, layer: Adapted, options: AdapterOptions) -> None:
@@ -77,10 +69,10 @@ class FirstValues:
             raise ValueError(f"{owner} has AdaLoRA's first values; use LoRAConfig, SpectralConfig")
         if isinstance(layer, nn.Embedding):
             raise ValueError(f"{owner} must be a linear layer, got an embedding; exclude it")
-        if first_rank(options) == 0 or options.scaling <= 0:
+        if options.rank_at_first == 0 or options.scaling <= 0:
             raise ValueError(
                 f"{owner} must begin with a rank and an alpha above 0, got rank "
-                f"{first_rank(options)} and alpha {options.alpha:g}; exclude it"
+                f"{options.rank_at_first} and alpha {options.alpha:g}; exclude it"
             )
         weight = layer._base_weight()
         check_unsharded(owner, {"weight": weight}, "add adapters before the model is sharded")
@@ -101,8 +93,8 @@ class FirstValues:
 def find_first(
     first_values: FirstValues | None,
     tree: Tree,
-    layers: Mapping[str, Adapted],
-    options: Mapping[str, AdapterOptions],
+    layers: Layers,
+    options: Options,
 ) -> FirstAdapters:
     """What first_values, checked, finds; nothing for None."""
     if first_values is None:
@@ -113,11 +105,6 @@ def find_first(
             f"got {first_values!r}"
         )
     return first_values.find(tree, layers, options)
-
-
-def first_rank(options: AdapterOptions) -> int:
-    """Directions that an adapter begins with."""
-    return options.rank if options.first_rank is None else options.first_rank
 
 
 def exact(matrix: Tensor) -> Tensor:
@@ -162,6 +149,12 @@ def in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+def check_at_once(owner: str, at_once: object) -> None:
+    """Of passes()."""
+    fits = at_once is None or (_is_integer(at_once) and at_once > 0)
+    _require(fits, owner, "at_once", "an integer > 0 or None", at_once)
 
 
 def passes(batches, layers: Sequence[str], at_once: int | None) -> Iterator[tuple[list[str], list]]:

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .adapted import Adapted
-from .config import AdapterOptions, _is_integer, _require
-from .first_values import FirstAdapter, FirstAdapters, FirstValues, exact, first_rank, top_svd
+from .config import _is_integer, _require
+from .first_values import (
+    FirstAdapter,
+    FirstAdapters,
+    FirstValues,
+    Layers,
+    Options,
+    exact,
+    top_svd,
+)
 from .tree import Tree
 
 
 class _OfWeights(FirstValues):
     """A and B from the layer's weight alone, with no more directions than its smaller side."""
 
-    def _find(
-        self,
-        tree: Tree,
-        layers: Mapping[str, Adapted],
-        options: Mapping[str, AdapterOptions],
-    ) -> FirstAdapters:
+    def _find(self, tree: Tree, layers: Layers, options: Options) -> FirstAdapters:
         found = {}
         for path, layer in layers.items():
             weight = exact(layer._matrix(layer._base_weight()))
             own = replace(options[path], within_layer=True)
             within = own.within(min(weight.shape))
-            A, B = self._factors(weight, first_rank(within), within.scaling)
+            A, B = self._factors(weight, within.rank_at_first, within.scaling)
             found[path] = FirstAdapter(own, A, B)
         return found
 
