@@ -23,7 +23,7 @@ from tasks import TASKS, Task
 from tqdm import tqdm
 
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "study"
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = "1e-3;2e-3;4e-3;8e-3;1.6e-2"
 TUNING_SEEDS = (100, 101)  # of the trainings by which the rate is chosen
 console = Console(highlight=False, width=120)
 
@@ -54,13 +54,15 @@ def main(
     task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")] = "digits",
     seeds: Annotated[int, typer.Option(min=2, help="Trainings of each method.")] = 5,
     methods: Annotated[str, typer.Option(help="Names, separated by ';'.")] = ";".join(METHODS),
+    rates: Annotated[str, typer.Option(help="Learning rates to choose from.")] = RATES,
     output: Annotated[Path, typer.Option(help="Folder of results and the figure.")] = OUTPUT,
 ) -> dict[str, list[float]]:
     """Chooses a rate for each method on the validation split, then measures on the test split."""
     chosen_task, chosen = TASKS[task](), methods.split(";")
+    candidates = [float(rate) for rate in rates.split(";")]
     results = Results(output / f"{task}.jsonl", chosen_task)
-    trainings = len(chosen) * (len(RATES) * len(TUNING_SEEDS) + seeds)
-    rates, found = {}, {}
+    trainings = len(chosen) * (len(candidates) * len(TUNING_SEEDS) + seeds)
+    best, found = {}, {}
     with tqdm(total=trainings, disable=not sys.stderr.isatty()) as bar:
         for method in chosen:
             bar.set_description(f"{task}, {method}")
@@ -73,14 +75,14 @@ def main(
                     bar.update()
                 return mean(values)
 
-            scores = {rate: validated(rate) for rate in RATES}
-            rates[method] = max(RATES, key=lambda rate: scores[rate])  # noqa: B023
+            scores = {rate: validated(rate) for rate in candidates}
+            best[method] = max(candidates, key=lambda rate: scores[rate])  # noqa: B023
             found[method] = []
             for seed in range(seeds):
-                found[method].append(results.outcome(method, rates[method], seed))
+                found[method].append(results.outcome(method, best[method], seed))
                 bar.update()
     accuracies = {name: [o["accuracies"]["test"] for o in own] for name, own in found.items()}
-    console.print(table(chosen_task, accuracies, found, rates))
+    console.print(table(chosen_task, accuracies, found, best))
     draw_study(task, found, output / f"{task}.png")
     console.print(f"figure: {output / f'{task}.png'}")
     return accuracies

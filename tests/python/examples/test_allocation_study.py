@@ -14,13 +14,13 @@ def one_thread():
 
 
 @pytest.fixture
-def short(monkeypatch):
-    monkeypatch.setattr(allocation_study, "RATES", (8e-3, 1.6e-2))
+def one_tuning_seed(monkeypatch):
     monkeypatch.setattr(allocation_study, "TUNING_SEEDS", (100,))
 
 
-def test_it_goes_on_where_it_was_stopped(short, monkeypatch, tmp_path):
+def test_it_goes_on_where_it_was_stopped(one_tuning_seed, monkeypatch, tmp_path):
     options = dict(task="digits", seeds=2, methods="LoRA;spectral, grown", output=tmp_path)
+    options["rates"] = "8e-3;1.6e-2"
     first = allocation_study.main(**options)
     assert all(0.8 < value <= 1 for own in first.values() for value in own)
     assert (tmp_path / "digits.png").stat().st_size > 20_000
