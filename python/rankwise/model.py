@@ -200,9 +200,10 @@ def _warn_of_lower_ranks(
 def install_adapter(state: ModelAdapters, name: str, prepared: PreparedAdapter) -> None:
     """Puts a prepared adapter into the model, not active."""
     tree, enabled = state.tree, not state.disabled
+    merged = any(layer.in_merged_model for layer in state.layers.values())
     for path, layer in prepared.layers.items():
         layer.adapters[name] = prepared.adapters[path]
-        layer.adapters_enabled = enabled
+        layer.adapters_enabled, layer.in_merged_model = enabled, merged
         tree.replace(tree.modules[path], layer)
         layer.take_place()
     keep_differentiable(tree.model)

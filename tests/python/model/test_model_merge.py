@@ -127,10 +127,12 @@ def test_a_merged_model_refuses_to_switch_and_to_lose_its_adapter():
 
 
 def test_an_adapter_added_while_merged_waits_and_works_after():
-    model = randomise(rw.apply_lora(bert().eval(), CONFIG))
+    plain = bert()
+    model = randomise(rw.apply_lora(copy.deepcopy(plain).eval(), CONFIG))
     wanted = output(model).detach()
     rw.merge(model)
     rw.add_adapter(model, "other", LoRAConfig(rank=2, target_modules=["query", "key"]))
+    assert list(model.state_dict()) == list(plain.state_dict())  # also of layers adapted just now
     torch.testing.assert_close(output(model), wanted, rtol=1e-4, atol=1e-5)
     rw.unmerge(model)
     assert_same_bits(output(model).detach(), wanted, "output")
