@@ -9,6 +9,7 @@ from .combine import combine, truncate
 from .compare import compare
 from .doctor import doctor
 from .inspect import inspect
+from .merge import merge
 from .output import Commands
 from .plan import plan
 
@@ -26,5 +27,5 @@ def options(
         raise typer.BadParameter("--cmake-dir stands alone, without a command")
 
 
-for command in (inspect, analyze, compare, combine, truncate, plan, doctor):
+for command in (inspect, analyze, compare, combine, truncate, merge, plan, doctor):
     app.command()(command)

@@ -6,9 +6,7 @@ from typing import Annotated
 import typer
 
 from ..analysis import combine_folders, distances
-from .output import AsJson, answer, table
-
-Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
+from .output import AsJson, Output, answer, table
 
 
 def combine(

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from typer.core import TyperGroup
 from ..files import FileError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
 console = Console(highlight=False, soft_wrap=True)
 
 

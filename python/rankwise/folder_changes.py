@@ -1,0 +1,147 @@
+"""What an adapter's folder changes in a model's folder, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ._library import library
+from .config import NARROW
+from .files import FileError
+from .folder_places import places_of, problems_of_ties, stored_at
+from .model_folder import DTYPES, ModelFolder, StoredTensor, read_tensor
+
+SHOWN = 10  # problems that an error lists
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """Of one tensor.
+
+    Args:
+        stored: the tensor.
+        name: the module's in the adapter, or that of a parameter that has no update.
+        update: library.AdapterUpdate, or None.
+        value: what takes the tensor's place before the update, or None.
+        transposed: whether it is stored as [in, out].
+    """
+
+    stored: StoredTensor
+    name: str
+    update: object | None
+    value: Tensor | None
+    transposed: bool = False
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """lora_A, lora_B and, of AdaLoRA, lora_E."""
+        update = self.update
+        return [t for t in (update.lora_A, update.lora_B, update.lora_E) if t is not None]
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """In which the factors are merged: the weight's, or float32 over 16 bits."""
+        dtype = DTYPES[self.stored.dtype]
+        return torch.float32 if dtype in NARROW else dtype
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """[out, in] of the update."""
+        return self.update.lora_B.shape[0], self.update.lora_A.shape[1]
+
+
+def changes_of(folder: ModelFolder, adapter) -> list[Change]:
+    """All changes that an adapter's file makes; none of what the folder has already.
+
+    Raises:
+        FileError: they do not fit: every tensor that is missing, of another shape or dtype, or one
+            parameter with another that is to stay, is named.
+    """
+    updates = {f"{u.module}.weight": u for u in library.updates_of(adapter)}
+    values = _values_of(adapter)
+    places = places_of(dict.fromkeys([*updates, *values]), folder)
+    values = {n: v for n, v in values.items() if not _has(stored_at(places[n], folder), v)}
+    places = {name: place for name, place in places.items() if name in updates or name in values}
+    changed = {p: None if name in updates else values[name] for name, p in places.items()}
+    tied = problems_of_ties(changed, folder)
+    problems, changes = [], []
+    for name, place in places.items():
+        stored, update = stored_at(place, folder), updates.get(name)
+        change = Change(stored, update.module if update else name, update, values.get(name))
+        wrong = tied.get(place) or _misfit(change)
+        if wrong:
+            problems.append(f"{place}: {wrong}")
+        elif place in folder.tensors:
+            changes.append(change)
+    if problems:
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        lines = "\n  ".join(problems[:SHOWN]) + more
+        raise FileError(f"{folder.path}: the adapter does not fit the model:\n  {lines}")
+    return list(_oriented(changes, folder, adapter.config.fan_in_fan_out))
+
+
+def _values_of(adapter) -> dict[str, Tensor]:
+    """{parameter: what takes its place}: modules trained whole, and stored weights of the base."""
+    values = {}
+    for key, tensor in adapter.tensors.items():
+        parsed = library.parse_adapter_key(key)
+        if parsed is None or parsed.part != library.AdapterKey.Part.saved:
+            continue
+        beside = (".original_module", ".modules_to_save")  # PEFT's of a module that is there, too
+        if not any(part in parsed.module for part in beside):
+            module = parsed.module.replace(".base_layer", "", 1)
+            values[f"{module}.{parsed.parameter}"] = tensor
+    return values
+
+
+def _has(stored: StoredTensor | None, value: Tensor) -> bool:
+    if stored is None or DTYPES.get(stored.dtype) is None or stored.shape != tuple(value.shape):
+        return False
+    return torch.equal(read_tensor(stored), value.to(DTYPES[stored.dtype]))
+
+
+def _misfit(change: Change) -> str | None:
+    stored, update, value = change.stored, change.update, change.value
+    if stored is None:
+        new = "" if update else "; a new head: save the whole model that has it, and merge there"
+        return f"the model has no such tensor{new}"
+    if stored.dtype not in DTYPES:
+        return f"must be F64, F32, F16 or BF16, got {stored.dtype}"
+    if value is not None and stored.shape != tuple(value.shape):
+        return f"must be {list(value.shape)} as in the adapter, got {list(stored.shape)}"
+    if update is None:
+        return None
+    out, n_in = change.matrix
+    fitting = [(n_in, out)] if update.embedding else [(out, n_in), (n_in, out)]
+    if stored.shape not in fitting:
+        return f"must be {list(fitting[0])} as in the adapter, got {list(stored.shape)}"
+    for factor in change.factors:
+        if torch.promote_types(change.factor_dtype, factor.dtype) != change.factor_dtype:
+            return f"{factor.dtype} factors would be rounded to {change.factor_dtype}"
+    return None
+
+
+def _oriented(changes: list[Change], folder: ModelFolder, fan_in_fan_out: bool) -> Iterator[Change]:
+    """With `transposed`: of embeddings, and of GPT-2's Conv1D, whose weight is [in, out]."""
+    kinds = {kind for name in folder.tensors if (kind := _is_conv1d(name, folder)) is not None}
+    square = fan_in_fan_out if len(kinds) != 1 else kinds.pop()
+    for change in changes:
+        if change.update is None:
+            yield change
+            continue
+        out, n_in = change.matrix
+        biased = change.stored.name.removesuffix("weight") + "bias" in folder.tensors
+        stored_square = square and biased if out == n_in else change.stored.shape == (n_in, out)
+        yield replace(change, transposed=change.update.embedding or stored_square)
+
+
+def _is_conv1d(name: str, folder: ModelFolder) -> bool | None:
+    """Whether a weight's columns are its outputs, as its bias shows; None where that shows not."""
+    bias = folder.tensors.get(name.removesuffix("weight") + "bias")
+    shape = folder.tensors[name].shape
+    if not name.endswith(".weight") or bias is None or len(shape) != 2 or shape[0] == shape[1]:
+        return None
+    return {(shape[0],): False, (shape[1],): True}.get(bias.shape)
