@@ -8,6 +8,7 @@ from .analyze import analyze
 from .combine import combine, truncate
 from .compare import compare
 from .doctor import doctor
+from .export import export
 from .inspect import inspect
 from .merge import merge
 from .output import Commands
@@ -27,5 +28,5 @@ def options(
         raise typer.BadParameter("--cmake-dir stands alone, without a command")
 
 
-for command in (inspect, analyze, compare, combine, truncate, merge, plan, doctor):
+for command in (inspect, analyze, compare, combine, truncate, merge, export, plan, doctor):
     app.command()(command)
