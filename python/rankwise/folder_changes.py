@@ -53,34 +53,46 @@ class Change:
         return self.update.lora_B.shape[0], self.update.lora_A.shape[1]
 
 
+def placed_changes(folder: ModelFolder, adapter) -> dict[str, Change]:
+    """{the folder's name of a tensor: what an adapter's file makes of it}, by the headers alone.
+
+    Raises:
+        FileError: every tensor is named that is missing, or of another shape or dtype.
+    """
+    updates = {f"{u.module}.weight": u for u in library.updates_of(adapter)}
+    values = _values_of(adapter)
+    placed, problems = {}, []
+    for name, place in places_of(dict.fromkeys([*updates, *values]), folder).items():
+        update, stored = updates.get(name), stored_at(place, folder)
+        placed[place] = Change(stored, update.module if update else name, update, values.get(name))
+        if wrong := _misfit(placed[place]):
+            problems.append(f"{place}: {wrong}")
+    _refuse(folder, problems)
+    return placed
+
+
 def changes_of(folder: ModelFolder, adapter) -> list[Change]:
     """All changes that an adapter's file makes; none of what the folder has already.
 
     Raises:
-        FileError: they do not fit: every tensor that is missing, of another shape or dtype, or one
-            parameter with another that is to stay, is named.
+        FileError: as placed_changes, or a tensor is one parameter with another that is to stay.
     """
-    updates = {f"{u.module}.weight": u for u in library.updates_of(adapter)}
-    values = _values_of(adapter)
-    places = places_of(dict.fromkeys([*updates, *values]), folder)
-    values = {n: v for n, v in values.items() if not _has(stored_at(places[n], folder), v)}
-    places = {name: place for name, place in places.items() if name in updates or name in values}
-    changed = {p: None if name in updates else values[name] for name, p in places.items()}
-    tied = problems_of_ties(changed, folder)
-    problems, changes = [], []
-    for name, place in places.items():
-        stored, update = stored_at(place, folder), updates.get(name)
-        change = Change(stored, update.module if update else name, update, values.get(name))
-        wrong = tied.get(place) or _misfit(change)
-        if wrong:
-            problems.append(f"{place}: {wrong}")
-        elif place in folder.tensors:
-            changes.append(change)
+    placed = placed_changes(folder, adapter)
+    for place, change in list(placed.items()):
+        if change.value is not None and _is(change.stored, change.value):
+            placed[place] = replace(change, value=None)
+    placed = {p: c for p, c in placed.items() if c.update is not None or c.value is not None}
+    tied = problems_of_ties({p: None if c.update else c.value for p, c in placed.items()}, folder)
+    _refuse(folder, [f"{place}: {wrong}" for place, wrong in tied.items()])
+    changes = [change for place, change in placed.items() if place in folder.tensors]
+    return list(_oriented(changes, folder, adapter.config.fan_in_fan_out))
+
+
+def _refuse(folder: ModelFolder, problems: list[str]) -> None:
     if problems:
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         lines = "\n  ".join(problems[:SHOWN]) + more
         raise FileError(f"{folder.path}: the adapter does not fit the model:\n  {lines}")
-    return list(_oriented(changes, folder, adapter.config.fan_in_fan_out))
 
 
 def _values_of(adapter) -> dict[str, Tensor]:
@@ -97,10 +109,9 @@ def _values_of(adapter) -> dict[str, Tensor]:
     return values
 
 
-def _has(stored: StoredTensor | None, value: Tensor) -> bool:
-    if stored is None or DTYPES.get(stored.dtype) is None or stored.shape != tuple(value.shape):
-        return False
-    return torch.equal(read_tensor(stored), value.to(DTYPES[stored.dtype]))
+def _is(stored: StoredTensor, value: Tensor) -> bool:
+    found = read_tensor(stored)
+    return torch.equal(found, value.to(found.dtype))
 
 
 def _misfit(change: Change) -> str | None:

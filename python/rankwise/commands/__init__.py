@@ -13,6 +13,7 @@ from .inspect import inspect
 from .merge import merge
 from .output import Commands
 from .plan import plan
+from .verify import verify
 
 app = typer.Typer(no_args_is_help=True, cls=Commands, rich_markup_mode=None)
 
@@ -28,5 +29,5 @@ def options(
         raise typer.BadParameter("--cmake-dir stands alone, without a command")
 
 
-for command in (inspect, analyze, compare, combine, truncate, merge, export, plan, doctor):
+for command in (inspect, analyze, compare, combine, truncate, merge, export, verify, plan, doctor):
     app.command()(command)

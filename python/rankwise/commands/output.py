@@ -16,7 +16,7 @@ from ..files import FileError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 class Commands(TyperGroup):
@@ -30,7 +30,7 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
-def answer(found: Mapping[str, Any], as_json: bool, *tables: Table) -> None:
+def answer(found: Mapping[str, Any], as_json: bool, *tables: Table | str) -> None:
     """Prints a mapping: as JSON whole, else its single values, then the tables."""
     if as_json:
         print(json.dumps(_plain(found), indent=2, allow_nan=False))

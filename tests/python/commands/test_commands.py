@@ -47,6 +47,9 @@ def test_help_has_a_line_for_each_command():
         "compare",
         "combine",
         "truncate",
+        "merge",
+        "export",
+        "verify",
         "plan",
         "doctor",
     ]
