@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import track
 
 from .._library import library
 from ..folder_changes import changes_of
@@ -31,6 +29,9 @@ def merge(
     float64 and rounded once to the tensor's dtype; the report says how far that moved weights. The
     new folder appears when it is whole.
     """
+    from rich.console import Console
+    from rich.progress import track
+
     folder = read_model_folder(model)
     changes = changes_of(folder, library.read_adapter(adapter))
     shown = Console(stderr=True)

@@ -3,20 +3,17 @@
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
 from ..files import FileError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")]
-console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 class Commands(TyperGroup):
@@ -30,6 +27,21 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
+class Table:
+    """Its first column holds names, the others numbers. str() gives its lines."""
+
+    def __init__(self, columns: Sequence[str]):
+        self.rows = [columns]
+
+    def add_row(self, *cells: str) -> None:
+        self.rows.append(cells)
+
+    def __str__(self) -> str:
+        first, *others = (max(map(len, column)) for column in zip(*self.rows, strict=True))
+        form = "  ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in others)])
+        return "\n".join(form.format(*row).rstrip() for row in self.rows)
+
+
 def answer(found: Mapping[str, Any], as_json: bool, *tables: Table | str) -> None:
     """Prints a mapping: as JSON whole, else its single values, then the tables."""
     if as_json:
@@ -39,17 +51,13 @@ def answer(found: Mapping[str, Any], as_json: bool, *tables: Table | str) -> Non
     width = max(map(len, single), default=0)
     for key, value in single.items():
         if value is not None:
-            console.print(f"{key.replace('_', ' '):{width}}  {_text(value)}")
+            print(f"{key.replace('_', ' '):{width}}  {_text(value)}")
     for table in tables:
-        console.print(table)
+        print(table)
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    """Its first column holds names, the others numbers."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for place, column in enumerate(columns):
-        made.add_column(column, justify="left" if place == 0 else "right")
-    return made
+def table(*columns: str) -> Table:
+    return Table(columns)
 
 
 def _text(value: Any) -> str:
