@@ -1,5 +1,6 @@
 """`rankwise doctor`: what this installation has to work with, as tables."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -8,31 +9,43 @@ from rich.table import Table
 
 from ..doctor import DTYPES, Installation, examine
 from ..doctor import measure as measure_paths
+from .output import AsJson, answer
 
 
 def doctor(
     measure: Annotated[
         bool, typer.Option("--measure", help="Also time lora_linear on the CPU's paths.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What this installation has to work with.
 
     Exits with 1 if it finds a problem.
     """
     found = examine()
+    timed = measure_paths() if measure else None
+    if as_json:
+        paths = None if timed is None else [asdict(path) for path in timed]
+        answer({**asdict(found), "timed": paths}, as_json)
+    else:
+        _show(found, timed)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _show(found: Installation, timed: list | None) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for what, version in found.versions.items():
         console.print(f"{what:12} {version}")
     console.print(f"{'threads':12} {found.threads} on {found.processors} processors")
     console.print(f"{'CUDA kernels':12} {found.cuda_architectures or 'not in this build'}")
     console.print(_devices(found), _packages(found))
-    if measure:
-        console.print(_paths(measure_paths()))
+    if timed is not None:
+        console.print(_paths(timed))
     for problem in found.problems:
         console.print(f"[red]problem[/red]: {problem}")
-    if found.problems:
-        raise typer.Exit(1)
-    console.print("no problems found")
+    if not found.problems:
+        console.print("no problems found")
 
 
 def _devices(found: Installation) -> Table:
