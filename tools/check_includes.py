@@ -45,14 +45,17 @@ LIBRARY_USERS = {
     "doctor.py",
     "file_base.py",
     "file_config.py",
+    "file_export.py",
     "file_names.py",
     "file_slots.py",
     "files.py",
+    "folder_changes.py",
     "integrations/peft/allocated.py",
     "ops.py",
     "patterns.py",
     "sharding.py",
     "spectral.py",
+    "verification.py",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -71,12 +72,14 @@ def placed_changes(folder: ModelFolder, adapter) -> dict[str, Change]:
     return placed
 
 
-def changes_of(folder: ModelFolder, adapter) -> list[Change]:
-    """All changes that an adapter's file makes; none of what the folder has already.
+def changes_of(folder: ModelFolder, directory: str | os.PathLike) -> list[Change]:
+    """All changes that an adapter's folder makes; none of what the model has already.
 
     Raises:
-        FileError: as placed_changes, or a tensor is one parameter with another that is to stay.
+        FileError: as placed_changes, a tensor is one parameter with another that is to stay, or
+            the adapter's folder cannot be read.
     """
+    adapter = library.read_adapter(directory)
     placed = placed_changes(folder, adapter)
     for place, change in list(placed.items()):
         if change.value is not None and _is(change.stored, change.value):

@@ -89,10 +89,10 @@ def problems_of_ties(changed: Mapping[str, Tensor | None], folder: ModelFolder) 
 def _may_be_tied(place: str, folder: ModelFolder) -> bool:
     """Transformers ties vocabularies' weights alone."""
     stored = folder.tensors.get(place)
-    return stored is None or stored.shape[:1] in [(n,) for n in _vocabulary_sizes(folder.config)]
+    return stored is None or not _vocabulary_sizes(folder.config).isdisjoint(stored.shape[:1])
 
 
 def _vocabulary_sizes(config: Mapping) -> set[int]:
-    sizes = {value for key, value in config.items() if key == "vocab_size"}
+    sizes = {config["vocab_size"]} if isinstance(config.get("vocab_size"), int) else set()
     inner = [value for value in config.values() if isinstance(value, dict)]
     return sizes.union(*map(_vocabulary_sizes, inner))

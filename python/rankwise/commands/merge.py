@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from .._library import library
 from ..folder_changes import changes_of
 from ..folder_merge import merge_folder
 from ..merging import MergeReport
@@ -33,7 +32,7 @@ def merge(
     from rich.progress import track
 
     folder = read_model_folder(model)
-    changes = changes_of(folder, library.read_adapter(adapter))
+    changes = changes_of(folder, adapter)
     shown = Console(stderr=True)
     merging = merge_folder(folder, changes, output)
     reports = dict(

@@ -113,6 +113,17 @@ def test_one_end_of_a_tie_is_refused(tmp_path, target):
     assert not (tmp_path / "out").exists()
 
 
+def test_ties_that_nobody_can_tell(tmp_path):
+    base = llama(tmp_path / "base")
+    config = rw.LoRAConfig(rank=2, target_modules=["lm_head"])
+    adapter = train(LLAMA, base, tmp_path / "adapter", config)
+    edit_config(base, architectures=["Unknown"], tie_word_embeddings=None)
+    error = run("merge", base, adapter, "-o", tmp_path / "out", code=1).stderr
+    assert "lm_head.weight: may be one parameter with another" in error
+    edit_config(base, tie_word_embeddings=False)
+    run("merge", base, adapter, "-o", tmp_path / "out")
+
+
 def test_ties_trained_whole_at_both_ends(tmp_path):
     base = llama(tmp_path / "base", tied=True)
     config = rw.LoRAConfig(
