@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from ._library import library
 from .config import NARROW
 from .files import FileError
+from .folder_conv1d import is_conv1d, square_are_conv1d
 from .folder_places import places_of, problems_of_ties, stored_at
 from .model_folder import DTYPES, ModelFolder, StoredTensor, read_tensor
 
@@ -27,14 +27,14 @@ class Change:
         name: the module's in the adapter, or that of a parameter that has no update.
         update: library.AdapterUpdate, or None.
         value: what takes the tensor's place before the update, or None.
-        transposed: whether it is stored as [in, out].
+        transposed: whether an update's [out, in] is stored as [in, out].
     """
 
     stored: StoredTensor
     name: str
     update: object | None
     value: Tensor | None
-    transposed: bool = False
+    transposed: bool
 
     @property
     def factors(self) -> list[Tensor]:
@@ -49,9 +49,12 @@ class Change:
         return torch.float32 if dtype in NARROW else dtype
 
     @property
-    def matrix(self) -> tuple[int, int]:
-        """[out, in] of the update."""
-        return self.update.lora_B.shape[0], self.update.lora_A.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """What the tensor must have."""
+        if self.update is None:
+            return tuple(self.value.shape)
+        out, n_in = self.update.lora_B.shape[0], self.update.lora_A.shape[1]
+        return (n_in, out) if self.transposed else (out, n_in)
 
 
 def placed_changes(folder: ModelFolder, adapter) -> dict[str, Change]:
@@ -62,10 +65,13 @@ def placed_changes(folder: ModelFolder, adapter) -> dict[str, Change]:
     """
     updates = {f"{u.module}.weight": u for u in library.updates_of(adapter)}
     values = _values_of(adapter)
+    square = square_are_conv1d(folder, adapter.config.fan_in_fan_out)
     placed, problems = {}, []
     for name, place in places_of(dict.fromkeys([*updates, *values]), folder).items():
         update, stored = updates.get(name), stored_at(place, folder)
-        placed[place] = Change(stored, update.module if update else name, update, values.get(name))
+        module = name if update is None else update.module
+        transposed = update is not None and (update.embedding or is_conv1d(place, folder, square))
+        placed[place] = Change(stored, module, update, values.get(name), transposed)
         if wrong := _misfit(placed[place]):
             problems.append(f"{place}: {wrong}")
     _refuse(folder, problems)
@@ -87,8 +93,7 @@ def changes_of(folder: ModelFolder, directory: str | os.PathLike) -> list[Change
     placed = {p: c for p, c in placed.items() if c.update is not None or c.value is not None}
     tied = problems_of_ties({p: None if c.update else c.value for p, c in placed.items()}, folder)
     _refuse(folder, [f"{place}: {wrong}" for place, wrong in tied.items()])
-    changes = [change for place, change in placed.items() if place in folder.tensors]
-    return list(_oriented(changes, folder, adapter.config.fan_in_fan_out))
+    return [change for place, change in placed.items() if place in folder.tensors]
 
 
 def _refuse(folder: ModelFolder, problems: list[str]) -> None:
@@ -124,38 +129,10 @@ def _misfit(change: Change) -> str | None:
         return f"the model has no such tensor{new}"
     if stored.dtype not in DTYPES:
         return f"must be F64, F32, F16 or BF16, got {stored.dtype}"
-    if value is not None and stored.shape != tuple(value.shape):
-        return f"must be {list(value.shape)} as in the adapter, got {list(stored.shape)}"
-    if update is None:
-        return None
-    out, n_in = change.matrix
-    fitting = [(n_in, out)] if update.embedding else [(out, n_in), (n_in, out)]
-    if stored.shape not in fitting:
-        return f"must be {list(fitting[0])} as in the adapter, got {list(stored.shape)}"
-    for factor in change.factors:
+    for wanted in (change.shape, change.shape if value is None else tuple(value.shape)):
+        if stored.shape != wanted:
+            return f"must be {list(wanted)} as in the adapter, got {list(stored.shape)}"
+    for factor in change.factors if update else []:
         if torch.promote_types(change.factor_dtype, factor.dtype) != change.factor_dtype:
             return f"{factor.dtype} factors would be rounded to {change.factor_dtype}"
     return None
-
-
-def _oriented(changes: list[Change], folder: ModelFolder, fan_in_fan_out: bool) -> Iterator[Change]:
-    """With `transposed`: of embeddings, and of GPT-2's Conv1D, whose weight is [in, out]."""
-    kinds = {kind for name in folder.tensors if (kind := _is_conv1d(name, folder)) is not None}
-    square = fan_in_fan_out if len(kinds) != 1 else kinds.pop()
-    for change in changes:
-        if change.update is None:
-            yield change
-            continue
-        out, n_in = change.matrix
-        biased = change.stored.name.removesuffix("weight") + "bias" in folder.tensors
-        stored_square = square and biased if out == n_in else change.stored.shape == (n_in, out)
-        yield replace(change, transposed=change.update.embedding or stored_square)
-
-
-def _is_conv1d(name: str, folder: ModelFolder) -> bool | None:
-    """Whether a weight's columns are its outputs, as its bias shows; None where that shows not."""
-    bias = folder.tensors.get(name.removesuffix("weight") + "bias")
-    shape = folder.tensors[name].shape
-    if not name.endswith(".weight") or bias is None or len(shape) != 2 or shape[0] == shape[1]:
-        return None
-    return {(shape[0],): False, (shape[1],): True}.get(bias.shape)

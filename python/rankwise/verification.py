@@ -74,7 +74,7 @@ def verify_folder(folder: str | os.PathLike, model: str | os.PathLike | None = N
         _values(adapter),
         _dtypes(adapter),
     ]
-    return checks if model is None else [*checks, _model(model, adapter, config, modules)]
+    return checks if model is None else [*checks, _model(model, adapter, config)]
 
 
 def _finished(folder: Path) -> Check:
@@ -135,7 +135,7 @@ def _dtypes(adapter) -> Check:
     return Check("dtypes", True, ", ".join(parts))
 
 
-def _model(path: str | os.PathLike, adapter, config: dict, modules: list[str]) -> Check:
+def _model(path: str | os.PathLike, adapter, config: dict) -> Check:
     try:
         folder = read_model_folder(path)
         places = placed_changes(folder, adapter)

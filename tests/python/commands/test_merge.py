@@ -231,6 +231,14 @@ def spoil_shape(base, adapter, out):
     save_file(tensors, base / "model.safetensors")
 
 
+def spoil_transposed(base, adapter, out):
+    train(LLAMA, base, adapter, rw.LoRAConfig(rank=2, target_modules=["down_proj"]))
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name].t().contiguous()
+    save_file(tensors, base / "model.safetensors")
+
+
 def spoil_adapter_beside(base, adapter, out):
     shutil.copy(adapter / "adapter_config.json", base)
 
@@ -251,6 +259,7 @@ def spoil_output(base, adapter, out):
         (spoil_module, "layers.1.self_attn.q_proj.weight: the model has no such tensor"),
         (spoil_dtype, "layers.1.self_attn.q_proj.weight: must be F64, F32, F16 or BF16, got I8"),
         (spoil_shape, "q_proj.weight: must be [16, 16] as in the adapter, got [8, 16]"),
+        (spoil_transposed, "down_proj.weight: must be [16, 24] as in the adapter, got [24, 16]"),
         (spoil_adapter_beside, "is an adapter's folder; the base model's folder is wanted"),
         (spoil_output, "out: must be a new folder or an empty one"),
     ],
