@@ -1,4 +1,6 @@
 # Small models' folders, adapters over them, and what merging in Python makes of both.
+import json
+
 import peft
 import torch
 import transformers
@@ -60,3 +62,8 @@ def same_bits(kind, output, wanted):
     for name, value in wanted.items():
         assert found[name].dtype == value.dtype, name
         assert torch.equal(found[name], value), name
+
+
+def edit_config(base, **values):
+    path = base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
