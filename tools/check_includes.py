@@ -53,6 +53,7 @@ LIBRARY_USERS = {
     "integrations/peft/allocated.py",
     "ops.py",
     "patterns.py",
+    "plots/budgets.py",
     "sharding.py",
     "spectral.py",
     "verification.py",

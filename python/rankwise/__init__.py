@@ -1,5 +1,7 @@
 """rankwise: LoRA and AdaLoRA for PyTorch, computed by a C++ library for LibTorch."""
 
+from importlib import import_module
+
 from . import analysis, nn, ops
 from ._library import __version__
 from .allocation import RankAllocator
@@ -59,3 +61,10 @@ __all__ = [
     "unload",
     "unmerge",
 ]
+
+
+def __getattr__(name: str):
+    """`plots`, with matplotlib, only for those who ask for it."""
+    if name == "plots":
+        return import_module(".plots", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
