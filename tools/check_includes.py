@@ -50,6 +50,7 @@ LIBRARY_USERS = {
     "file_slots.py",
     "files.py",
     "folder_changes.py",
+    "html_report.py",
     "integrations/peft/allocated.py",
     "ops.py",
     "patterns.py",

@@ -11,6 +11,7 @@ from .files import FileError, LoadReport, export_lora, load_adapter, save_adapte
 from .first_gradients import LoRAGA
 from .first_inputs import EVA
 from .first_weights import OLoRA, PiSSA
+from .html_report import write_report
 from .merging import MergeReport, merge, unmerge
 from .model import (
     activate_adapter,
@@ -22,6 +23,7 @@ from .model import (
 )
 from .parameters import parameter_groups, print_trainable_parameters
 from .plain import unload
+from .rank_history import RankHistory
 from .report import health_check, summary
 from .spectral import RankQuestion, SpectralAllocator, SpectralConfig
 
@@ -36,6 +38,7 @@ __all__ = [
     "OLoRA",
     "PiSSA",
     "RankAllocator",
+    "RankHistory",
     "RankQuestion",
     "SpectralAllocator",
     "SpectralConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "summary",
     "unload",
     "unmerge",
+    "write_report",
 ]
 
 

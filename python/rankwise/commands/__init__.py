@@ -13,6 +13,8 @@ from .inspect import inspect
 from .merge import merge
 from .output import Commands
 from .plan import plan
+from .plot import plot
+from .report import report
 from .verify import verify
 
 app = typer.Typer(no_args_is_help=True, cls=Commands, rich_markup_mode=None)
@@ -29,5 +31,8 @@ def options(
         raise typer.BadParameter("--cmake-dir stands alone, without a command")
 
 
-for command in (inspect, analyze, compare, combine, truncate, merge, export, verify, plan, doctor):
+COMMANDS = (
+    inspect, analyze, compare, combine, truncate, merge, export, verify, plan, plot, report, doctor,
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(command)

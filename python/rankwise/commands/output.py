@@ -22,7 +22,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (FileError, OSError, TypeError, ValueError) as error:
+        except (FileError, ModuleNotFoundError, OSError, TypeError, ValueError) as error:
             print(f"rankwise: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
 

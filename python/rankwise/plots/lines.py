@@ -48,7 +48,7 @@ def draw_lines(
         found = [series[name] for name in names]
         columns = [[v for v in own if v is not None] for own in zip_longest(*found)]
         lows, highs = ([pick(own) for own in columns] for pick in (min, max))
-        axes.fill_between(x[: len(columns)], lows, highs, color=COLORS[0], alpha=0.2, linewidth=0,
+        axes.fill_between(x[: len(columns)], lows, highs, color=COLORS[0], alpha=0.25, linewidth=0,
                           step="post" if held else None)  # fmt: skip
         _draw(axes, x, [middle(own) for own in columns], held, color=COLORS[0], marker="o")
         dress(axes, "", "", "")

@@ -51,6 +51,8 @@ def test_help_has_a_line_for_each_command():
         "export",
         "verify",
         "plan",
+        "plot",
+        "report",
         "doctor",
     ]
     assert not any(line.endswith("...") for line in lines)
