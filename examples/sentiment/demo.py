@@ -16,13 +16,15 @@ import torch
 import typer
 from batches import TokenizedSnippets
 from classifier import load_tokenizer
-from figure import draw_ranks, draw_training
+from figure import draw_training
 from promises import Promise, accuracy_promise, check_adapter
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from snippets import DataError, load_snippets, split
 from training import ADALORA, LORA, Run, encode, final_ranks, train_adapter, train_head
+
+import rankwise as rw
 
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "demo"
 console = Console(highlight=False, soft_wrap=True)
@@ -67,9 +69,11 @@ def main(
     console.print(rank_table(final_ranks(allocated)))
     console.print(checks(promises))
     draw_training(runs, output / "training.png")
-    draw_ranks(allocated, output / "ranks.png")
+    rw.plots.rank_map(allocated.allocator.ranks).savefig(output / "ranks.png", dpi=150)
+    rw.plots.budget_curve(allocated.allocator).savefig(output / "budget.png", dpi=150)
     console.print(f"adapters: {output / 'lora'}, {output / 'adalora'}")
-    console.print(f"figures:  {output / 'training.png'}, {output / 'ranks.png'}")
+    figures = [str(output / f"{name}.png") for name in ("training", "ranks", "budget")]
+    console.print(f"figures:  {', '.join(figures)}")
     console.print(f"total time {duration(time.perf_counter() - start)}")
     if not all(promise.kept for promise in promises):
         console.print("A promise was not kept; see the table above.", style="red")

@@ -1,4 +1,4 @@
-"""The figures: losses and accuracies of all runs; AdaLoRA's budget and ranks; four adapters."""
+"""The figures: losses and accuracies of all runs; four adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # draws without a display
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from training import BATCH_SIZE, Run, final_ranks
+from training import BATCH_SIZE, Run
 
 WINDOW = 25  # steps averaged in the curves
 COLORS = ("#8a8f98", "#1f6fb4", "#c4622d")  # of the runs, in their order
@@ -31,17 +31,6 @@ def draw_training(runs: dict[str, list[Run]], path: Path) -> None:
             _draw_losses(left, name, own[0], color)
         _finish_losses(left)
         _draw_accuracies(right, runs)
-        _save(figure, path)
-
-
-def draw_ranks(run: Run, path: Path) -> None:
-    """Writes the PNG: the budget over the steps, and the rank each matrix ended with."""
-    with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(
-            1, 2, figsize=(11, 4.2), width_ratios=(1, 1.4), layout="constrained"
-        )
-        _draw_budget(left, run)
-        _draw_heat_map(right, run)
         _save(figure, path)
 
 
@@ -110,32 +99,3 @@ def _draw_accuracies(axes: Axes, runs: dict[str, list[Run]]) -> None:
     seeds = f", mean of {count} seeds" if count > 1 else ""
     axes.set_title(f"Held-out accuracy{seeds}", loc="left")
     axes.set_xlabel("right answers (%; guessing gives 50 %)")
-
-
-def _draw_budget(axes: Axes, run: Run) -> None:
-    steps = np.arange(1, len(run.losses) + 1)
-    schedule = run.allocator.schedule
-    axes.plot(steps, [schedule.budget(int(step)) for step in steps], color=COLORS[2], linewidth=2)
-    axes.set_title("AdaLoRA's budget", loc="left")
-    axes.set_xlabel("step")
-    axes.set_ylabel("parameters in kept directions")
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlim(0, len(steps))
-    axes.set_ylim(0, 1.05 * schedule.initial_budget)
-
-
-def _draw_heat_map(axes: Axes, run: Run) -> None:
-    by_matrix = final_ranks(run)
-    ranks = np.array([list(by_layer.values()) for by_layer in by_matrix.values()])
-    axes.imshow(ranks, cmap="Blues", vmin=0, vmax=run.allocator.config.initial_rank, aspect="auto")
-    for (row, column), rank in np.ndenumerate(ranks):
-        dark = rank > run.allocator.config.initial_rank / 2
-        axes.text(column, row, rank, ha="center", va="center", color="white" if dark else "black")
-    axes.set_xticks(range(ranks.shape[1]))
-    axes.set_yticks(range(ranks.shape[0]), list(by_matrix))
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel("layer of the encoder")
-    axes.set_title(
-        f"Rank of each matrix (at the start {run.allocator.config.initial_rank})", loc="left"
-    )
