@@ -74,6 +74,19 @@ Allocator::Allocator(std::string owner, std::string entry, std::vector<Adapter> 
   }
 }
 
+void Allocator::step(const OptimizerView& optimizer) {
+  take_step(optimizer);
+  call_back();
+}
+
+void Allocator::on_step(std::function<void(const Allocator&)> callback) {
+  callbacks_.push_back(std::move(callback));
+}
+
+void Allocator::call_back() const {
+  for (const auto& callback : callbacks_) callback(*this);
+}
+
 void Allocator::take_charge(bool moves) {
   for (const Adapter& adapter : adapters_) {
     const auto other = adapter.directions ? adapter.directions->allocator.lock() : nullptr;

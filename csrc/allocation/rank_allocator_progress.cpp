@@ -30,6 +30,10 @@ int64_t RankAllocator::skipped_steps() const {
   return progress_of(progress_).skipped_steps;
 }
 
+int64_t RankAllocator::budget() const {
+  return frozen_ ? schedule_.final_budget() : schedule_.budget(steps());
+}
+
 std::vector<Allocation> RankAllocator::history() const {
   const int64_t recorded = progress_of(progress_).recorded;
   const at::Tensor choices = choices_.narrow(0, 0, recorded).cpu();

@@ -9,7 +9,7 @@
 
 namespace rankwise {
 
-void RankAllocator::step(const OptimizerView& optimizer) {
+void RankAllocator::take_step(const OptimizerView& optimizer) {
   const at::NoGradGuard no_grad;
   check_adapters();
   check_all_memory();
@@ -53,6 +53,7 @@ void RankAllocator::freeze(const OptimizerView& optimizer) {
   choose(scores(), progress);
   set_progress(progress);
   freeze_pattern(optimizer);
+  call_back();
 }
 
 RankAllocator::Gradients RankAllocator::none() const {

@@ -156,7 +156,7 @@ std::vector<std::pair<std::string, int64_t>> SpectralAllocator::ranks() const {
   return result;
 }
 
-void SpectralAllocator::step(const OptimizerView& optimizer) {
+void SpectralAllocator::take_step(const OptimizerView& optimizer) {
   const at::NoGradGuard no_grad;
   check_adapters();
   check_all_memory();

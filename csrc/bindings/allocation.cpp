@@ -174,6 +174,11 @@ void bind_allocator(py::module_& m) {
            py::arg("holds"), py::arg("moments_of") = py::none())
       .def("detach", &Allocator::detach)
       .def_property_readonly("in_charge", &Allocator::in_charge)
+      .def_property_readonly("steps", &Allocator::steps)
+      .def_property_readonly("skipped_steps", &Allocator::skipped_steps)
+      .def_property_readonly("frozen", &Allocator::frozen)
+      .def_property_readonly("budget", &Allocator::budget)
+      .def_property_readonly("ranks", &Allocator::ranks)
       .def("replace_factors", [](Allocator& self, const std::string& adapter, const at::Tensor& A,
                                  const at::Tensor& B, const std::optional<at::Tensor>& E) {
         self.replace_factors(adapter, A, B, E.value_or(at::Tensor()));
@@ -191,10 +196,6 @@ void bind_allocator(py::module_& m) {
           },
           py::arg("squared"))
       .def_property_readonly("schedule", &RankAllocator::schedule)
-      .def_property_readonly("steps", &RankAllocator::steps)
-      .def_property_readonly("skipped_steps", &RankAllocator::skipped_steps)
-      .def_property_readonly("frozen", &RankAllocator::frozen)
-      .def_property_readonly("ranks", &RankAllocator::ranks)
       .def_property_readonly("pattern", &RankAllocator::pattern)
       .def_property_readonly("scores", &RankAllocator::scores)
       .def_property_readonly("history", &RankAllocator::history)

@@ -4,6 +4,7 @@
 #include <rankwise/spectral_allocator.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <utility>
 
 #include "bindings.h"
@@ -94,13 +95,14 @@ void bind_spectral(py::module_& m) {
       .def_readonly("highest_dropped", &SpectralEvent::highest_dropped);
   py::class_<SpectralAllocator, rankwise::Allocator>(m, "SpectralAllocator")
       .def(py::init<std::vector<rankwise::Adapter>, const SpectralOptions&>())
-      .def_property_readonly("steps", &SpectralAllocator::steps)
-      .def_property_readonly("skipped_steps", &SpectralAllocator::skipped_steps)
-      .def_property_readonly("frozen", &SpectralAllocator::frozen)
-      .def_property_readonly("budget", &SpectralAllocator::budget)
+      .def_property_readonly("schedule", &SpectralAllocator::schedule)
       .def_property_readonly("bank", &SpectralAllocator::bank)
-      .def_property_readonly("ranks", &SpectralAllocator::ranks)
       .def_property_readonly("history", &SpectralAllocator::history)
+      .def_property_readonly("last_event",
+                             [](const SpectralAllocator& self) {
+                               const auto& events = self.history();
+                               return events.empty() ? std::nullopt : std::optional(events.back());
+                             })
       .def_property_readonly("events",
                              [](const SpectralAllocator& self) { return self.history().size(); })
       .def("state", &SpectralAllocator::state)

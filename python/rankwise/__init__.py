@@ -26,6 +26,7 @@ from .plain import unload
 from .rank_history import RankHistory
 from .report import health_check, summary
 from .spectral import RankQuestion, SpectralAllocator, SpectralConfig
+from .tensorboard import TensorBoardLog
 
 __all__ = [
     "AdaLoRAConfig",
@@ -42,6 +43,7 @@ __all__ = [
     "RankQuestion",
     "SpectralAllocator",
     "SpectralConfig",
+    "TensorBoardLog",
     "__version__",
     "activate_adapter",
     "adalora_config",

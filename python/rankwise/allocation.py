@@ -114,12 +114,8 @@ class RankAllocator(Allocator):
         """The scores of all directions, layer after layer, float64; None once frozen."""
         return self._core.scores
 
-    @property
-    def schedule(self):
-        """``budget(step)`` and ``allocates(step)``, for steps from 1 to total_steps."""
-        return self._core.schedule
-
     def __repr__(self) -> str:
-        budget = self.schedule.budget(self.steps)
-        phase = "frozen" if self.frozen else f"budget {budget} of {self.schedule.initial_budget}"
+        phase = (
+            "frozen" if self.frozen else f"budget {self.budget} of {self.schedule.initial_budget}"
+        )
         return f"RankAllocator({len(self.ranks)} adapters, step {self.steps}, {phase})"

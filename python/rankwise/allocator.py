@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .adapted import Adapted
 from .allocated import AllocatedAdapters
@@ -51,6 +53,7 @@ class Allocator:
         adapters.note_allocator()
         self._attachment: Callable[[], Attachment | None] = lambda: None
         self._warned = False
+        self._callbacks: dict[int, Callable[[Allocator], None]] = OrderedDict()
 
     def _new_core(self, config, adapters: AllocatedAdapters):
         """The allocator in C++."""
@@ -123,10 +126,35 @@ class Allocator:
             )
         self._run(self._core.step, round_of(optimizer, *others))
 
+    def on_step(self, callback: Callable[[Allocator], None]) -> RemovableHandle:
+        """Calls back at the end of every step, attached or by hand, skipped ones too.
+
+        With the allocator, as the step left it. Copies and pickles leave callbacks behind.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        handle = RemovableHandle(self._callbacks)
+        self._callbacks[handle.id] = callback
+        return handle
+
     @property
     def ranks(self) -> dict[str, int]:
         """{layer: directions kept by the last allocation}."""
         return dict(self._core.ranks)
+
+    @property
+    def budget(self) -> int:
+        """What may be kept now: directions or parameters, as the configuration says.
+
+        SpectralAllocator's is that of the last event.
+        """
+        return self._core.budget
+
+    @property
+    def schedule(self):
+        """``budget(step)`` and ``allocates(step)``, for steps from 1 to total_steps."""
+        return self._core.schedule
 
     @property
     def history(self) -> list:
@@ -191,3 +219,5 @@ class Allocator:
         change(*view_of(optimizers))
         if self._moves() != before:
             self._changed()
+        for callback in list(self._callbacks.values()):
+            callback(self)

@@ -227,9 +227,9 @@ class SpectralAllocator(Allocator):
     _said_averaged = False
 
     @property
-    def budget(self) -> int:
-        """In parameters, of the last event."""
-        return self._core.budget
+    def last_event(self):
+        """The last of history; None before the first."""
+        return self._core.last_event
 
     @property
     def bank(self) -> int:

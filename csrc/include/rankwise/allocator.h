@@ -5,6 +5,8 @@
 #include <c10/util/Exception.h>
 #include <rankwise/adapter.h>
 
+#include <functional>
+#include <list>
 #include <map>
 #include <memory>
 #include <optional>
@@ -54,7 +56,19 @@ class Allocator {
   virtual ~Allocator() = default;
 
   /// What belongs after each step of the optimizer and before gradients are cleared.
-  virtual void step(const OptimizerView& optimizer = {}) = 0;
+  void step(const OptimizerView& optimizer = {});
+
+  /// Calls back at the end of every step(), also of one that was skipped, and of freeze(): with
+  /// this allocator, as the step left it, in the thread of the step, in the order of the calls
+  /// here. An exception leaves the step taken.
+  void on_step(std::function<void(const Allocator&)> callback);
+
+  virtual int64_t steps() const = 0;          ///< with finite gradients; the schedule's position
+  virtual int64_t skipped_steps() const = 0;  ///< with gradients not finite
+  virtual bool frozen() const = 0;            ///< whether the final directions are chosen
+  virtual int64_t budget() const = 0;         ///< of now, in the schedule's unit
+  /// Directions by adapter name, in the adapters' order.
+  virtual std::vector<std::pair<std::string, int64_t>> ranks() const = 0;
 
   /// Everything a bit-exact resume needs besides modules and optimizer.
   virtual std::map<std::string, at::Tensor> state() const = 0;
@@ -90,6 +104,9 @@ class Allocator {
  protected:
   using Gradients = c10::List<std::optional<at::Tensor>>;
 
+  virtual void take_step(const OptimizerView& optimizer) = 0;
+  void call_back() const;
+
   /// `owner`: the class, for messages; `entry`: its name in archives. Throws std::invalid_argument
   /// for no adapters, repeated names, wrong shapes, with or without lora_E other than `triplets`
   /// says, or factors that are not in memory.
@@ -123,6 +140,7 @@ class Allocator {
   std::set<std::string> warned_;
   bool looked_at_optimizer_ = false;
   std::weak_ptr<bool> attachment_;
+  std::list<std::function<void(const Allocator&)>> callbacks_;
 };
 
 template <class Optimizer>

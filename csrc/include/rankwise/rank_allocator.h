@@ -39,6 +39,13 @@ struct Allocation {
 /// skipped_steps(). Ties are decided by the order of adapters and directions; results do not depend
 /// on the number of threads. Not thread-safe: one caller at a time.
 ///
+/// step() throws c10::Error when no adapter has a gradient, std::invalid_argument when a factor or
+/// a gradient is not in memory, before anything is changed; warns once of each adapter without one,
+/// which keeps its scores, once when all gradients are zero (on CUDA some steps later), and in the
+/// first step of factors that the optimizer does not hold. It throws c10::Error, too, when a state
+/// with other ranks or another order of directions was loaded into a layer since, without the
+/// allocator's own, or when another allocator took the adapters over.
+///
 /// On CUDA the work goes to the current stream, which must be that of the optimizer's step, and a
 /// step waits for nothing: whether gradients were finite, where the schedule stands, the choice and
 /// the history stay on the device, and members that tell of them wait for it. One step of a
@@ -56,14 +63,6 @@ class RankAllocator : public Allocator {
   /// above, also when there is none.
   RankAllocator(torch::nn::Module& model, const AdaLoRAOptions& options);
 
-  /// Throws c10::Error when no adapter has a gradient, std::invalid_argument when a factor or a
-  /// gradient is not in memory, before anything is changed; warns once of each adapter without one,
-  /// which keeps its scores, once when all gradients are zero (on CUDA some steps later), and in
-  /// the first step of factors that the optimizer does not hold. Throws c10::Error, too, when a
-  /// state with other ranks or another order of directions was loaded into a layer since, without
-  /// the allocator's own, or when another allocator took the adapters over.
-  void step(const OptimizerView& optimizer = {}) override;
-
   /// Chooses the final directions now, as at freeze_step: for a training that ends early.
   void freeze(const OptimizerView& optimizer = {});
 
@@ -72,12 +71,11 @@ class RankAllocator : public Allocator {
 
   const AdaLoRAOptions& options() const { return options_; }
   const BudgetSchedule& schedule() const { return schedule_; }
-  int64_t steps() const;          ///< taken into the scores
-  int64_t skipped_steps() const;  ///< with gradients not finite
-  bool frozen() const { return frozen_; }
-
-  /// Kept directions by adapter name, in the adapters' order.
-  std::vector<std::pair<std::string, int64_t>> ranks() const;
+  int64_t steps() const override;
+  int64_t skipped_steps() const override;
+  bool frozen() const override { return frozen_; }
+  int64_t budget() const override;
+  std::vector<std::pair<std::string, int64_t>> ranks() const override;
   /// Which of its initial directions each adapter keeps, bool [initial rank], on the CPU.
   std::vector<std::pair<std::string, at::Tensor>> pattern() const;
   /// The scores of all adapters' directions now, float64; undefined once frozen.
@@ -95,6 +93,7 @@ class RankAllocator : public Allocator {
   void load_state(const std::map<std::string, at::Tensor>& state, bool at_work = true) override;
 
  private:
+  void take_step(const OptimizerView& optimizer) override;
   void warn_of_earlier_schedule() const;
   BudgetSchedule schedule_from(const std::vector<int64_t>& ranks) const;
   std::vector<int64_t> ranks_in(const std::map<std::string, at::Tensor>& state) const;

@@ -37,6 +37,13 @@ struct SpectralEvent {
 /// A's zero rows is a sketch of dL/dW. Layers' ranks count them, ranks() does not; detach() takes
 /// them out.
 ///
+/// step() throws c10::Error when no adapter has a gradient, when a state with another rank was
+/// loaded into a layer since, without the allocator's own, when another allocator took the adapters
+/// over, and at an event, naming the adapter, where the optimizer's state cannot follow; and
+/// std::invalid_argument when a factor or a gradient is not in memory, or for ranks of a rule that
+/// cannot be. Nothing is changed then. It warns once of each adapter without a gradient, and of
+/// factors that the optimizer does not hold.
+///
 /// A step whose gradients are infinite or NaN changes nothing but skipped_steps(). Results do not
 /// depend on the number of threads. Events are computed in float64 on the CPU; on other devices
 /// each step waits for the gradients' check.
@@ -50,25 +57,18 @@ class SpectralAllocator : public Allocator {
   /// as above, also when there is none.
   SpectralAllocator(torch::nn::Module& model, const SpectralOptions& options);
 
-  /// Throws c10::Error when no adapter has a gradient, when a state with another rank was loaded
-  /// into a layer since, without the allocator's own, when another allocator took the adapters
-  /// over, and at an event, naming the adapter, where the optimizer's state cannot follow; and
-  /// std::invalid_argument when a factor or a gradient is not in memory, or for ranks of a rule
-  /// that cannot be. Nothing is changed then. Warns once of each adapter without a gradient, and of
-  /// factors that the optimizer does not hold.
-  void step(const OptimizerView& optimizer = {}) override;
-
   void detach() override;
 
   const SpectralOptions& options() const { return options_; }
-  int64_t steps() const { return steps_; }                  ///< with finite gradients
-  int64_t skipped_steps() const { return skipped_steps_; }  ///< with gradients not finite
-  bool frozen() const { return steps_ >= options_.freeze_step(); }
-  int64_t budget() const { return budget_; }  ///< of the last event; in parameters
-  int64_t bank() const;                       ///< what the present ranks leave of it
+  /// Without budget_at().
+  const BudgetSchedule& schedule() const { return schedule_; }
+  int64_t steps() const override { return steps_; }
+  int64_t skipped_steps() const override { return skipped_steps_; }
+  bool frozen() const override { return steps_ >= options_.freeze_step(); }
+  int64_t budget() const override { return budget_; }  ///< of the last event; in parameters
+  int64_t bank() const;                                ///< what the present ranks leave of it
 
-  /// By adapter name, in the adapters' order.
-  std::vector<std::pair<std::string, int64_t>> ranks() const;
+  std::vector<std::pair<std::string, int64_t>> ranks() const override;
   /// Of all events.
   const std::vector<SpectralEvent>& history() const { return history_; }
 
@@ -94,6 +94,7 @@ class SpectralAllocator : public Allocator {
     at::Tensor A, B;  // [in], [out]
   };
 
+  void take_step(const OptimizerView& optimizer) override;
   int64_t highest(size_t adapter) const;
   int64_t lowest(size_t adapter) const;
   int64_t budget_at(int64_t step) const;

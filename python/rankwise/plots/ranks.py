@@ -107,5 +107,5 @@ def _write(axes: Axes, values: list[list[float]], largest: int) -> None:
     for row, own in enumerate(values):
         for column, rank in enumerate(own):
             if rank == rank:
-                color = "black" if rank > largest / 2 else "white"
+                color = "black" if rank > 0.45 * largest else "white"
                 axes.text(column, row, rank, ha="center", va="center", color=color, fontsize=8)

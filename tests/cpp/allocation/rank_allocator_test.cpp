@@ -92,6 +92,49 @@ TEST(RankAllocator, PrunesShrinksAndTellsTheRanks) {
   EXPECT_EQ(allocator.history().back().budget, 4);
 }
 
+TEST(RankAllocator, CallsBackAfterEachStepWithWhatItLeft) {
+  Net net;
+  AdamW optimizer(net.parameters, torch::optim::AdamWOptions(1e-2));
+  RankAllocator allocator(net.adapters(), options());
+  allocator.attach(optimizer);
+  std::vector<int64_t> steps, budgets, kept, second;
+  allocator.on_step([&](const rankwise::Allocator& now) {
+    steps.push_back(now.steps() + now.skipped_steps());
+    budgets.push_back(now.budget());
+    kept.push_back(now.ranks()[0].second + now.ranks()[1].second);
+    EXPECT_EQ(now.frozen(), now.steps() >= 8);
+  });
+  allocator.on_step([&](const rankwise::Allocator&) { second.push_back(steps.size()); });
+  for (int64_t i = 0; i < 9; ++i) train_step(net, optimizer, allocator, i);
+  EXPECT_THAT(steps, testing::ElementsAre(1, 2, 3, 4, 5, 6, 7, 8, 9));
+  EXPECT_EQ(second, steps);
+  EXPECT_EQ(budgets, kept);  // it allocates in each step after warm-up
+  EXPECT_EQ(budgets.front(), 8);
+  EXPECT_EQ(budgets.back(), 4);
+}
+
+TEST(RankAllocator, CallsBackAfterSkippedStepsAndAfterFreezing) {
+  Net net;
+  RankAllocator allocator(net.adapters(), options());
+  std::vector<std::pair<int64_t, int64_t>> seen;
+  allocator.on_step(
+      [&](const rankwise::Allocator& now) { seen.emplace_back(now.skipped_steps(), now.budget()); });
+  net.forward(torch::randn({4, 7}, torch::kDouble)).sum().backward();
+  net.parameters[0].mutable_grad()[0][0] = std::numeric_limits<double>::infinity();
+  allocator.step();
+  allocator.freeze();
+  EXPECT_THAT(seen, testing::ElementsAre(testing::Pair(1, 8), testing::Pair(1, 4)));
+}
+
+TEST(RankAllocator, AnExceptionOfACallbackLeavesTheStepTaken) {
+  Net net;
+  RankAllocator allocator(net.adapters(), options());
+  allocator.on_step([](const rankwise::Allocator&) { throw std::runtime_error("full disk"); });
+  net.forward(torch::randn({4, 7}, torch::kDouble)).sum().backward();
+  EXPECT_THROW(allocator.step(), std::runtime_error);
+  EXPECT_EQ(allocator.steps(), 1);
+}
+
 TEST(RankAllocator, ShrinkingKeepsTheFunction) {
   Net net;
   WithCallbacks<torch::optim::SGD> optimizer(net.parameters,

@@ -155,6 +155,26 @@ TEST(SpectralAllocator, GradientsThatAreNotFiniteChangeNothing) {
   EXPECT_TRUE(adapters.A[0].equal(before));
 }
 
+TEST(SpectralAllocator, CallsBackAfterEachStepAndSkippedOnes) {
+  Adapters adapters({{6, 6, 3, 5}, {6, 6, 3, 5}});
+  SpectralAllocator allocator(adapters.list(), options());
+  std::vector<int64_t> steps, spent;
+  allocator.on_step([&](const rankwise::Allocator& now) {
+    steps.push_back(now.steps() + now.skipped_steps());
+    int64_t sum = 0;
+    for (const auto& [name, rank] : now.ranks()) sum += 12 * rank;
+    spent.push_back(sum + allocator.bank() - now.budget());
+  });
+  for (int i = 0; i < 3; ++i) {
+    for (size_t m = 0; m < 2; ++m) adapters.set_gradients(m, torch::randn({6, 6}, torch::kDouble));
+    if (i == 1) adapters.A[1].mutable_grad()[0][0] = std::numeric_limits<double>::infinity();
+    allocator.step();
+  }
+  EXPECT_THAT(steps, testing::ElementsAre(1, 2, 3));
+  EXPECT_THAT(spent, testing::ElementsAre(0, 0, 0));
+  EXPECT_EQ(allocator.schedule().budget(3), allocator.budget());
+}
+
 TEST(SpectralAllocator, RefusesWhatCannotBe) {
   const auto made = [](const SpectralOptions& chosen) {
     return error_of([&] {

@@ -91,6 +91,12 @@ def test_resuming_is_going_on(folder, step, accumulation, caplog):
         same_bits(*stored)
 
 
+def test_checkpoints_have_the_history_for_reports(folder):
+    callback, _ = run(adapted(folder), folder / "run")
+    history = rw.RankHistory.load(folder / "run" / f"checkpoint-{STEPS}" / "rank_history.json")
+    assert history == rw.RankHistory.of(callback.allocator) and len(history.events) > 3
+
+
 def test_resuming_in_the_same_process(folder):
     model = adapted(folder)
     callback, made = run(model, folder / "run")

@@ -155,6 +155,17 @@ def test_a_long_schedule_takes_few_points_and_a_spectral_one_parameters():
     assert set(level.lines[0].get_ydata()) == {100} and level.get_ylabel().startswith("% of")
 
 
+def test_a_spectral_allocator_s_budget_falls_from_what_its_first_ranks_cost():
+    config = rw.SpectralConfig(
+        initial_rank=2, total_steps=60, allocation_interval=10, final_budget=22,
+        target_modules=["0"],
+    )  # fmt: skip
+    model = rw.apply_lora(torch.nn.Sequential(torch.nn.Linear(12, 10)), config)
+    axes = rw.plots.budget_curve(rw.SpectralAllocator(model, config)).axes[0]
+    assert list(axes.lines[0].get_ydata()[[0, -1]]) == [44, 22]
+    assert axes.get_ylabel() == "parameters"
+
+
 def test_a_similarity_grid_has_both_triangles_on_a_fixed_scale():
     phi = rw.analysis.subspace_similarity(update(3), update(8, seed=1))
     figure = rw.plots.similarity_grid(phi, "r = 3", "r = 8")

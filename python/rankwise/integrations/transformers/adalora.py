@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import warnings
 
-import torch
 from torch import nn
 from transformers.trainer_callback import CallbackHandler
 
 from ...allocation import RankAllocator
 from ...attachment import unwrapped
 from ...file_config import adalora_config
+from ...measures import measures
+from ...rank_history import FILE as HISTORY
+from ...rank_history import RankHistory
 from .allocator_state import carry, read, take, write
 from .checkpoints import AdapterCallback, check_whole_parameters, checkpoint_folder
 
@@ -23,7 +25,8 @@ class AdaLoRACallback(AdapterCallback):
     checkpoints twice: in the optimizer's state, from which it is restored, and as
     ``rank_allocator.safetensors``. So resume_from_checkpoint goes on bit for bit, and
     load_best_model_at_end brings back what was evaluated. Checkpoints hold the adapter alone, see
-    AdapterCallback. Logs ``adalora/budget``, ``adalora/rank_mean`` and ``adalora/penalty``.
+    AdapterCallback, and ``rank_history.json`` for reports. Logs ``adalora/budget``,
+    ``adalora/rank_mean`` and ``adalora/penalty``.
 
     Args:
         allocator: over the model's adapters; None to make it with adalora_config(model), or, of a
@@ -86,7 +89,7 @@ class AdaLoRACallback(AdapterCallback):
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if not self._handles or "loss" not in (logs or {}):
             return
-        found = self._measured()
+        found = measures(self.allocator, self.form)
         logs.update(found)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(found)
@@ -96,6 +99,7 @@ class AdaLoRACallback(AdapterCallback):
         folder = checkpoint_folder(args, state)
         if folder is not None and self._handles:
             write(self.allocator, folder)
+            RankHistory.of(self.allocator).save(folder / HISTORY)
 
     def on_train_end(self, args, state, control, **_) -> None:
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
@@ -166,16 +170,6 @@ class AdaLoRACallback(AdapterCallback):
                 "rank_allocator.safetensors, both written under this callback; to begin anew "
                 "detach() the allocator and make a new one"
             )
-
-    @torch.no_grad()
-    def _measured(self) -> dict[str, float]:
-        allocator = self.allocator
-        ranks = allocator.ranks.values()
-        return {
-            "adalora/budget": allocator.schedule.budget(allocator.steps),
-            "adalora/rank_mean": sum(ranks) / max(len(ranks), 1),
-            "adalora/penalty": allocator.orthogonality_penalty(self.form).item(),
-        }
 
 
 def _own_allocator(model: nn.Module):
