@@ -13,6 +13,7 @@ from ._library import library
 from .allocator import Allocator
 from .analysis import Update, delta_spectrum, effective_ranks, updates
 from .config import AdaLoRAConfig
+from .folder_amplification import amplifications
 from .html_page import facts, page, paragraph, picture, section, table
 from .rank_history import FILE, RankHistory
 
@@ -25,6 +26,7 @@ def write_report(
     path: str | os.PathLike,
     source: str | os.PathLike | nn.Module,
     history: Allocator | RankHistory | str | os.PathLike | None = None,
+    model: str | os.PathLike | None = None,
     title: str | None = None,
 ) -> None:
     """Writes one HTML file that needs nothing else: numbers, pictures, health.
@@ -38,17 +40,20 @@ def write_report(
         source: a PEFT folder, of LoRA or AdaLoRA, or a model with adapters, for its active one.
         history: the allocator, its RankHistory or a file of that; None for ``rank_history.json`` in
             the folder, if it is there.
+        model: the folder of the base model, for what a folder's adapter amplifies of its weights.
         title: of the page.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
-        FileError: the folder cannot be read.
-        ValueError: the history's file is no such.
+        FileError: a folder cannot be read.
+        ValueError: the history's file is no such, or a model folder was given for a model.
     """
     from . import plots
 
     found = updates(source)
     of_model = isinstance(source, nn.Module)
+    if of_model and model is not None:
+        raise ValueError("write_report: model is for a source that is a folder, got a model too")
     name = type(source).__name__ if of_model else Path(source).resolve().name
     config = None if of_model else library.read_adapter(source).config
     modules = {module: _module(update) for module, update in found.items()}
@@ -60,6 +65,9 @@ def write_report(
     sound = {module: found[module] for module, own in modules.items() if own["norm"] is not None}
     if sound:
         parts.append(section("Singular values", picture(plots.spectra(sound), SPECTRA)))
+    if model is not None:
+        drawn = plots.amplification(amplifications(source, model))
+        parts.append(section("Amplification", picture(drawn, AMPLIFICATION)))
     rows = ([module, *map(_text, own.values())] for module, own in modules.items())
     parts.append(section("Modules", paragraph(EFFECTIVE), table(COLUMNS, rows, len(found) <= OPEN)))
     written = page(title or f"Adapter {name}", *parts)
@@ -73,6 +81,11 @@ SCHEDULE = "AdaLoRA's schedule: how many directions a module may keep on average
 SPECTRA = (
     "How large each direction of the update ΔW is. Where the values fall steeply a lower rank "
     "would do; where they end level at the rank, a higher one may be worth a try."
+)
+AMPLIFICATION = (
+    "The update's norm against that of W along the same directions: where the bar of its own "
+    "directions is long, the update brings forward what is there in W, but weak. W's first "
+    "directions and random ones are to compare with."
 )
 EFFECTIVE = (
     "Effective ranks: entropy exp(-sum p log p) of the singular values, stable sum s²/max s², and "

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..analysis import subspace_similarity, updates
+from ..folder_amplification import amplifications
 from ..rank_history import FILE, RankHistory
 from .output import AsJson, answer
 
@@ -18,6 +19,7 @@ class Kind(str, Enum):
     ranks = "ranks"
     spectra = "spectra"
     similarity = "similarity"
+    amplification = "amplification"
     history = "history"
 
 
@@ -28,12 +30,16 @@ def plot(
     module: Annotated[
         str, typer.Option(help="Only modules whose name has this, as in layer.3.")
     ] = "",
+    model: Annotated[
+        Path | None, typer.Option(help="The base model's folder, for amplification.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw ranks, spectra or similarity.
 
     ranks: a map of layers and projections. spectra: the singular values. similarity: phi(i, j) of
-    the input's directions of two adapters. history: the ranks over the steps of the training that
+    the input's directions of two adapters. amplification: what the adapter amplifies of the base
+    model's weights. history: the ranks over the steps of the training that
     left rank_history.json in the folder.
     """
     wanted = 2 if kind is Kind.similarity else 1
@@ -43,7 +49,10 @@ def plot(
         )
     if output.suffix not in (".png", ".svg"):
         raise typer.BadParameter(f"--output must end in .png or .svg, got {output.name!r}")
-    figure, modules = _DRAWN[kind](folders, module)
+    if (kind is Kind.amplification) != (model is not None):
+        raise typer.BadParameter("amplification, and it alone, takes --model")
+    given = folders if model is None else [*folders, model]
+    figure, modules = _DRAWN[kind](given, module)
     figure.savefig(output, dpi=150)
     answer({"written": str(output), "kind": kind.value, "modules": modules}, as_json)
 
@@ -82,6 +91,15 @@ def _similarity(folders: list[Path], module: str):
     return plots.similarity_grid(phi, *(folder.name for folder in folders)), len(phi)
 
 
+def _amplification(folders: list[Path], module: str):
+    from .. import plots
+
+    found = {n: own for n, own in amplifications(*folders).items() if module in n}
+    if not found:
+        raise ValueError(f"{folders[0]}: has no module with {module!r} in its name")
+    return plots.amplification(found), len(found)
+
+
 def _history(folders: list[Path], module: str):
     from .. import plots
 
@@ -97,5 +115,6 @@ _DRAWN = {
     Kind.ranks: _ranks,
     Kind.spectra: _spectra,
     Kind.similarity: _similarity,
+    Kind.amplification: _amplification,
     Kind.history: _history,
 }

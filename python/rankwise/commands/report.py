@@ -16,6 +16,9 @@ def report(
         Path | None,
         typer.Option(help="What RankHistory.save() wrote; else rank_history.json in the folder."),
     ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="The base model's folder, for what the adapter amplifies.")
+    ] = None,
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -24,5 +27,5 @@ def report(
     One HTML file that needs nothing else: ranks, spectra, effective ranks and health of an adapter,
     and ranks and budget over the training that made it.
     """
-    write_report(output, folder, history, title)
+    write_report(output, folder, history, model, title)
     answer({"written": str(output), "bytes": output.stat().st_size}, as_json)

@@ -117,8 +117,9 @@ TEST(RankAllocator, CallsBackAfterSkippedStepsAndAfterFreezing) {
   Net net;
   RankAllocator allocator(net.adapters(), options());
   std::vector<std::pair<int64_t, int64_t>> seen;
-  allocator.on_step(
-      [&](const rankwise::Allocator& now) { seen.emplace_back(now.skipped_steps(), now.budget()); });
+  allocator.on_step([&](const rankwise::Allocator& now) {
+    seen.emplace_back(now.skipped_steps(), now.budget());
+  });
   net.forward(torch::randn({4, 7}, torch::kDouble)).sum().backward();
   net.parameters[0].mutable_grad()[0][0] = std::numeric_limits<double>::infinity();
   allocator.step();

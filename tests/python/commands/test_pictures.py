@@ -5,10 +5,12 @@ import sys
 import pytest
 import torch
 from matplotlib.image import imread
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import rankwise as rw
 from rankwise.commands import app
+from rankwise.folder_amplification import amplifications
 from rankwise.rank_history import RankEvent
 
 
@@ -49,6 +51,22 @@ def test_plot(folders, tmp_path, kind, names):
     assert svg.read_text().startswith("<?xml")
 
 
+def test_amplification_of_a_model_s_folder(folders, tmp_path):
+    (model := tmp_path / "model").mkdir()
+    (model / "config.json").write_text(json.dumps({"tie_word_embeddings": False}))
+    weights = {f"net.{i}.weight": torch.randn(5 - i, 6 - i) for i in (0, 1)}
+    save_file(weights, model / "model.safetensors")
+    found = amplifications(folders / "r2", model)
+    for name, update in rw.analysis.updates(folders / "r2").items():
+        weight = weights[f"net.{name}.weight"]
+        assert found[name] == rw.analysis.amplification_factor(weight, update)
+    output = tmp_path / "picture.png"
+    printed = run("plot", "amplification", folders / "r2", "--model", model, "-o", output).output
+    assert printed == f"written  {output}\nkind     amplification\nmodules  2\n"
+    run("report", folders / "r2", "--model", model, "-o", tmp_path / "report.html")
+    assert "<h2>Amplification</h2>" in (tmp_path / "report.html").read_text()
+
+
 def test_report(folders, tmp_path):
     output = tmp_path / "report.html"
     options = ["--title", "Mine", "--history", folders / "r2" / "rank_history.json", "--json"]
@@ -66,6 +84,9 @@ def test_report(folders, tmp_path):
     (["plot", "ranks", "/a", "/b", "-o", "x.png"], 2, "ranks takes 1 folder, got 2"),
     (["plot", "similarity", "/a", "-o", "x.png"], 2, "similarity takes 2 folders, got 1"),
     (["plot", "ranks", "/a", "-o", "x.jpg"], 2, "--output must end in .png or .svg, got 'x.jpg'"),
+    (["plot", "amplification", "/a", "-o", "x.png"], 2, "amplification, and it alone, takes"),
+    (["plot", "ranks", "/a", "-o", "x.png", "--model", "/m"], 2, "it alone, takes --model"),
+    (["report", "r2", "-o", "x.html", "--model", "/m"], 1, "/m/config.json"),
     (["plot", "pie", "/a", "-o", "x.png"], 2, "'pie' is not one of"),
     (["plot", "ranks", "r2", "-o", "x.png", "--module", "zzz"], 1, "no module with 'zzz' in its"),
     (["plot", "history", "r2", "-o", "x.png", "--module", "zzz"], 1, "no module with 'zzz' in its"),
