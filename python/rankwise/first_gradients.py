@@ -77,7 +77,7 @@ class LoRAGA(FirstValues):
 
     def _find(self, tree: Tree, layers: Layers, options: Options) -> FirstAdapters:
         found = {}
-        for names, batches in passes(self.batches, list(layers), self.at_once):
+        for names, batches in passes("LoRAGA", self.batches, list(layers), self.at_once):
             chosen = {path: layers[path] for path in names}
             gradients = self._gradients(tree.model, chosen, batches)
             for path in names:
@@ -98,27 +98,44 @@ class LoRAGA(FirstValues):
         self, model: nn.Module, layers: Mapping[str, Adapted], batches: list
     ) -> dict[str, Tensor]:
         """{layer: the mean gradient of its weight [out, in]}"""
-        weights = [layer._base_weight() for layer in layers.values()]
-        sums = [torch.zeros_like(exact(weight)) for weight in weights]
-        with in_eval(model), _differentiable(weights):
-            for batch in batches:
-                loss = self.loss(model, batch)
-                if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
-                    raise ValueError(
-                        "LoRAGA: loss must return a scalar that depends on the adapted layers, got "
-                        f"{list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
-                    )
-                gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-                for path, total, gradient in zip(layers, sums, gradients, strict=True):
-                    if gradient is None or not gradient.isfinite().all():
-                        got = "none" if gradient is None else "infinite values or NaN"
-                        raise ValueError(
-                            f"LoRAGA: {path!r} must get a finite gradient from every batch, got "
-                            f"{got}"
-                        )
-                    total += gradient
-        means = (total / len(batches) for total in sums)
-        return {p: layers[p]._matrix(mean) for p, mean in zip(layers, means, strict=True)}
+        weights = {path: layer._base_weight() for path, layer in layers.items()}
+        sums = {path: torch.zeros_like(exact(weight)) for path, weight in weights.items()}
+        for gradients in gradients_of("LoRAGA", model, weights, batches, self.loss):
+            for path, total in sums.items():
+                total += gradients[path]
+        return {path: layers[path]._matrix(sums.pop(path) / len(batches)) for path in layers}
+
+
+def gradients_of(
+    owner: str,
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Iterable,
+    loss: Callable[[nn.Module, object], Tensor],
+) -> Iterator[dict[str, Tensor]]:
+    """{layer: the gradient of its weight} of one batch after another; no ``.grad`` is written.
+
+    Args:
+        owner: in messages.
+        model: runs in eval mode.
+    """
+    for batch in batches:
+        with in_eval(model), _differentiable(list(weights.values())):
+            value = loss(model, batch)
+            if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
+                got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"{owner}: loss must return a scalar that depends on the adapted layers, got "
+                    f"{got}"
+                )
+            gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+        for path, gradient in zip(weights, gradients, strict=True):
+            if gradient is None or not gradient.isfinite().all():
+                got = "none" if gradient is None else "infinite values or NaN"
+                raise ValueError(
+                    f"{owner}: {path!r} must get a finite gradient from every batch, got {got}"
+                )
+        yield dict(zip(weights, gradients, strict=True))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from .first_values import (
     in_eval,
     passes,
 )
+from .rank_budget import Room, best_directions
 from .tree import Tree
 
 
@@ -61,11 +62,9 @@ class EVA(FirstValues):
         most = {path: self._most(layers[path], options[path]) for path in layers}
         shares: dict[str, Tensor] = {}
         directions: dict[str, Tensor] = {}
-        for names, batches in passes(self.batches, list(layers), self.at_once):
-            inputs = _inputs_of(tree, names, batches)
-            for path in names:
-                inputs[path].check(path, most[path])
-                shares[path], directions[path] = inputs.pop(path).directions(most[path])
+        for path, inputs in inputs_of("EVA", tree, list(layers), self.batches, self.at_once):
+            inputs.check(path, most[path])
+            shares[path], directions[path] = inputs.directions(most[path])
         ranks = _divided(shares, sum(own.rank_at_first for own in options.values()))
         return {
             path: FirstAdapter(_with_rank(options[path], rank), directions[path][:rank], None)
@@ -88,16 +87,15 @@ def _with_rank(options: AdapterOptions, rank: int) -> AdapterOptions:
 
 def _divided(shares: Mapping[str, Tensor], total: int) -> dict[str, int]:
     """The ranks: how many of each layer's are among the `total` largest; ties by order."""
-    order = [(-share, path) for path, own in shares.items() for share in own.tolist()]
-    chosen = [path for _, path in sorted(order, key=lambda pair: pair[0])[:total]]
-    return {path: chosen.count(path) for path in shares}
+    rooms = {path: Room(1, 0, len(own)) for path, own in shares.items()}
+    return best_directions({path: own.tolist() for path, own in shares.items()}, rooms, total)
 
 
-class _Inputs:
+class Inputs:
     """The covariance of one layer's inputs, summed batch by batch about the first one's mean."""
 
-    def __init__(self) -> None:
-        self.rows = 0
+    def __init__(self, owner: str) -> None:
+        self._owner, self.rows = owner, 0
 
     def add(self, rows: Tensor) -> None:
         if len(rows) == 0:
@@ -113,11 +111,13 @@ class _Inputs:
     def check(self, path: str, rank: int) -> None:
         if self.rows < max(rank, 1):
             raise ValueError(
-                f"EVA: {path!r} must see at least as many inputs as it can have directions, "
-                f"{rank}, got {self.rows}; give more batches, or exclude it"
+                f"{self._owner}: {path!r} must see at least as many inputs as it can have "
+                f"directions, {rank}, got {self.rows}; give more batches, or exclude it"
             )
         if not self._squares.isfinite().all():
-            raise ValueError(f"EVA: {path!r} must have finite inputs, got infinite values or NaN")
+            raise ValueError(
+                f"{self._owner}: {path!r} must have finite inputs, got infinite values or NaN"
+            )
 
     def directions(self, count: int) -> tuple[Tensor, Tensor]:
         """The largest shares of the variance [count], and their directions [count, in]."""
@@ -129,10 +129,24 @@ class _Inputs:
         return shares[:count], vectors[:, :count].t()
 
 
+def inputs_of(
+    owner: str, tree: Tree, layers: list[str], batches: Iterable, at_once: int | None
+) -> Iterator[tuple[str, Inputs]]:
+    """Each layer and the covariance of its inputs over all batches, which it can then let go.
+
+    Args:
+        owner: in messages.
+        layers, batches, at_once: see passes().
+    """
+    for names, own_batches in passes(owner, batches, layers, at_once):
+        inputs = _one_pass(owner, tree, names, own_batches)
+        for path in names:
+            yield path, inputs.pop(path)
+
+
 @torch.no_grad()
-def _inputs_of(tree: Tree, names: list[str], batches: list) -> dict[str, _Inputs]:
-    """{layer: its inputs' covariance} over all batches."""
-    inputs = {path: _Inputs() for path in names}
+def _one_pass(owner: str, tree: Tree, names: list[str], batches: list) -> dict[str, Inputs]:
+    inputs = {path: Inputs(owner) for path in names}
     mask: Tensor | None = None
 
     def hook(path: str):

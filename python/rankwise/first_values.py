@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -74,20 +74,30 @@ class FirstValues:
                 f"{owner} must begin with a rank and an alpha above 0, got rank "
                 f"{options.rank_at_first} and alpha {options.alpha:g}; exclude it"
             )
-        weight = layer._base_weight()
-        check_unsharded(owner, {"weight": weight}, "add adapters before the model is sharded")
-        if not self._needs_weights:
-            return
-        if isinstance(layer, OverQuantised):
-            raise ValueError(
-                f"{owner} is quantised, and what it begins with is a part of exact values; add the "
-                "adapter to the dequantised model (transformers: model.dequantize()), or use EVA"
-            )
-        kind = kind_without_memory(weight)
-        if kind:
-            raise ValueError(f"{owner} must have its weight's values, got {kind}; load them first")
-        if not weight.isfinite().all():
-            raise ValueError(f"{owner} must have a finite weight, got infinite values or NaN")
+        check_whole_weight(owner, layer)
+        if self._needs_weights:
+            check_exact_weight(owner, layer)
+
+
+def check_whole_weight(owner: str, layer: Adapted) -> None:
+    """Refuses a weight of which each process has a part."""
+    weight = layer._base_weight()
+    check_unsharded(owner, {"weight": weight}, "add adapters before the model is sharded")
+
+
+def check_exact_weight(owner: str, layer: Adapted) -> None:
+    """Refuses a weight whose values are quantised, not loaded, or not finite."""
+    if isinstance(layer, OverQuantised):
+        raise ValueError(
+            f"{owner} is quantised, and this needs exact values; take the dequantised model "
+            "(transformers: model.dequantize()), or use EVA or input_variances"
+        )
+    weight = layer._base_weight()
+    kind = kind_without_memory(weight)
+    if kind:
+        raise ValueError(f"{owner} must have its weight's values, got {kind}; load them first")
+    if not weight.isfinite().all():
+        raise ValueError(f"{owner} must have a finite weight, got infinite values or NaN")
 
 
 def find_first(
@@ -157,11 +167,13 @@ def check_at_once(owner: str, at_once: object) -> None:
     _require(fits, owner, "at_once", "an integer > 0 or None", at_once)
 
 
-def passes(batches, layers: Sequence[str], at_once: int | None) -> Iterator[tuple[list[str], list]]:
+def passes(
+    owner: str, batches: Iterable, layers: Sequence[str], at_once: int | None
+) -> Iterator[tuple[list[str], list]]:
     """(layers, batches) of each pass over the data: all layers in one, or `at_once` in each."""
     batches = list(batches)
     if not batches:
-        raise ValueError("first_values: batches must have at least one batch, got none")
+        raise ValueError(f"{owner}: batches must have at least one batch, got none")
     names, size = list(layers), at_once or len(layers)
     for start in range(0, len(names), size):
         yield names[start : start + size], batches

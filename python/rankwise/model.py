@@ -139,7 +139,7 @@ def prepare_adapter(
     if "" in options:
         raise ValueError("the model itself is a layer; use LoRALinear.from_linear(layer) instead")
     check_apart(tree, known, options, whole)
-    layers = {path: _adapted(path, tree.modules[path], options[path]) for path in options}
+    layers = layers_of(tree, options)
     first = find_first(first_values, tree, layers, options)
     options = {path: found.options for path, found in first.items()} or options
     layers = {path: layers[path] for path in options}
@@ -163,6 +163,11 @@ def prepare_adapter(
         {place: parameter for place, parameter, _ in ends},
         {place: own for place, _, own in ends if own is not None},
     )
+
+
+def layers_of(tree: Tree, options: dict[str, AdapterOptions]) -> dict[str, Adapted]:
+    """{path: the adapted layer}, in the model already or to take the place of what is there."""
+    return {path: _adapted(path, tree.modules[path], own) for path, own in options.items()}
 
 
 def _adapted(path: str, module: nn.Module, options: AdapterOptions) -> Adapted:
