@@ -26,6 +26,11 @@ class FollowedFactors:
         """All lora_A and lora_B."""
         return [factor for A, B, _ in self._factors.values() for factor in (A, B)]
 
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """{name: (out, in)}"""
+        return {name: (B.shape[0], A.shape[1]) for name, (A, B, _) in self._factors.items()}
+
     def _take(self, core, name: str, now: tuple[nn.Parameter, ...]) -> None:
         """Goes on with these.
 

@@ -157,6 +157,11 @@ class Allocator:
         return self._core.schedule
 
     @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """{layer: (out, in)}."""
+        return self._adapters.sizes
+
+    @property
     def history(self) -> list:
         """What was decided, at which step: budget, ranks and a summary of scores."""
         return self._core.history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -79,6 +80,11 @@ def updates(source: str | os.PathLike | nn.Module, name: str | None = None) -> d
         raise TypeError(f"updates: source must be a folder or a model, got {got}")
     found = library.updates_of(library.read_adapter(source))
     return {update.module: result_of(Update, update) for update in found}
+
+
+def sizes_of(found: Mapping[str, Update]) -> dict[str, tuple[int, int]]:
+    """{module: (out, in)}"""
+    return {m: (u.lora_B.shape[0], u.lora_A.shape[1]) for m, u in found.items()}
 
 
 def _held(path: str, adapter: HeldAdapter, layer: Adapted) -> Update:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from .advise import advise
 from .analyze import analyze
 from .combine import combine, truncate
 from .compare import compare
@@ -32,7 +33,8 @@ def options(
 
 
 COMMANDS = (
-    inspect, analyze, compare, combine, truncate, merge, export, verify, plan, plot, report, doctor,
+    inspect, analyze, compare, combine, truncate, merge, export, verify, plan, advise,
+    plot, report, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -133,3 +133,15 @@ def test_ties_go_by_order():
 def test_a_full_matrix_leaves_its_part_to_the_others():
     rooms = {"a": Room(1, 0, 2), "b": Room(1, 0, 100), "c": Room(1, 1, 100)}
     assert in_proportion({"a": 8.0, "b": 1.0, "c": 0.0}, rooms, 20) == {"a": 2, "b": 17, "c": 1}
+
+
+def test_directions_count_by_what_they_cost():
+    rooms = {"dear": Room(10, 0, 1), "cheap": Room(1, 0, 3)}
+    assert best_directions({"dear": [3.0], "cheap": [1.0] * 3}, rooms, 10) == {
+        "dear": 0,
+        "cheap": 3,
+    }
+    assert best_directions({"dear": [30.1], "cheap": [3.0] * 3}, rooms, 11) == {
+        "dear": 1,
+        "cheap": 1,
+    }

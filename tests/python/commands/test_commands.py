@@ -51,6 +51,7 @@ def test_help_has_a_line_for_each_command():
         "export",
         "verify",
         "plan",
+        "advise",
         "plot",
         "report",
         "doctor",

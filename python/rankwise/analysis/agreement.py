@@ -1,0 +1,90 @@
+"""What two trainings of one model agree on beyond chance."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from ..adapted import Adapted
+from .scores import MatrixScores
+from .subspaces import subspace_similarity
+from .updates import Update, for_library, sizes_of, updates
+
+DEVIATIONS = 3  # above the mean of random directions; about one of them in a hundred is
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the subspaces of two updates of one matrix share.
+
+    Args:
+        directions: how many, of each on average, lie within the other's subspace by more than
+            random ones do: by three standard deviations of those.
+        overlap: ``||U1^T U2||_F^2``, 0 to the smaller rank.
+        chance: what random subspaces of these ranks, r1 and r2, have on average, ``r1 r2 / n``.
+    """
+
+    directions: float
+    overlap: float
+    chance: float
+
+
+def agreement(first: Update | Adapted, second: Update | Adapted, of: str = "input") -> Agreement:
+    """How many directions two updates share beyond chance, such as those of two seeds.
+
+    A direction's part in the other's subspace, of r directions among n, is ``r / n`` on average for
+    a random one, with the variance ``2 r (n - r) / (n^2 (n + 2))``. Where r is nearly n, every
+    direction is within, and nothing can be told: 0.
+
+    Args:
+        first, second, of: as in subspace_similarity.
+    """
+    phi = subspace_similarity(first, second, of)
+    inner = for_library("agreement", "first", first)
+    size = inner.lora_A.shape[1] if of in ("input", "lora_A") else inner.lora_B.shape[0]
+    counts = [_beyond_chance(phi, size), _beyond_chance(phi.t(), size)]
+    ranks = phi.shape
+    overlap = phi[-1, -1].item() * min(ranks) if min(ranks) else 0.0
+    return Agreement(sum(counts) / 2, overlap, ranks[0] * ranks[1] / size)
+
+
+def seed_agreement(
+    first: str | os.PathLike | nn.Module, second: str | os.PathLike | nn.Module, of: str = "input"
+) -> MatrixScores:
+    """How many directions two trainings from different seeds agree on, matrix by matrix.
+
+    What both find is of the task; what one alone finds may be of its seed (LoRA, arXiv 2106.09685,
+    section 7.2). Costs a second training, and two QRs of each factor.
+
+    Args:
+        first, second: PEFT folders or models with the same modules.
+        of: whose directions, as in subspace_similarity. LoRA's A begins at random and moves
+            slowly, so after a short training "output" agrees on more than "input".
+    """
+    found = updates(first), updates(second)
+    differing = sorted(found[0].keys() ^ found[1].keys())
+    if differing:
+        raise ValueError(
+            f"seed_agreement: both must adapt the same modules, got {differing[0]!r} in one alone"
+        )
+    scores = {
+        module: agreement(update, found[1][module], of).directions
+        for module, update in found[0].items()
+    }
+    return MatrixScores(scores, sizes_of(found[0]), "directions agreed on")
+
+
+def _beyond_chance(phi: Tensor, size: int) -> int:
+    """How many of the first's directions lie within all of the second's beyond chance."""
+    count, rank = phi.shape
+    if count == 0 or rank == 0:
+        return 0
+    ranks = torch.arange(1, count + 1, dtype=phi.dtype).clamp(max=rank)
+    overlaps = phi[:, -1] * ranks
+    parts = overlaps.diff(prepend=overlaps.new_zeros(1))
+    mean, deviation = rank / size, sqrt(2 * rank * (size - rank) / (size + 2)) / size
+    return int((parts > mean + DEVIATIONS * deviation).sum())
