@@ -26,6 +26,8 @@ from .plain import unload
 from .rank_history import RankHistory
 from .report import health_check, summary
 from .spectral import RankQuestion, SpectralAllocator, SpectralConfig
+from .sweep_grid import rank_grid
+from .sweeping import Sweep, sweep
 from .tensorboard import TensorBoardLog
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "RankQuestion",
     "SpectralAllocator",
     "SpectralConfig",
+    "Sweep",
     "TensorBoardLog",
     "__version__",
     "activate_adapter",
@@ -61,8 +64,10 @@ __all__ = [
     "ops",
     "parameter_groups",
     "print_trainable_parameters",
+    "rank_grid",
     "save_adapter",
     "summary",
+    "sweep",
     "unload",
     "unmerge",
     "write_report",

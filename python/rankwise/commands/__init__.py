@@ -16,6 +16,7 @@ from .output import Commands
 from .plan import plan
 from .plot import plot
 from .report import report
+from .sweep import sweep
 from .verify import verify
 
 app = typer.Typer(no_args_is_help=True, cls=Commands, rich_markup_mode=None)
@@ -34,7 +35,7 @@ def options(
 
 COMMANDS = (
     inspect, analyze, compare, combine, truncate, merge, export, verify, plan, advise,
-    plot, report, doctor,
+    sweep, plot, report, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

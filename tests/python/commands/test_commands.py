@@ -52,6 +52,7 @@ def test_help_has_a_line_for_each_command():
         "verify",
         "plan",
         "advise",
+        "sweep",
         "plot",
         "report",
         "doctor",
