@@ -13,7 +13,7 @@ from test_cpp_reference import EXAMPLES
 import rankwise as rw
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(language: str, page: Path) -> list[str]:
@@ -25,7 +25,10 @@ def prose(page: Path) -> str:
 
 
 PYTHON = {
-    f"{page.stem}-{i}": code for page in PAGES for i, code in enumerate(blocks("python", page))
+    f"{page.stem}-{i}": code
+    for page in PAGES
+    if page.stem != "tutorial"  # one program: test_tutorial.py
+    for i, code in enumerate(blocks("python", page))
 }
 
 
