@@ -8,7 +8,7 @@ from test_readme import ROOT, blocks
 
 ENGLISH, CHINESE = ROOT / "docs" / "tutorial.md", ROOT / "docs" / "zh" / "tutorial.md"
 PRINTED = r"(?:^# .*\n)+\Z"  # the comments at the end of a piece
-NUMBER = r"\d+\.?\d*"
+NUMBER = r"\d+(?:\.\d+)?"
 
 
 def printed(piece: str) -> list[str]:
@@ -31,11 +31,12 @@ def assert_prints(output: str, wanted: list[str]) -> None:
 
 def test_the_pieces_print_what_the_page_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "build").mkdir()
     names = {}
     for piece in blocks("python", ENGLISH):
         exec(piece, names)
         assert_prints(capsys.readouterr().out, printed(piece))
+    shown = re.findall(r"\]\(pictures/(.+)\)", ENGLISH.read_text())
+    assert shown and set(shown) == {path.name for path in (tmp_path / "build").glob("*.png")}
 
 
 def test_both_languages_have_the_same_pieces():
