@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .merging import Mergeable
-from .sharding import check_unsharded, is_sharded
+from .sharding import check_gathered, check_unsharded, is_sharded
 from .tree import Tree
 from .whole import WholeModules, parts_of_whole
 
@@ -55,7 +55,14 @@ def base_parameters(
 def copies_of(
     modules: Mapping[str, nn.Module], base: Mapping[Place, nn.Parameter]
 ) -> dict[str, nn.Module]:
-    """Copies with the base's parameters where the modules have others; what is tied stays tied."""
+    """Copies with the base's parameters where the modules have others; what is tied stays tied.
+
+    Raises:
+        ValueError: a parameter is partitioned by DeepSpeed's ZeRO-3.
+    """
+    for top, module in modules.items():
+        named = {f"{top}.{key}": p for key, p in module.named_parameters()}
+        check_gathered("modules_to_save", named, "add adapters before the model is sharded")
     copies, copied = copy.deepcopy(dict(modules)), {}
     parts = parts_of_whole(copies)
     for (path, key), parameter in base.items():

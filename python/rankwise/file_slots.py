@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._library import library
 from .adapted import Adapted, HeldAdapter, StoredAdapter
 from .file_config import EMBEDDING_PARTS, LINEAR_PARTS, TRIPLET_PARTS, Adapters, saved_tensors
-from .sharding import assign, check_matrices, is_sharded, kind_without_memory, whole
+from .sharding import assign, check_gathered, check_matrices, is_sharded, kind_without_memory, whole
 
 _Key = library.AdapterKey
 
@@ -100,7 +100,8 @@ def slots_of(
     """{PEFT's key: the place it stands for}: active directions, and modules trained whole.
 
     Raises:
-        ValueError: a factor was flattened by FullyShardedDataParallel.
+        ValueError: a factor was flattened by FullyShardedDataParallel, or a tensor partitioned by
+            DeepSpeed's ZeRO-3.
     """
     slots: dict[str, Slot] = {}
     for path, adapter in adapters.items():
@@ -110,6 +111,7 @@ def slots_of(
             slots[str(_Key(path, part))] = slot
     check_matrices(operation, {key: slot.tensor for key, slot in slots.items()})
     for path, module in copies.items():
+        check_gathered(operation, {f"{path}.{key}": p for key, p in module.named_parameters()})
         for key, tensor in saved_tensors(path, module).items():
             slots[key] = Slot(tensor)
     return slots

@@ -1,4 +1,4 @@
-"""Tensors that are not whole in this process's memory: DTensors, FSDP1's flat ones, subclasses."""
+"""Tensors not whole in this process's memory: DTensors, FSDP1's flat ones, ZeRO-3's, subclasses."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ._library import library
 
 SUMMON = "call it within FullyShardedDataParallel.summon_full_params(model)"
+GATHER = "call it within deepspeed.zero.GatheredParameters(list(model.parameters()))"
 kind_without_memory = library.kind_without_memory  # "DTensor", "meta", ...; "" for plain memory
 
 
@@ -86,19 +87,36 @@ def check_unsharded(operation: str, tensors: Mapping[str, Tensor | None], way_ou
     check_matrices(operation, tensors, way_out)
 
 
-def check_matrices(
-    operation: str, tensors: Mapping[str, Tensor | None], way_out: str = SUMMON
+def check_gathered(
+    operation: str, tensors: Mapping[str, Tensor | None], way_out: str | None = None
 ) -> None:
-    """Refuses what FullyShardedDataParallel made of matrices: parts of a flat parameter.
+    """Refuses parameters that DeepSpeed's ZeRO-3 has partitioned: no elements are left here.
 
     Raises:
         ValueError: naming the operation, the tensor and the way out.
     """
     for name, tensor in tensors.items():
+        if tensor is not None and getattr(tensor, "ds_numel", 0) > tensor.numel():
+            raise ValueError(
+                f"{operation}: {name} must be whole in this process, got {list(tensor.shape)}, "
+                f"partitioned by DeepSpeed's ZeRO-3; {way_out or GATHER}"
+            )
+
+
+def check_matrices(
+    operation: str, tensors: Mapping[str, Tensor | None], way_out: str | None = None
+) -> None:
+    """Refuses what FullyShardedDataParallel or ZeRO-3 made of matrices: parts of flat memory.
+
+    Raises:
+        ValueError: naming the operation, the tensor and the way out.
+    """
+    check_gathered(operation, tensors, way_out)
+    for name, tensor in tensors.items():
         if tensor is not None and tensor.dim() == 1:
             raise ValueError(
                 f"{operation}: {name} must be a matrix, got [{tensor.numel()}], as if flattened by "
-                f"FullyShardedDataParallel; {way_out}"
+                f"FullyShardedDataParallel; {way_out or SUMMON}"
             )
 
 
