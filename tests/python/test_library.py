@@ -40,3 +40,13 @@ def test_another_patch_release_will_do():
 def test_importing_starts_no_cuda():
     code = "import rankwise, torch; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_starts_no_threads():
+    code = """
+import os, torch
+before = os.listdir("/proc/self/task")
+import rankwise
+assert os.listdir("/proc/self/task") == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
