@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from ._library import library
 
 SUMMON = "call it within FullyShardedDataParallel.summon_full_params(model)"
-GATHER = "call it within deepspeed.zero.GatheredParameters(list(model.parameters()))"
+GATHER = (
+    "call it within deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0), on "
+    "all processes"
+)
 kind_without_memory = library.kind_without_memory  # "DTensor", "meta", ...; "" for plain memory
 
 
