@@ -14,8 +14,8 @@ from ._library import library
 
 SUMMON = "call it within FullyShardedDataParallel.summon_full_params(model)"
 GATHER = (
-    "call it within deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0), on "
-    "all processes"
+    "call it on all processes, within "
+    "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
 )
 kind_without_memory = library.kind_without_memory  # "DTensor", "meta", ...; "" for plain memory
 

@@ -63,7 +63,7 @@ def test_what_zero3_partitioned_is_refused_by_its_name(call, tmp_path):
 def test_the_way_to_gather_keeps_what_is_written(tmp_path):
     """Without modifier_rank DeepSpeed forgets what was written to gathered parameters."""
     rw.save_adapter(adapted(), tmp_path)
-    with pytest.raises(ValueError, match=r"GatheredParameters\(.*, modifier_rank=0\), on all"):
+    with pytest.raises(ValueError, match=r"GatheredParameters\(.*, modifier_rank=0\)"):
         rw.load_adapter(partitioned(adapted()), tmp_path)
 
 
