@@ -14,7 +14,7 @@ from ..adapted import Adapted, HeldAdapter
 from ..config import _is_integer, _is_real, _require
 from ..file_config import adapter_of
 from ..file_slots import factors_of
-from ..sharding import reshard
+from ..sharding import check_matrices, reshard
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,14 +67,15 @@ def updates(source: str | os.PathLike | nn.Module, name: str | None = None) -> d
         name: of a model's adapter; None for the active one.
 
     Raises:
-        ValueError: the model has no such adapter.
+        ValueError: the model has no such adapter, or its factors are parts of flat parameters
+            (FullyShardedDataParallel) or partitioned (ZeRO-3).
         FileError: the folder cannot be read or is damaged.
         TypeError: neither a folder nor a model.
     """
     if isinstance(source, nn.Module):
         reshard(source)
         layers, adapters, _ = adapter_of("updates", source, name)
-        return {path: _held(path, a, layers[path]) for path, a in adapters.items()}
+        return {path: _held("updates", path, a, layers[path]) for path, a in adapters.items()}
     if not isinstance(source, (str, os.PathLike)):
         got = type(source).__name__
         raise TypeError(f"updates: source must be a folder or a model, got {got}")
@@ -87,7 +88,9 @@ def sizes_of(found: Mapping[str, Update]) -> dict[str, tuple[int, int]]:
     return {m: (u.lora_B.shape[0], u.lora_A.shape[1]) for m, u in found.items()}
 
 
-def _held(path: str, adapter: HeldAdapter, layer: Adapted) -> Update:
+def _held(function: str, path: str, adapter: HeldAdapter, layer: Adapted) -> Update:
+    factors = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B}
+    check_matrices(function, {f"{path}.{n}".lstrip("."): factor for n, factor in factors.items()})
     A, B, *E = (slot.value() for slot in factors_of(adapter))
     embedding = isinstance(layer, nn.Embedding)
     return Update(A, B, *(E or [None]), adapter.options.scaling, path, embedding)
@@ -96,7 +99,7 @@ def _held(path: str, adapter: HeldAdapter, layer: Adapted) -> Update:
 def for_library(function: str, argument: str, value: Update | Adapted):
     """The library's form of an update."""
     if isinstance(value, Adapted) and value.adapter is not None:
-        value = _held("", value.held_adapter(value.adapter), value)
+        value = _held(function, "", value.held_adapter(value.adapter), value)
     if not isinstance(value, Update):
         raise TypeError(
             f"{function}: {argument} must be an Update or a layer with an active adapter, got "

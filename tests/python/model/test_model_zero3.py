@@ -48,6 +48,8 @@ CALLS = {
     "unload": lambda folder: rw.unload(partitioned(adapted())),
     "summary": lambda folder: rw.summary(partitioned(adapted())),
     "health_check": lambda folder: rw.health_check(partitioned(adapted())),
+    "updates": lambda folder: rw.analysis.updates(partitioned(adapted())),
+    "delta_spectrum": lambda folder: rw.analysis.delta_spectrum(partitioned(adapted())[0]),
     "allocator": lambda folder: rw.RankAllocator(partitioned(adapted(ADALORA)), ADALORA),
 }
 
