@@ -28,7 +28,7 @@ ROOMS = {
 }
 # Never in <>.
 PRIVATE = re.compile(r"(\.\./|allocation|analysis|bindings|io|kernels|nn|ops)(/.*|$)")
-TORCH_FREE = re.compile(r"csrc/io/(?!adapter_(file|fold|tensors)\.).*")
+TORCH_FREE = re.compile(r"csrc/io/(?!(adapter_(file|fold|tensors)|tensor_file)\.).*")
 # Python files that may reach the binary library directly.
 LIBRARY_USERS = {
     "_library.py",

@@ -12,4 +12,5 @@
 #include <rankwise/optim.h>
 #include <rankwise/rank_allocator.h>
 #include <rankwise/spectral_allocator.h>
+#include <rankwise/tensor_file.h>
 #include <rankwise/tensor_memory.h>
