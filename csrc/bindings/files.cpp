@@ -3,6 +3,7 @@
 #include <pybind11/stl/filesystem.h>
 #include <rankwise/adapter_file.h>
 #include <rankwise/adapter_fold.h>
+#include <rankwise/tensor_file.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "bindings.h"
@@ -74,17 +75,32 @@ void bind_key(py::module_& m) {
 }
 
 void bind_file(py::module_& m) {
+  using Beside = std::map<std::string, std::string>;
   py::class_<AdapterFile>(m, "AdapterFile")
-      .def(py::init([](AdapterConfig config, std::map<std::string, at::Tensor> tensors) {
-             return AdapterFile{std::move(config), std::move(tensors), {}};
-           }),
-           py::arg("config"), py::arg("tensors"))
+      .def(py::init(
+               [](AdapterConfig config, std::map<std::string, at::Tensor> tensors, Beside beside) {
+                 return AdapterFile{std::move(config), std::move(tensors), {}, std::move(beside)};
+               }),
+           py::arg("config"), py::arg("tensors"), py::arg("beside") = Beside())
       .def_readonly("config", &AdapterFile::config)
-      .def_readonly("tensors", &AdapterFile::tensors);
-  m.def("read_adapter", [](const std::filesystem::path& directory) {
-    return released([&] { return rankwise::read_adapter(directory); });
-  });
+      .def_readonly("tensors", &AdapterFile::tensors)
+      .def_property_readonly("beside", [](const AdapterFile& self) {
+        py::dict files;
+        for (const auto& [name, bytes] : self.beside) files[py::str(name)] = py::bytes(bytes);
+        return files;
+      });
+  m.def(
+      "read_adapter",
+      [](const std::filesystem::path& directory, const std::vector<std::string>& beside) {
+        return released([&] { return rankwise::read_adapter(directory, beside); });
+      },
+      py::arg("directory"), py::arg("beside") = std::vector<std::string>());
   m.def("write_adapter", &rankwise::write_adapter, py::call_guard<py::gil_scoped_release>());
+  m.def("format_tensors",
+        [](const std::map<std::string, at::Tensor>& tensors, const std::string& file) {
+          return py::bytes(rankwise::format_tensors(tensors, file));
+        });
+  m.def("parse_tensors", &rankwise::parse_tensors);
 }
 
 void bind_fold(py::module_& m) {

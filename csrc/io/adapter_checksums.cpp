@@ -14,6 +14,7 @@ namespace {
 
 const std::string config_key = "rankwise.config_checksum";
 const std::string tensors_key = "rankwise.tensors_checksum";
+const std::string beside_key = "rankwise.beside.";  // and the file's name
 
 std::string to_text(uint64_t checksum) {
   std::array<char, 17> text{};
@@ -76,8 +77,30 @@ bool has_checksums(const Metadata& metadata) {
 }
 
 void remove_checksums(Metadata& metadata) {
-  metadata.erase(config_key);
-  metadata.erase(tensors_key);
+  std::erase_if(metadata, [](const auto& entry) {
+    const std::string& key = entry.first;
+    return key == config_key || key == tensors_key || key.starts_with(beside_key);
+  });
+}
+
+void store_beside(const std::map<std::string, std::string>& files, Metadata& metadata) {
+  for (const auto& [name, bytes] : files) {
+    Checksum checksum;
+    checksum.add(bytes);
+    metadata[beside_key + name] = to_text(checksum.value());
+  }
+}
+
+void verify_beside(const Metadata& metadata, const std::string& name, std::string_view bytes,
+                   const std::string& file) {
+  const auto stored = metadata.find(beside_key + name);
+  Checksum checksum;
+  checksum.add(bytes);
+  const std::string found = to_text(checksum.value());
+  if (stored != metadata.end() && stored->second == found) return;
+  throw FileError(file + ": damaged, or not of the save that wrote the adapter beside it: " +
+                  beside_key + name + " in the adapter must be " + found + ", got " +
+                  (stored == metadata.end() ? "none" : stored->second));
 }
 
 }  // namespace rankwise::io

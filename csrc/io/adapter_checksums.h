@@ -1,4 +1,5 @@
-// Two checksums in the safetensors metadata of an adapter: of its tensors and of its configuration.
+// Checksums in the safetensors metadata of an adapter: of its tensors, its configuration, and files
+// that were saved beside it.
 // PEFT and other readers ignore them. Torch-free.
 #pragma once
 
@@ -42,6 +43,13 @@ class AdapterChecksums {
 
 /// False in what other programs, which know no checksums, wrote.
 bool has_checksums(const Metadata& metadata);
+/// Those of files beside the adapter too.
 void remove_checksums(Metadata& metadata);
+
+/// Notes files that are saved beside an adapter in its metadata.
+void store_beside(const std::map<std::string, std::string>& files, Metadata& metadata);
+/// Throws FileError naming `file` unless its bytes are those that the adapter was saved with.
+void verify_beside(const Metadata& metadata, const std::string& name, std::string_view bytes,
+                   const std::string& file);
 
 }  // namespace rankwise::io

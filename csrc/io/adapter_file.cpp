@@ -6,7 +6,6 @@
 #include <rankwise/adapter_file.h>
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <optional>
 #include <vector>
@@ -29,9 +28,12 @@ using io::FileError;
 const std::string model_name = "adapter_model.safetensors";
 const std::string config_name = "adapter_config.json";
 
-std::vector<io::File> open_adapter(const fs::path& directory) {
+std::vector<io::File> open_adapter(const fs::path& directory,
+                                   const std::vector<std::string>& beside) {
+  std::vector<std::string> names{model_name, config_name};
+  names.insert(names.end(), beside.begin(), beside.end());
   try {
-    return io::open_file_set(directory, std::array{model_name, config_name});
+    return io::open_file_set(directory, names);
   } catch (const FileError&) {
     const io::Directory folder(directory);
     const std::optional<io::File> pickle = folder.open("adapter_model.bin");
@@ -44,14 +46,28 @@ std::vector<io::File> open_adapter(const fs::path& directory) {
   }
 }
 
+std::string read_whole(const io::File& file) {
+  std::string text(file.size(), '\0');
+  file.read(0, std::as_writable_bytes(std::span(text)));
+  return text;
+}
+
 std::string read_config(const io::File& file) {
   if (file.size() > io::max_config_size) {
     throw FileError(file.path() + ": must be at most " + std::to_string(io::max_config_size) +
                     " bytes, got " + std::to_string(file.size()));
   }
-  std::string text(file.size(), '\0');
-  file.read(0, std::as_writable_bytes(std::span(text)));
-  return text;
+  return read_whole(file);
+}
+
+void check_beside(const std::map<std::string, std::string>& files, const fs::path& directory) {
+  for (const auto& [name, bytes] : files) {
+    const bool taken = name == model_name || name == config_name || name.starts_with(".");
+    if (!name.empty() && !taken && name.find('/') == std::string::npos) continue;
+    throw FileError(directory.string() +
+                    ": a file beside an adapter must have a name of its own, " +
+                    "no path and not hidden, got " + io::in_quotes(name));
+  }
 }
 
 io::Header read_header(const io::File& file) {
@@ -107,8 +123,8 @@ AdapterConfig parse_config(const std::string& text, const std::string& path) {
 
 }  // namespace
 
-AdapterFile read_adapter(const fs::path& directory) {
-  const std::vector<io::File> files = open_adapter(directory);
+AdapterFile read_adapter(const fs::path& directory, const std::vector<std::string>& beside) {
+  const std::vector<io::File> files = open_adapter(directory, beside);
   const std::string &model_path = files[0].path(), &config_path = files[1].path();
   const std::string config = read_config(files[1]);
   AdapterFile adapter{parse_config(config, config_path), {}, {}};
@@ -122,6 +138,11 @@ AdapterFile read_adapter(const fs::path& directory) {
     adapter.tensors.emplace(info.name, tensor);
   }
   if (checksums) checksums->verify(header.metadata, model_path);
+  for (size_t i = 0; i < beside.size(); ++i) {
+    const io::File& file = files[2 + i];
+    const auto [read, added] = adapter.beside.emplace(beside[i], read_whole(file));
+    io::verify_beside(header.metadata, read->first, read->second, file.path());
+  }
   io::remove_checksums(header.metadata);
   io::take_allocation(header.metadata, adapter.config.allocation, model_path);
   adapter.metadata = std::move(header.metadata);
@@ -130,6 +151,7 @@ AdapterFile read_adapter(const fs::path& directory) {
 
 void write_adapter(const fs::path& directory, const AdapterFile& adapter) {
   static_assert(std::endian::native == std::endian::little);
+  check_beside(adapter.beside, directory);
   const std::string model_path = (directory / model_name).string();
   std::vector<io::TensorInfo> infos;
   std::map<std::string, at::Tensor> tensors;
@@ -148,6 +170,7 @@ void write_adapter(const fs::path& directory, const AdapterFile& adapter) {
   io::Metadata metadata = adapter.metadata;
   metadata["format"] = "pt";  // PEFT's loaders ask for it
   io::store_allocation(config.allocation, metadata);
+  io::store_beside(adapter.beside, metadata);
   io::AdapterChecksums checksums(metadata, config_text, config_path);
   for (const io::TensorInfo& info : infos) checksums.add(info, bytes_of(tensors.at(info.name)));
   checksums.store(metadata);
@@ -156,8 +179,10 @@ void write_adapter(const fs::path& directory, const AdapterFile& adapter) {
   for (const io::TensorInfo& info : infos) {
     model.pieces.push_back(bytes_of(tensors.at(info.name)));
   }
-  const io::FileContent config_file{config_name, {std::as_bytes(std::span(config_text))}};
-  io::write_file_set(directory, std::array{model, config_file});
+  std::vector<io::FileContent> files{model, {config_name, {std::as_bytes(std::span(config_text))}}};
+  for (const auto& [name, bytes] : adapter.beside)
+    files.push_back({name, {std::as_bytes(std::span(bytes))}});
+  io::write_file_set(directory, files);
 }
 
 }  // namespace rankwise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from ._library import library
 from .adapted import Adapted, HeldAdapter, StoredAdapter
 from .file_config import EMBEDDING_PARTS, LINEAR_PARTS, TRIPLET_PARTS, Adapters, saved_tensors
-from .sharding import assign, check_gathered, check_matrices, is_sharded, kind_without_memory, whole
+from .sharding import (
+    assign,
+    check_gathered,
+    check_matrices,
+    is_sharded,
+    kind_without_memory,
+    shared_outcome,
+    whole,
+)
 
 _Key = library.AdapterKey
 
@@ -115,3 +124,10 @@ def slots_of(
         for key, tensor in saved_tensors(path, module).items():
             slots[key] = Slot(tensor)
     return slots
+
+
+def write_folder(directory: str | os.PathLike, file, mesh) -> None:
+    """Writes an adapter's folder, over a mesh in its first process alone."""
+    with shared_outcome(mesh) as first:
+        if first:
+            library.write_adapter(directory, file)

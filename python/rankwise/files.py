@@ -27,7 +27,7 @@ from .file_config import (
     saved_beside,
     shared_config,
 )
-from .file_slots import Slot, factors_of, slots_of
+from .file_slots import Slot, factors_of, slots_of, write_folder
 from .model import activate_adapter, check_switch, install_adapter, prepare_adapter
 from .model_adapters import ModelAdapters
 from .sharding import mesh_of, reshard, shared_outcome
@@ -42,6 +42,7 @@ def save_adapter(
     directory: str | os.PathLike,
     name: str | None = None,
     task_type: str | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes an adapter as PEFT's folder: adapter_config.json and adapter_model.safetensors.
 
@@ -59,6 +60,7 @@ def save_adapter(
         task_type: PEFT's name of the task, such as "CAUSAL_LM", for the folder's readers; None for
             that of the folder from which the adapter was loaded. Without one the folder names the
             class of a model with a name_or_path, so that PEFT's AutoPeftModel can make the base.
+        beside: {name: content} of further files of the folder, which change together with these.
 
     Raises:
         ValueError: there is no such adapter or task, or PEFT's format cannot hold it: AdaLoRA's has
@@ -78,7 +80,8 @@ def save_adapter(
     slots = slots_of("save_adapter", layers, adapters, saved_beside(model, whole))
     slots |= brought_by("save_adapter", model, name, adapters)
     mesh = mesh_of(slot.tensor for slot in slots.values())
-    _write(directory, config, {key: slot.value() for key, slot in slots.items()}, mesh)
+    tensors = {key: slot.value() for key, slot in slots.items()}
+    write_folder(directory, library.AdapterFile(config, tensors, beside or {}), mesh)
 
 
 def export_lora(
@@ -86,6 +89,7 @@ def export_lora(
     directory: str | os.PathLike,
     name: str | None = None,
     task_type: str | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes any adapter as a plain LoRA folder that PEFT, vLLM and llama.cpp read alike.
 
@@ -95,7 +99,7 @@ def export_lora(
     them, vLLM and llama.cpp do not.
 
     Args:
-        model, directory, name, task_type: as save_adapter.
+        model, directory, name, task_type, beside: as save_adapter.
 
     Raises:
         ValueError: there is no such adapter or task, every layer has rank 0, or a value would not
@@ -119,7 +123,7 @@ def export_lora(
     saved = slots_of("export_lora", {}, {}, saved_beside(model, whole))
     saved |= brought_by("export_lora", model, name, adapters)
     tensors = folded.tensors | {key: slot.value() for key, slot in saved.items()}
-    _write(directory, folded.config, tensors, mesh)
+    write_folder(directory, library.AdapterFile(folded.config, tensors, beside or {}), mesh)
     if whole:
         warnings.warn(
             f"export_lora: the folder has modules trained whole ({', '.join(whole)}), which PEFT "
@@ -132,13 +136,6 @@ def _update(path: str, adapter: HeldAdapter, layer: Adapted):
     A, B, *E = (slot.value() for slot in factors_of(adapter))
     embedding = isinstance(layer, nn.Embedding)
     return library.AdapterUpdate(path, A, B, *(E or [None]), adapter.options.scaling, embedding)
-
-
-def _write(directory: str | os.PathLike, config, tensors: Mapping[str, Tensor], mesh) -> None:
-    """Writes the folder, over a mesh in its first process alone."""
-    with shared_outcome(mesh) as first:
-        if first:
-            library.write_adapter(directory, library.AdapterFile(config, tensors))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <map>
 #include <string>
+#include <vector>
 
 namespace rankwise {
 
@@ -21,6 +22,8 @@ struct AdapterFile {
   /// The safetensors `__metadata__`, e.g. {"format": "pt"}, without checksums and without what
   /// they hold of config.allocation.
   std::map<std::string, std::string> metadata;
+  /// {name: bytes} of further files, which change together with the two.
+  std::map<std::string, std::string> beside = {};
 };
 
 /// Reads a folder written by this library or by PEFT. The tensors are fresh contiguous CPU tensors.
@@ -36,17 +39,20 @@ struct AdapterFile {
 /// differs is refused, apart from base_model_name_or_path and revision, which may be edited.
 /// Folders of other programs have none and are taken as they are. While another process saves, and
 /// after a save that was killed, the previous or the new adapter is read, never a mixture; the
-/// folder is not modified. Throws io::FileError (path, wanted, got).
-AdapterFile read_adapter(const std::filesystem::path& directory);
+/// folder is not modified. `beside` names further files of the same save to read: one that is
+/// missing, damaged or of another save is refused. Throws io::FileError (path, wanted, got).
+AdapterFile read_adapter(const std::filesystem::path& directory,
+                         const std::vector<std::string>& beside = {});
 
 /// Writes a folder that PEFT and read_adapter load; creates it if missing and leaves other files in
 /// it alone.
 ///
 /// Tensors may be on any device and have any strides. The same input gives the same bytes. The
-/// safetensors metadata get two checksums (see read_adapter), which other readers ignore. Without
-/// target modules in the config, the adapted modules are named there. Both files change together: a
+/// safetensors metadata get checksums (see read_adapter), which other readers ignore. Without
+/// target modules in the config, the adapted modules are named there. All files change together: a
 /// process killed at any moment leaves the old or the new adapter, an error leaves the old one. One
-/// writer at a time: a second one gets an error. Throws io::FileError (path, wanted, got).
+/// writer at a time: a second one gets an error. Throws io::FileError (path, wanted, got), also for
+/// a name in `beside` that is a path, hidden, or one of the adapter's own.
 void write_adapter(const std::filesystem::path& directory, const AdapterFile& adapter);
 
 }  // namespace rankwise
