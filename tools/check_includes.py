@@ -38,6 +38,7 @@ LIBRARY_USERS = {
     "analysis/distances.py",
     "analysis/subspaces.py",
     "analysis/updates.py",
+    "checkpoint.py",
     "commands/inspect.py",
     "commands/plan.py",
     "config.py",

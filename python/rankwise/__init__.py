@@ -5,6 +5,7 @@ from importlib import import_module
 from . import analysis, nn, ops
 from ._library import __version__
 from .allocation import RankAllocator
+from .checkpoint import load_checkpoint, save_checkpoint
 from .config import AdaLoRAConfig, LoRAConfig
 from .file_config import adalora_config
 from .files import FileError, LoadReport, export_lora, load_adapter, save_adapter
@@ -59,6 +60,7 @@ __all__ = [
     "export_lora",
     "health_check",
     "load_adapter",
+    "load_checkpoint",
     "merge",
     "nn",
     "ops",
@@ -66,6 +68,7 @@ __all__ = [
     "print_trainable_parameters",
     "rank_grid",
     "save_adapter",
+    "save_checkpoint",
     "summary",
     "sweep",
     "unload",

@@ -28,7 +28,7 @@ def check_adapter_name(operation: str, name: str) -> None:
         )
 
 
-def _is_adapter_key(key: str, prefix: str) -> bool:
+def is_adapter_key(key: str, prefix: str) -> bool:
     """Whether a state-dict key under `prefix` is a factor of the active or another adapter."""
     return key.startswith(prefix) and key.removeprefix(prefix).split(".")[0] in (
         *FACTORS,
@@ -47,7 +47,7 @@ def _forgive_missing_adapters(layer: Adapted, incompatible) -> None:
     prefix, layer._plain_state = layer._plain_state, None
     if prefix is not None:
         missing = incompatible.missing_keys
-        missing[:] = [key for key in missing if not _is_adapter_key(key, prefix)]
+        missing[:] = [key for key in missing if not is_adapter_key(key, prefix)]
         follow_base(layer)
 
 
@@ -262,7 +262,7 @@ class Adapted(Directed, Unloadable):
             *args, destination=destination, prefix=prefix, keep_vars=keep_vars
         )
         if self.merged or self.in_merged_model:
-            for key in [key for key in state if _is_adapter_key(key, prefix)]:
+            for key in [key for key in state if is_adapter_key(key, prefix)]:
                 del state[key]
         return state
 
@@ -273,13 +273,13 @@ class Adapted(Directed, Unloadable):
             errors.append(
                 f"{prefix.removesuffix('.')}: a merged layer loads no state; unmerge first"
             )
-            for key in [key for key in state_dict if _is_adapter_key(key, prefix)]:
+            for key in [key for key in state_dict if is_adapter_key(key, prefix)]:
                 del state_dict[key]  # nor do the adapters that wait in it
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected, errors
         )
-        plain = not any(_is_adapter_key(key, prefix) for key in state_dict)
+        plain = not any(is_adapter_key(key, prefix) for key in state_dict)
         self._plain_state = prefix if plain else None
 
     def _apply(self, fn, recurse: bool = True):

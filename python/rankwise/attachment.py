@@ -69,11 +69,11 @@ class Attachment:
             )
 
 
-def unwrapped(optimizer: Optimizer) -> Optimizer:
+def unwrapped(optimizer: Optimizer, owner: str = "attach") -> Optimizer:
     """Without Accelerate's wrapper, which has no hooks of its own."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            f"{owner}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer
