@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .files import FileError
 
@@ -59,18 +60,35 @@ class ModelFolder:
         if self.config.get("tie_word_embeddings") is False:
             return []
         try:
+            model = self.empty_model()
+        except FileError:
+            return None
+        names: dict[int, set[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), set()).add(name)
+        return [frozenset(same) for same in names.values() if len(same) > 1]
+
+    def empty_model(self) -> nn.Module:
+        """transformers' model on the meta device, with the dtype of most of the weights.
+
+        Raises:
+            FileError: transformers cannot make it.
+        """
+        try:
             import transformers
 
             kind = getattr(transformers, self.config["architectures"][0])
             config = transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             with torch.device("meta"):
                 model = kind(config)
-        except Exception:  # whatever a class that is not known may raise
-            return None
-        names: dict[int, set[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), set()).add(name)
-        return [frozenset(same) for same in names.values() if len(same) > 1]
+        except Exception as error:  # whatever a class that is not known may raise
+            raise FileError(
+                f"{self.path}: transformers cannot make this model: {type(error).__name__}: {error}"
+            ) from error
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] += tensor.size
+        return model.to(DTYPES.get(sizes.most_common(1)[0][0], torch.float32))
 
     def others(self) -> Iterator[tuple[Path, bool]]:
         """(file's path in the folder, whether a copy of the model with other weights needs it).
