@@ -6,8 +6,8 @@ training is written to a file when it ends, so that a study that was stopped goe
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from figures import draw_study
 from methods import METHODS, run
+from results import Results
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import ttest_rel
@@ -28,28 +29,6 @@ TUNING_SEEDS = (100, 101)  # of the trainings by which the rate is chosen
 console = Console(highlight=False, width=120)
 
 
-class Results:
-    """Outcomes of trainings by task, method, rate and seed, in a file of one line each."""
-
-    def __init__(self, path: Path, task: Task) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._task = path, task
-        self._known: dict[tuple, dict] = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            row = json.loads(line)
-            self._known[tuple(row["key"])] = row["outcome"]
-
-    def outcome(self, method: str, rate: float, seed: int) -> dict:
-        """Known, or of a training that is made now."""
-        key = (self._task.name, self._task.steps, method, rate, seed)
-        if key not in self._known:
-            outcome = asdict(run(self._task, method, rate, seed))
-            with self._path.open("a") as file:
-                file.write(json.dumps({"key": key, "outcome": outcome}) + "\n")
-            self._known[key] = json.loads(json.dumps(outcome))
-        return self._known[key]
-
-
 def main(
     task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.")] = "digits",
     seeds: Annotated[int, typer.Option(min=2, help="Trainings of each method.")] = 5,
@@ -60,32 +39,34 @@ def main(
     """Chooses a rate for each method on the validation split, then measures on the test split."""
     chosen_task, chosen = TASKS[task](), methods.split(";")
     candidates = [float(rate) for rate in rates.split(";")]
-    results = Results(output / f"{task}.jsonl", chosen_task)
+    results = Results(output / f"{task}.jsonl")
     trainings = len(chosen) * (len(candidates) * len(TUNING_SEEDS) + seeds)
     best, found = {}, {}
     with tqdm(total=trainings, disable=not sys.stderr.isatty()) as bar:
         for method in chosen:
             bar.set_description(f"{task}, {method}")
 
-            def validated(rate: float, method: str = method) -> float:
-                values = []
-                for seed in TUNING_SEEDS:
-                    outcome = results.outcome(method, rate, seed)
-                    values.append(outcome["accuracies"]["validation"])
-                    bar.update()
-                return mean(values)
-
-            scores = {rate: validated(rate) for rate in candidates}
-            best[method] = max(candidates, key=lambda rate: scores[rate])  # noqa: B023
-            found[method] = []
-            for seed in range(seeds):
-                found[method].append(results.outcome(method, best[method], seed))
+            def outcome(rate: float, seed: int, method: str = method) -> dict:
+                key = (chosen_task.name, chosen_task.steps, method, rate, seed)
                 bar.update()
+                return results.outcome(key, lambda: asdict(run(chosen_task, method, rate, seed)))
+
+            best[method] = best_rate(candidates, outcome)
+            found[method] = [outcome(best[method], seed) for seed in range(seeds)]
     accuracies = {name: [o["accuracies"]["test"] for o in own] for name, own in found.items()}
     console.print(table(chosen_task, accuracies, found, best))
     draw_study(task, found, output / f"{task}.png")
     console.print(f"figure: {output / f'{task}.png'}")
     return accuracies
+
+
+def best_rate(candidates: list[float], outcome: Callable[[float, int], dict]) -> float:
+    """By the mean accuracy on the validation split."""
+    scores = {
+        rate: mean(outcome(rate, seed)["accuracies"]["validation"] for seed in TUNING_SEEDS)
+        for rate in candidates
+    }
+    return max(candidates, key=scores.__getitem__)
 
 
 def table(

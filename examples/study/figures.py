@@ -1,4 +1,4 @@
-"""The study's figure: accuracies of all seeds, and the ranks that the last method gave."""
+"""The studies' figures: accuracies of all seeds, and the ranks that allocators gave."""
 
 from __future__ import annotations
 
@@ -31,7 +31,16 @@ def draw_study(task: str, found: dict[str, list[dict]], path: Path) -> None:
         plt.close(figure)
 
 
-def _draw_accuracies(axes: Axes, task: str, found: dict[str, list[dict]]) -> None:
+def draw_settings(title: str, found: dict[str, list[dict]], path: Path) -> None:
+    """Writes the PNG: test accuracies by setting."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        _draw_accuracies(axes, title, found)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+def _draw_accuracies(axes: Axes, title: str, found: dict[str, list[dict]]) -> None:
     adapted = {name: own for name, own in found.items() if name != "frozen"}
     for place, own in enumerate(adapted.values()):
         values = [100 * outcome["accuracies"]["test"] for outcome in own]
@@ -39,7 +48,7 @@ def _draw_accuracies(axes: Axes, task: str, found: dict[str, list[dict]]) -> Non
         axes.plot([place - 0.25, place + 0.25], [mean(values)] * 2, color="#c4622d", linewidth=2)
     axes.set_xticks(range(len(adapted)), adapted, rotation=20, ha="right")
     axes.set_ylabel("accuracy on the test split, %")
-    axes.set_title(f"{task}: seeds, and their mean")
+    axes.set_title(f"{title}: seeds, and their mean")
 
 
 def _draw_ranks(axes: Axes, name: str, outcome: dict) -> None:
