@@ -100,6 +100,8 @@ bench: $(PACKAGE)
 	$(BENCH) tree
 	$(BENCH) allocator
 	$(BENCH) step
+	$(BENCH) latency
+	$(BENCH) footprint
 	tools/system_packages.sh bench
 	$(BENCH) host
 

@@ -12,6 +12,8 @@ MEASUREMENTS = {
     "tree": "applying, saving and loading in models of up to 10,000 layers against PEFT",
     "allocator": "AdaLoRA's allocator against PEFT's",
     "step": "whole training steps of pretrained models against PEFT's",
+    "latency": "inference of MiniLM with LoRA, bottlenecks and prefixes",
+    "footprint": "files, optimizer state and peak memory against training all weights",
     "host": "instructions that a small call costs beside its matrix products",
     "layers_cuda": "one linear layer with LoRA on a GPU against the frozen layer and its peers",
 }
