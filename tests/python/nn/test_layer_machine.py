@@ -2,12 +2,10 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -15,7 +13,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from layer_cases import (
     KINDS,
@@ -27,6 +24,7 @@ from layer_cases import (
     make,
     randomise,
 )
+from machines import run_machine
 from tolerances import assert_close, assert_same_bits
 
 from rankwise.config import AdapterOptions
@@ -226,17 +224,7 @@ class LayerMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_sequence_of_operations(kind):
     machine = type("Machine", (LayerMachine,), {"kind": kind})
-    bounded = settings(
-        max_examples=40,
-        stateful_step_count=30,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run_state_machine_as_test(machine, settings=bounded)
+    run_machine(machine, steps=30)
 
 
 def test_the_model_itself_agrees_with_a_layer():
