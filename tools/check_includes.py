@@ -51,7 +51,6 @@ LIBRARY_USERS = {
     "file_slots.py",
     "files.py",
     "folder_changes.py",
-    "html_report.py",
     "integrations/peft/allocated.py",
     "ops.py",
     "patterns.py",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._library import library
+from .analysis.updates import tensors_of
 from .config import NARROW
 from .files import FileError
 from .folder_conv1d import is_conv1d, square_are_conv1d
@@ -39,8 +40,7 @@ class Change:
     @property
     def factors(self) -> list[Tensor]:
         """lora_A, lora_B and, of AdaLoRA, lora_E."""
-        update = self.update
-        return [t for t in (update.lora_A, update.lora_B, update.lora_E) if t is not None]
+        return tensors_of(self.update)
 
     @property
     def factor_dtype(self) -> torch.dtype:

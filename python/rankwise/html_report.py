@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ._library import library
 from .allocator import Allocator
 from .analysis import Update, delta_spectrum, effective_ranks, updates
+from .analysis.updates import read, tensors_of, updates_in
 from .config import AdaLoRAConfig
 from .folder_amplification import amplifications
 from .html_page import facts, page, paragraph, picture, section, table
@@ -50,12 +50,13 @@ def write_report(
     """
     from . import plots
 
-    found = updates(source)
-    of_model = isinstance(source, nn.Module)
-    if of_model and model is not None:
+    if isinstance(source, nn.Module) and model is not None:
         raise ValueError("write_report: model is for a source that is a folder, got a model too")
-    name = type(source).__name__ if of_model else Path(source).resolve().name
-    config = None if of_model else library.read_adapter(source).config
+    if isinstance(source, (str, os.PathLike)):
+        file = read("write_report", "source", source)
+        name, config, found = Path(source).resolve().name, file.config, updates_in(file)
+    else:
+        name, config, found = type(source).__name__, None, updates(source)
     modules = {module: _module(update) for module, update in found.items()}
     parts = [facts(_summary(found, modules, config))]
     if found:
@@ -94,7 +95,7 @@ EFFECTIVE = (
 
 
 def _summary(found: Mapping[str, Update], modules: Mapping[str, dict], config) -> dict:
-    factors = [t for u in found.values() for t in (u.lora_A, u.lora_B, u.lora_E) if t is not None]
+    factors = [tensor for update in found.values() for tensor in tensors_of(update)]
     ranks = [update.rank for update in found.values()] or [0]
     triplets = any(update.lora_E is not None for update in found.values())
     unsound = [name for name, own in modules.items() if own["health"] == "not finite"]
@@ -116,7 +117,7 @@ def _summary(found: Mapping[str, Update], modules: Mapping[str, dict], config) -
 
 def _module(update: Update) -> dict:
     """The columns of a module, None where its values are not finite."""
-    factors = [t for t in (update.lora_A, update.lora_B, update.lora_E) if t is not None]
+    factors = tensors_of(update)
     finite = all(bool(t.isfinite().all()) for t in factors)
     own = {"shape": f"{update.lora_B.shape[0]} x {update.lora_A.shape[1]}", "rank": update.rank,
            "scaling": update.scaling, "norm": None}  # fmt: skip

@@ -79,8 +79,17 @@ def updates(source: str | os.PathLike | nn.Module, name: str | None = None) -> d
     if not isinstance(source, (str, os.PathLike)):
         got = type(source).__name__
         raise TypeError(f"updates: source must be a folder or a model, got {got}")
-    found = library.updates_of(library.read_adapter(source))
-    return {update.module: result_of(Update, update) for update in found}
+    return updates_in(library.read_adapter(source))
+
+
+def updates_in(file) -> dict[str, Update]:
+    """{module: its update} of an adapter's file, as the library reads it."""
+    return {update.module: result_of(Update, update) for update in library.updates_of(file)}
+
+
+def tensors_of(update) -> list[Tensor]:
+    """lora_A, lora_B and, of AdaLoRA, lora_E; of an Update or the library's form of it."""
+    return [t for t in (update.lora_A, update.lora_B, update.lora_E) if t is not None]
 
 
 def sizes_of(found: Mapping[str, Update]) -> dict[str, tuple[int, int]]:

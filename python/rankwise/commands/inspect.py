@@ -8,6 +8,7 @@ import typer
 from torch import Tensor
 
 from .._library import library
+from ..analysis.updates import tensors_of
 from .output import AsJson, answer, table
 
 
@@ -57,7 +58,7 @@ def inspect(
 
 
 def _module(update) -> dict:
-    factors = [t for t in (update.lora_A, update.lora_B, update.lora_E) if t is not None]
+    factors = tensors_of(update)
     return {
         "out_features": update.lora_B.shape[0],
         "in_features": update.lora_A.shape[1],
