@@ -13,9 +13,9 @@ from ._library import library
 from .adapted import Adapted, HeldAdapter, StoredAdapter
 from .config import NARROW, AdaLoRAConfig, AdapterOptions
 from .installed import check_complete
-from .model import Plan
 from .model_adapters import ModelAdapters
 from .nn import is_adaptable
+from .prepared import Plan
 from .sharding import has_values
 from .tree import Tree, enclosing, endings_of, plain_state
 from .whole import find_whole

@@ -28,8 +28,9 @@ from .file_config import (
     shared_config,
 )
 from .file_slots import Slot, factors_of, slots_of, write_folder
-from .model import activate_adapter, check_switch, install_adapter, prepare_adapter
+from .model import activate_adapter, check_switch
 from .model_adapters import ModelAdapters
+from .prepared import install_adapter, prepare_adapter
 from .sharding import mesh_of, reshard, shared_outcome
 from .tree import Tree
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from .config import LoRAConfig, _is_integer, _is_real, _require
-from .model import layers_of, plan
+from .prepared import layers_of, plan
 from .tree import Tree
 
 Targets = Sequence[str] | str

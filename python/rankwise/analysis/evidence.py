@@ -15,7 +15,8 @@ from ..config import TargetConfig, _is_integer, _require
 from ..first_gradients import gradients_of
 from ..first_inputs import inputs_of
 from ..first_values import check_at_once, check_exact_weight, check_whole_weight, passes
-from ..model import disable_adapters, layers_of, plan
+from ..model import disable_adapters
+from ..prepared import layers_of, plan
 from ..tree import Tree
 from .scores import DirectionScores, MatrixScores
 from .subspaces import delta_spectrum

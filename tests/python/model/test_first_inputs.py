@@ -243,8 +243,8 @@ def test_the_models_modes_and_hooks_are_as_before():
 
 
 def _found(model, config):
-    from rankwise.model import plan
     from rankwise.nn import adapt
+    from rankwise.prepared import plan
     from rankwise.tree import Tree
 
     tree = Tree(model)
