@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 from torch import Tensor, nn
 
 from ._library import library
 from .adapted import Adapted
 from .devices import FACTORS
 from .directions import Directed, Directions, averages_of, move_averages, note_allocator
-from .sharding import check_unsharded
-
-_UNSHARDED = (
-    "use DistributedDataParallel, or leave the factors out of fully_shard (ignored_params) and "
-    "average their gradients"
-)
+from .gathered import Gathered, StandIns
+from .sharding import check_one_mesh, is_sharded
 
 
 class FollowedFactors:
-    """{name: lora_A, lora_B and lora_E}: an allocator's, which others may take the place of."""
+    """{name: lora_A, lora_B and lora_E}: an allocator's, which others may take the place of.
+
+    The C++ side has whole stand-ins for sharded ones.
+    """
 
     _factors: dict[str, tuple[nn.Parameter, ...]]
+
+    def __init__(self) -> None:
+        self._stand_ins = StandIns()
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -31,6 +36,29 @@ class FollowedFactors:
         """{name: (out, in)}"""
         return {name: (B.shape[0], A.shape[1]) for name, (A, B, _) in self._factors.items()}
 
+    @property
+    def sharded(self) -> bool:
+        return any(map(is_sharded, self.matrices))
+
+    def gathered(self, parts: tuple[str, ...] = FACTORS) -> AbstractContextManager[Gathered]:
+        """Around work of the C++ side that reads or writes these parts of the adapters."""
+        places = [FACTORS.index(part) for part in parts]
+        held = [factors[place] for factors in self._factors.values() for place in places]
+        return self._stand_ins.gathered(x for x in held if x is not None)
+
+    @contextmanager
+    def differentiable(self, core) -> Iterator[None]:
+        """Around a computation of the C++ side whose gradients go to sharded lora_A and lora_B."""
+        sharded, of = self._factors if self.sharded else (), self._stand_ins.of
+        try:
+            for name in sharded:
+                A, B, E = self._factors[name]
+                core.replace_factors(name, *(x.full_tensor().contiguous() for x in (A, B)), of(E))
+            yield
+        finally:
+            for name in sharded:
+                core.replace_factors(name, *map(of, self._factors[name]))
+
     def _take(self, core, name: str, now: tuple[nn.Parameter, ...]) -> None:
         """Goes on with these.
 
@@ -38,7 +66,8 @@ class FollowedFactors:
             ValueError: they have other shapes.
         """
         if any(mine is not theirs for mine, theirs in zip(self._factors[name], now, strict=True)):
-            core.replace_factors(name, *now)
+            core.replace_factors(name, *map(self._stand_ins.of, now))
+            self._stand_ins.forget(self._factors[name], but=now)
             self._factors[name] = now
 
 
@@ -49,9 +78,10 @@ class AllocatedAdapters(FollowedFactors):
     """
 
     def __init__(self, owner: str, layers: dict[str, Adapted]) -> None:
+        super().__init__()
         self._owner, self._layers = owner, layers
         self._directions: dict[str, Directions] = {n: x.directions for n, x in layers.items()}
-        self.check_unsharded()
+        self.check_sharding()
         self._factors = {name: self._holder(name).factors for name in layers}
         self._orders = self._orders_now()
 
@@ -64,25 +94,28 @@ class AllocatedAdapters(FollowedFactors):
         for directions in self._directions.values():
             note_allocator(directions)
 
-    def check_unsharded(self) -> None:
+    def check_sharding(self) -> None:
         """Also for layers that were sharded after the allocator was made over their factors."""
-        for name, layer in self._layers.items():
-            factors = {f"{name}.{f}": getattr(layer, f) for f in FACTORS}
-            check_unsharded(self._owner, factors, _UNSHARDED)
+        holders = {name: self._holder(name) for name in self._layers}
+        held = {name: holder.factors for name, holder in holders.items() if holder is not None}
+        check_one_mesh(
+            self._owner,
+            {f"{n}.{f}": x for n, own in held.items() for f, x in zip(FACTORS, own, strict=True)},
+        )
 
     def follow(self, core) -> None:
         """Before the allocator works: takes parameters that are in the place of those it has.
 
         Raises:
             RuntimeError: the model was unloaded.
-            ValueError: factors are sharded, or were replaced by others of another shape.
+            ValueError: factors are sharded in part, or were replaced by others of another shape.
         """
         if any(layer.unloaded for layer in self._layers.values()):
             raise RuntimeError(
                 f"{self._owner}: the model was unloaded and has no adapters; call remove() on the "
                 "handle that attach() returned"
             )
-        self.check_unsharded()
+        self.check_sharding()
         for name in self._layers:
             holder = self._holder(name)
             if holder is not None and all(
@@ -123,7 +156,7 @@ class AllocatedAdapters(FollowedFactors):
             return -1 if holder is None else holder.rank
 
         holder, directions = self._holder(name), self._directions[name]
+        factors = map(self._stand_ins.of, self._factors[name])
         return library.Adapter(
-            name, *self._factors[name], holder.rank, set_rank, rank_now, directions,
-            holder.options.scaling,
+            name, *factors, holder.rank, set_rank, rank_now, directions, holder.options.scaling,
         )  # fmt: skip

@@ -43,9 +43,9 @@ class RankAllocator(Allocator):
             here. ``adalora_config(model)`` is that of an adapter already in the model.
 
     Raises:
-        ValueError: the model has no AdaLoRA adapters, their factors are sharded, an option is
-            wrong, or an adapter has an allocator that has made steps; one that has made none gives
-            way to this.
+        ValueError: the model has no AdaLoRA adapters, their factors are sharded in part or
+            flattened, an option is wrong, or an adapter has an allocator that has made steps; one
+            that has made none gives way to this.
     """
 
     def __init__(self, model: nn.Module, config: AdaLoRAConfig) -> None:
@@ -63,6 +63,9 @@ class RankAllocator(Allocator):
 
     def _moves(self) -> bool:
         return self._core.frozen
+
+    def _reads(self) -> tuple[str, ...]:
+        return ("lora_E",) if self.frozen else super()._reads()
 
     def _changed(self) -> None:
         self._adapters.move_averages()
@@ -98,10 +101,12 @@ class RankAllocator(Allocator):
             raise ValueError(
                 f"orthogonality_penalty: form must be in {PENALTY_FORMS}, got {form!r}"
             )
-        self._adapters.follow(self._core)
-        penalty = self._core.orthogonality_penalty(squared=form == "squared_sum")
+        self._follow()
+        with self._adapters.differentiable(self._core):
+            penalty = self._core.orthogonality_penalty(squared=form == "squared_sum")
         factors = self._adapters.matrices
-        joins_late = penalty.requires_grad and library.watched(factors)
+        outside = self._adapters.sharded or library.watched(factors)
+        joins_late = penalty.requires_grad and outside
         return late(penalty, factors) if joins_late else penalty
 
     @property

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .adapted import Adapted
 from .allocated import AllocatedAdapters
 from .attachment import Attachment, Round, round_of, unwrapped, view_of
+from .devices import FACTORS
 from .installed import check_complete
 from .sharding import reshard
 from .tree import Tree, enclosing
@@ -27,6 +28,9 @@ class Allocator:
     An adapter has one allocator at a time, which goes on with parameters that replace its own, of
     the same shapes. Copies and pickles of an allocator belong to the copied layers, and are not
     attached.
+
+    Factors under fully_shard are gathered whole in each step, so that all processes decide alike:
+    steps, freeze(), detach(), load_state_dict() and the penalty are for all of them, or none.
     """
 
     def _layers_of(self, model: nn.Module, config, triplets: bool) -> dict[str, Adapted]:
@@ -45,7 +49,10 @@ class Allocator:
                 f"apply_lora(model, {type(config).__name__}(...)) first"
             )
         reshard(model)
+        self._model = model
         return layers
+
+    _model: nn.Module | None = None  # of layers that belong to it; a copy's stand for themselves
 
     def _take(self, config, adapters: AllocatedAdapters) -> None:
         self.config, self._adapters = config, adapters
@@ -92,7 +99,7 @@ class Allocator:
                 "double speed. Call remove() of the first handle before; or attach(first, second) "
                 "once, where two optimizers train the factors"
             )
-        self._adapters.check_unsharded()
+        self._follow()
         attachment = Attachment(self._after_round, optimizers)
         self._attachment = weakref.ref(attachment)
         return attachment
@@ -104,7 +111,8 @@ class Allocator:
         """
         if self._attached:
             self._attachment().remove()
-        self._core.detach()
+        with self._adapters.gathered():
+            self._core.detach()
 
     def step(self, optimizer: Optimizer | None, *others: Optimizer) -> None:
         """One step by hand, where attach() cannot be used: after optimizer.step().
@@ -198,8 +206,9 @@ class Allocator:
         def plain(name: str) -> str:  # a state saved under wrappers may have their parts in names
             return name if enclosing(name, ranks) is not None else without_wrappers(name)
 
-        self._adapters.follow(self._core)
-        self._core.load_state({plain(name): tensor for name, tensor in state.items()})
+        self._follow()
+        with self._adapters.gathered():
+            self._core.load_state({plain(name): tensor for name, tensor in state.items()})
         self._changed()
 
     def __getstate__(self) -> dict:
@@ -218,10 +227,21 @@ class Allocator:
         if self._core.in_charge:
             self._run(self._core.step, optimizers)
 
-    def _run(self, change: Callable, optimizers: Round) -> None:
+    def _follow(self) -> None:
+        """Before the allocator works: with the parameters that the layers have by now."""
+        if self._model is not None:
+            reshard(self._model)
         self._adapters.follow(self._core)
+
+    def _reads(self) -> tuple[str, ...]:
+        """The parts of adapters that a step may read or write."""
+        return FACTORS
+
+    def _run(self, change: Callable, optimizers: Round) -> None:
+        self._follow()
         before = self._moves()
-        change(*view_of(optimizers))
+        with self._adapters.gathered(self._reads()) as gathered:
+            change(*view_of(optimizers, gathered))
         if self._moves() != before:
             self._changed()
         for callback in list(self._callbacks.values()):

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .gathered import Gathered
+from .sharding import is_sharded, whole
+
 # Optimizer -> its found_inf in this round, None where it has none.
 Round = dict[Optimizer, Tensor | None]
 
@@ -89,9 +92,9 @@ _FIRST = ("exp_avg", "momentum_buffer", "grad_avg")
 _SECOND = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
 
-def view_of(optimizers: Round):
+def view_of(optimizers: Round, gathered: Gathered):
     """What the C++ side asks of optimizers: their state of a parameter, found_inf, which parameters
-    they hold, and the state by kind."""
+    they hold, and the state by kind; of whole parameters in the place of sharded ones."""
     if not optimizers:
         return None, None, None, None
 
@@ -101,33 +104,42 @@ def view_of(optimizers: Round):
 
     def state_of(parameter: Tensor) -> list[Tensor] | None:
         """The state along a parameter's elements; None where some might be elsewhere."""
+        along = along_of(parameter)
+        return along if along is None else [gathered.whole(x) for x in along.values()]
+
+    def along_of(parameter: Tensor) -> dict[str, Tensor] | None:
+        parameter = gathered.original(parameter)
         optimizer = owners().get(id(parameter))
         if optimizer is None:  # none for it, or in another optimizer
-            return None if parameter.requires_grad else []
+            return None if parameter.requires_grad else {}
         state = optimizer.state.get(parameter, {})
         stepped = parameter.grad is not None and any(optimizer.state.values())
         if parameter.requires_grad and stepped and not state:
             return None  # under another parameter (LBFGS)
         if not all(x is None or isinstance(x, (Tensor, int, float)) for x in state.values()):
             return None
-        along = [x for x in state.values() if torch.is_tensor(x) and x.dim() > 0]
-        return along if all(x.shape == parameter.shape for x in along) else None
+        along = {n: x for n, x in state.items() if torch.is_tensor(x) and x.dim() > 0}
+        alike = all(
+            x.shape == parameter.shape and is_sharded(x) == is_sharded(parameter)
+            for x in along.values()
+        )
+        return along if alike else None
 
     def moments_of(parameter: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
         """The same as averages of gradients and of their squares; None where it is neither."""
-        if state_of(parameter) is None:
+        along = along_of(parameter)
+        if along is None or not along.keys() <= {*_FIRST, *_SECOND}:
             return None
-        owner = owners().get(id(parameter))
-        state = owner.state.get(parameter, {}) if owner is not None else {}
-        along = {n: x for n, x in state.items() if torch.is_tensor(x) and x.dim() > 0}
-        if not along.keys() <= {*_FIRST, *_SECOND}:
-            return None
-        return tuple([along[n] for n in names if n in along] for names in (_FIRST, _SECOND))
+        return tuple(
+            [gathered.whole(along[n]) for n in names if n in along] for names in (_FIRST, _SECOND)
+        )
 
-    found = _any_found(list(optimizers.values()))
-    return state_of, found, lambda parameter: id(parameter) in owners(), moments_of
+    def holds(parameter: Tensor) -> bool:
+        return id(gathered.original(parameter)) in owners()
+
+    return state_of, _any_found(list(optimizers.values())), holds, moments_of
 
 
 def _any_found(found: Sequence[Tensor | None]) -> Tensor | None:
-    found = [x for x in found if x is not None]
+    found = [whole(x) for x in found if x is not None]
     return sum(x.to(found[0].device) for x in found) if found else None

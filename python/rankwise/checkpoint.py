@@ -13,6 +13,7 @@ from ._library import library
 from .allocator import Allocator
 from .files import FileError, export_lora, save_adapter
 from .plain_values import copied, from_json, to_json
+from .sharding import reshard, shared_outcome, whole
 from .training_state import Training
 
 _STRUCTURE, _TENSORS = "training.json", "training.safetensors"
@@ -34,7 +35,7 @@ def save_checkpoint(
     states of optimizer, allocator and scheduler, the step, and torch's random states (CPU and
     CUDA; not Python's and NumPy's). Atomic as a set: a process killed at any moment leaves the
     folder's old checkpoint or the new one. Nothing is pickled. Where several processes train, one
-    of them saves.
+    of them saves; but a model under fully_shard all of them: they gather it, the first one writes.
 
     Args:
         folder: created if missing; an earlier checkpoint in it is replaced.
@@ -47,16 +48,16 @@ def save_checkpoint(
     Raises:
         TypeError: naming what of a state is neither a tensor nor a plain value. Nothing is written.
         ValueError: the model has no adapter that can be saved; see export_lora.
-        FileError: a tensor is not in this process's memory (sharded, ...), or the folder cannot be
-            written.
+        FileError: a tensor is not in memory (meta, ...), or the folder cannot be written.
     """
+    reshard(model)
     training = Training("save_checkpoint", model, optimizer, allocator, scheduler)
     tensors: dict[str, Tensor] = {}
     state = {"format": _FORMAT, "step": step, **training.facts(), **training.state()}
     structure = to_json(state, "", tensors)
     beside = {
         _STRUCTURE: json.dumps(structure, indent=1, allow_nan=False).encode(),
-        _TENSORS: library.format_tensors(tensors, _TENSORS),
+        _TENSORS: library.format_tensors({n: whole(x) for n, x in tensors.items()}, _TENSORS),
     }
     try:
         save_adapter(model, folder, beside=beside)
@@ -78,7 +79,8 @@ def load_checkpoint(
 
     Make model, optimizer, allocator and scheduler as they were made for the training, in this
     process or another, and give them here; ranks that have moved since come from the checkpoint.
-    All is read and checked before anything changes, and what fails later is taken back.
+    All is read and checked before anything changes, and what fails later is taken back. A model
+    under fully_shard all processes load; whether it was sharded when it was saved does not matter.
 
     Args:
         folder, model, optimizer, allocator, scheduler: as save_checkpoint.
@@ -91,8 +93,10 @@ def load_checkpoint(
             that is missing, extra or other is listed.
         ValueError: a part refused its state. Everything is as before.
     """
+    reshard(model)
     training = Training("load_checkpoint", model, optimizer, allocator, scheduler)
-    state = _read(folder, training)
+    with shared_outcome(training.mesh):
+        state = _read(folder, training)
     before = copied(training.state())
     try:
         training.load(state)

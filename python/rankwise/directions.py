@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ._library import library
 from .devices import FACTORS
 from .first_factors import FIRST, FirstFactors
+from .sharding import assign, whole
 
 Directions = library.Directions  # their order, shared with an allocator
 ORDER = "lora_directions"
@@ -160,7 +161,8 @@ def move_averages(moved: Directed, before: list[int]) -> None:
         rows = torch.tensor([before.index(direction) for direction in after])
         for parameter, dim in zip(copy.factors, (0, 1, 0), strict=True):
             if parameter is not None:
-                parameter.copy_(parameter.index_select(dim, rows.to(parameter.device)))
+                values = whole(parameter)
+                assign(parameter, values.index_select(dim, rows.to(values.device)))
         copy.directions.order = after
 
 
@@ -180,4 +182,5 @@ def _was_averaged(copy: Directed, copied: Tensor) -> bool:
     factors = [factor for factor in copy.factors if factor is not None]
     if any(factor.is_meta or factor.grad is not None for factor in factors):
         return False
-    return not torch.equal(_trace(copy).double().cpu(), copied.double().cpu())
+    now, then = (whole(x).double().cpu() for x in (_trace(copy), copied))
+    return not torch.equal(now, then)

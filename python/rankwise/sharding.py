@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,10 @@ SUMMON = "call it within FullyShardedDataParallel.summon_full_params(model)"
 GATHER = (
     "call it on all processes, within "
     "deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)"
+)
+ADD_BEFORE = (
+    "add adapters before the model is sharded (fully_shard); tensor-parallel layers take none: "
+    "leave them out of the plan (parallelize_module, tp_plan) or out of target_modules"
 )
 kind_without_memory = library.kind_without_memory  # "DTensor", "meta", ...; "" for plain memory
 
@@ -40,6 +44,8 @@ def reshard(model: nn.Module) -> None:
 
     Between a forward and a backward they may have gathered copies in their place.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
     fully_sharded = _class("torch.distributed.fsdp", "FSDPModule")
     for module in model.modules():
         if isinstance(module, fully_sharded):
@@ -53,15 +59,33 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
 
 
+def wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The full values of DTensors, under way together; all processes must ask for all of them."""
+    from torch.distributed.tensor import Replicate
+
+    gathered = [
+        x.detach()
+        .to(x.device_mesh.device_type)
+        .redistribute(placements=[Replicate()] * x.device_mesh.ndim, async_op=True)
+        for x in tensors
+    ]
+    return [x.to_local().clone(memory_format=torch.contiguous_format) for x in gathered]
+
+
+def sharded_as(target: Tensor, value: Tensor) -> Tensor:
+    """A value that all processes have, of which each keeps the part that it has of the target."""
+    if not is_sharded(target) or is_sharded(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = target.device_mesh, target.placements
+    part = distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
+    return part.to(target.device)
+
+
 def assign(target: Tensor, value: Tensor) -> None:
     """target.copy_(value); of a value that all processes have, a DTensor takes its part."""
-    if is_sharded(target):
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh, placements = target.device_mesh, target.placements
-        value = value.to(mesh.device_type, target.dtype)
-        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
-    target.copy_(value)
+    target.copy_(sharded_as(target, value))
 
 
 def has_values(tensor: Tensor, value: Tensor) -> bool:
@@ -81,13 +105,42 @@ def check_unsharded(operation: str, tensors: Mapping[str, Tensor | None], way_ou
     Raises:
         ValueError: naming the operation, the tensor and the way out.
     """
+    check_no_dtensor(operation, tensors, way_out)
+    check_matrices(operation, tensors, way_out)
+
+
+def check_no_dtensor(operation: str, tensors: Mapping[str, Tensor | None], way_out: str) -> None:
+    """The same of DTensors alone, whatever their placements.
+
+    Raises:
+        ValueError: naming the operation, the tensor, its placements and the way out.
+    """
     for name, tensor in tensors.items():
         if tensor is not None and is_sharded(tensor):
             raise ValueError(
                 f"{operation}: {name} must be whole in this process, got a DTensor "
-                f"{list(tensor.shape)}, sharded over processes; {way_out}"
+                f"{list(tensor.shape)}, {tensor.placements} over processes; {way_out}"
             )
-    check_matrices(operation, tensors, way_out)
+
+
+def check_one_mesh(operation: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Refuses matrices that are sharded in part, or over several meshes, or flattened.
+
+    Raises:
+        ValueError: naming the operation and two tensors.
+    """
+    held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    check_matrices(operation, held)
+    meshes = [(name, mesh_of([tensor])) for name, tensor in held.items()]
+    for name, mesh in meshes:
+        first, wanted = meshes[0]
+        if mesh != wanted:
+            raise ValueError(
+                f"{operation}: all factors must be sharded over one mesh, or none, got {first} "
+                f"over {wanted} and {name} over {mesh}; give all layers with adapters to "
+                "fully_shard with one mesh, or leave all their factors out of it (ignored_params) "
+                "and average their gradients"
+            )
 
 
 def check_gathered(

@@ -192,9 +192,9 @@ class SpectralAllocator(Allocator):
         config: the schedule; its targets are not used here.
 
     Raises:
-        ValueError: the model has no LoRA adapters, their factors are sharded, an option is wrong,
-            a budget is below what the ranks need, or an adapter has an allocator that has made
-            steps; one that has made none gives way to this.
+        ValueError: the model has no LoRA adapters, their factors are sharded in part or flattened,
+            an option is wrong, a budget is below what the ranks need, or an adapter has an
+            allocator that has made steps; one that has made none gives way to this.
     """
 
     def __init__(self, model: nn.Module, config: SpectralConfig) -> None:
@@ -210,6 +210,9 @@ class SpectralAllocator(Allocator):
 
     def _new_core(self, config: SpectralConfig, adapters: AllocatedAdapters):
         return library.SpectralAllocator(adapters.for_library(), config.allocation_options())
+
+    def _reads(self) -> tuple[str, ...]:
+        return () if self.frozen and self.config.ramp_steps == 0 else super()._reads()
 
     def _moves(self) -> int:
         return self._core.events

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from .allocator import Allocator
 from .attachment import unwrapped
+from .sharding import mesh_of, sharded_as
 from .training_tensors import TrainingTensors
 
 
@@ -43,6 +44,11 @@ class Training:
             "kinds": {"optimizer": _kinds(*self._optimizers)} | kinds,
             "parameters": [self._model.names_of(each) for each in self._optimizers],
         }
+
+    @property
+    def mesh(self):
+        """The processes that the model is sharded over, or None."""
+        return mesh_of(self._model.tensors().values())
 
     def state(self) -> dict:
         """All that changes."""
@@ -89,7 +95,14 @@ def _load_optimizer(optimizer: Optimizer, stored: dict) -> None:
     for index, parameter in zip(indices, parameters, strict=True):
         if index in stored["state"]:
             loaded = optimizer.state[parameter]
-            optimizer.state[parameter] = _unchanged(stored["state"][index], loaded)
+            whole = _unchanged(stored["state"][index], loaded)
+            optimizer.state[parameter] = {k: _part(x, parameter) for k, x in whole.items()}
+
+
+def _part(value, parameter: Tensor):
+    """What a process has of a state along the elements of a sharded parameter."""
+    along = isinstance(value, Tensor) and value.shape == parameter.shape
+    return sharded_as(parameter, value) if along else value
 
 
 def _unchanged(stored, loaded):

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from .adapted import is_adapter_key
 from .directions import ORDER
 from .model_adapters import ModelAdapters
+from .sharding import assign, sharded_as
 from .tree import enclosing
 from .wrappers import unwrapped, without_wrappers
 
@@ -73,11 +74,14 @@ class TrainingTensors:
         Raises:
             RuntimeError: the order of an adapter's directions is none.
         """
-        keys = {self._plain(key): key for key in self._state()}
-        inside = {keys.get(k, k): t for k, t in stored.items() if k not in self._outside}
+        here = {self._plain(key): (key, tensor) for key, tensor in self._state().items()}
+        inside = {}
+        for name in [name for name in stored if name not in self._outside]:
+            key, tensor = here.get(name, (name, stored[name]))
+            inside[key] = sharded_as(tensor, stored[name])
         self._model.load_state_dict(inside, strict=False)
         for name, parameter in self._outside.items():
-            parameter.copy_(stored[name])
+            assign(parameter, stored[name])
 
     def _state(self) -> dict[str, Tensor]:
         state = self._model.state_dict(keep_vars=True)

@@ -10,14 +10,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import rankwise as rw
 
 
-def adapted(config=None) -> nn.Module:
-    """Two adapted layers, [.., 8] -> [.., 5], and a head trained whole; E and B are not zero."""
+def base(hidden: int = 7) -> nn.Module:
+    """[.., 8] -> [.., 5]."""
     torch.manual_seed(0)
-    layers = {"up": nn.Linear(8, 7), "tanh": nn.Tanh(), "down": nn.Linear(7, 8)}
+    layers = {"up": nn.Linear(8, hidden), "tanh": nn.Tanh(), "down": nn.Linear(hidden, 8)}
     model = nn.Sequential()
     for name, layer in layers.items():
         model.add_module(name, layer)
     model.add_module("head", nn.Linear(8, 5))
+    return model
+
+
+def adapted(config=None, hidden: int = 7) -> nn.Module:
+    """Two adapted layers over base(), and a head trained whole; E and B are not zero."""
+    model = base(hidden)
     if config is None:
         config = rw.LoRAConfig(rank=3, target_modules=["up", "down"], modules_to_save=["head"])
     rw.apply_lora(model, config)

@@ -1,8 +1,8 @@
-# AdaLoRA's allocator over sharded factors: refused by name before anything is done.
+# AdaLoRA's allocator where FSDP shards the base alone, or flattens the factors: refused by name.
 import pytest
 import torch
 from processes import run_processes
-from sharded_models import WAYS, adapted, inputs, sharded, trained
+from sharded_models import adapted, inputs, trained
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -13,53 +13,18 @@ CONFIG = rw.AdaLoRAConfig(
 )
 
 
-def test_sharded_factors_are_refused_on_every_process():
-    run_processes(_refuses, 2)
+def test_flattened_factors_are_refused_and_unsharded_ones_follow():
+    run_processes(_every_case, 2)
 
 
-def _refuses(rank: int) -> None:
-    for way in WAYS:
-        _before(way, rank)
-        _after(way, rank)
+def _every_case(rank: int) -> None:
     _unsharded_factors(rank)
     for use_orig_params in (True, False):
         _flattened(rank, use_orig_params)
 
 
-def _refused(action) -> None:
-    with pytest.raises(ValueError, match=r"RankAllocator: up.lora_A must be .* DTensor"):
-        action()
-
-
-def _before(way: str, rank: int) -> None:
-    model = sharded(way, config=CONFIG)
-    _refused(lambda: rw.RankAllocator(model, CONFIG))
-    with torch.no_grad():
-        model(inputs(rank))
-    _refused(lambda: rw.RankAllocator(model, CONFIG))
-
-
-def _after(way: str, rank: int) -> None:
-    """Sharded when the allocator is there already: nothing of it or of the model changes."""
-    model = adapted(CONFIG)
-    allocator = rw.RankAllocator(model, CONFIG)
-    state = allocator.state_dict()
-    WAYS[way](model, init_device_mesh("cpu", (2,)))
-    optimizer = torch.optim.SGD(trained(model), lr=0.1)
-    _refused(lambda: allocator.attach(optimizer))
-    model(inputs(rank)).sum().backward()
-    for action in (
-        lambda: allocator.step(optimizer),
-        lambda: allocator.freeze(optimizer),
-        lambda: allocator.orthogonality_penalty(),
-    ):
-        _refused(action)
-    after = allocator.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in state.items())
-
-
 def _unsharded_factors(rank: int) -> None:
-    """The way out of the message: the base alone is sharded, and all processes choose alike."""
+    """The base alone is sharded, and all processes choose alike."""
     model, reference = adapted(CONFIG), adapted(CONFIG)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)), ignored_params=set(trained(model)))
     ranks = []

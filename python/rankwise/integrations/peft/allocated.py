@@ -22,8 +22,9 @@ class LayerFactors(FollowedFactors):
     """
 
     def __init__(self, layers: dict[str, AdaLoraLayer], adapter: str) -> None:
+        super().__init__()
         self._layers, self._adapter = layers, adapter
-        self.check_unsharded()
+        self.check_sharding()
         self._factors = {name: self._now(name) for name in layers}
 
     def for_library(self) -> list:
@@ -43,7 +44,7 @@ class LayerFactors(FollowedFactors):
     def move_averages(self) -> None:
         """Nor do averages: no direction moves."""
 
-    def check_unsharded(self) -> None:
+    def check_sharding(self) -> None:
         for name in self._layers:
             factors = zip(FACTORS, self._now(name), strict=True)
             check_unsharded("AdaLoRA", {f"{name}.{f}": x for f, x in factors}, _UNSHARDED)
@@ -61,7 +62,7 @@ class LayerFactors(FollowedFactors):
                     f"RankAllocator: {name} has no adapter {self._adapter!r} any more; call "
                     "remove() on the handle that attach() returned"
                 )
-        self.check_unsharded()
+        self.check_sharding()
         for name in self._layers:
             self._take(core, name, self._now(name))
 
