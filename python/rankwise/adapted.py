@@ -12,7 +12,7 @@ from .config import AdapterOptions, factor_dtypes
 from .devices import FACTORS, follow_base, values_kept
 from .directions import ORDER, Directed, Directions
 from .first_factors import FIRST
-from .sharding import check_unsharded
+from .sharding import ADD_BEFORE, check_unsharded
 from .stand_in import adopt_hooks
 from .stored_adapter import HeldAdapter, StoredAdapter
 from .unloading import Unloadable
@@ -207,7 +207,7 @@ class Adapted(Directed, Unloadable):
             options = options.within(min(inputs, outputs))
         capacity = options.rank if options.capacity is None else options.capacity
         weight = self._base_weight()
-        check_unsharded("adapter", {"weight": weight}, "add adapters before the model is sharded")
+        check_unsharded("adapter", {"weight": weight}, ADD_BEFORE)
         dtype = options.dtype_over(weight.dtype)
         if dtype not in factor_dtypes(weight.dtype):
             wanted = f"{weight.dtype} like the base's, or torch.float32 over a 16-bit base"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .merging import Mergeable
-from .sharding import check_gathered, check_unsharded, is_sharded
+from .sharding import ADD_BEFORE, check_gathered, check_unsharded, is_sharded
 from .tree import Tree
 from .whole import WholeModules, parts_of_whole
 
@@ -62,7 +62,7 @@ def copies_of(
     """
     for top, module in modules.items():
         named = {f"{top}.{key}": p for key, p in module.named_parameters()}
-        check_gathered("modules_to_save", named, "add adapters before the model is sharded")
+        check_gathered("modules_to_save", named, ADD_BEFORE)
     copies, copied = copy.deepcopy(dict(modules)), {}
     parts = parts_of_whole(copies)
     for (path, key), parameter in base.items():

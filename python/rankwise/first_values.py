@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapted import Adapted
 from .config import AdapterOptions, _is_integer, _require
 from .quantised import OverQuantised, keep_differentiable
-from .sharding import check_unsharded, kind_without_memory
+from .sharding import ADD_BEFORE, check_unsharded, kind_without_memory
 from .tree import Tree
 
 Layers = Mapping[str, Adapted]
@@ -82,7 +82,7 @@ class FirstValues:
 def check_whole_weight(owner: str, layer: Adapted) -> None:
     """Refuses a weight of which each process has a part."""
     weight = layer._base_weight()
-    check_unsharded(owner, {"weight": weight}, "add adapters before the model is sharded")
+    check_unsharded(owner, {"weight": weight}, ADD_BEFORE)
 
 
 def check_exact_weight(owner: str, layer: Adapted) -> None:

@@ -16,7 +16,14 @@ from .computed import not_a_parameter
 from .config import AdapterOptions
 from .quantised import is_quantised, over
 from .resized import Rows
+from .sharding import ADD_BEFORE, check_no_dtensor
 from .stand_in import stand_in
+
+_TENSOR_PARALLEL = (
+    "tensor-parallel layers have no adapters: leave them out of the plan (parallelize_module, "
+    "tp_plan) or out of target_modules; under fully_shard call the module that it was given, "
+    "not a layer in it"
+)
 
 __all__ = ["AdaLoRALinear", "LoRAEmbedding", "LoRALinear"]
 
@@ -108,6 +115,7 @@ class LoRALinear(Adapted, nn.Linear):
         self._check_trainable()
         if not self.adapter_in_use:
             return F.linear(input, self._matrix(self._weight_in_use()), self.bias)
+        _check_plain(self, input)
         A, B, rank = self._update()
         return ops.lora_linear(
             input,
@@ -218,6 +226,7 @@ class LoRAEmbedding(Adapted, nn.Embedding):
         self._check_trainable()
         if not self.adapter_in_use:
             return F.embedding(input, self._weight_in_use(), self.padding_idx)
+        _check_plain(self, input)
         return ops.lora_embedding(
             input,
             self.weight,
@@ -235,12 +244,20 @@ class LoRAEmbedding(Adapted, nn.Embedding):
 
 def adapt(module: nn.Module, options: AdapterOptions) -> Adapted:
     """The adapted layer for an adaptable module, sharing its parameters, without adapters yet."""
+    check_no_dtensor("adapter", {"weight": module._parameters.get("weight")}, ADD_BEFORE)
     if isinstance(module, nn.Embedding):
         return LoRAEmbedding._around(module)
     if is_quantised(module):
         return _with_state_of(module, over(type(module), options.triplets)).become_adapted(module)
     kind = AdaLoRALinear if options.triplets else LoRALinear
     return kind._around(module)
+
+
+def _check_plain(layer: Adapted, input: Tensor) -> None:
+    """Refuses DTensors, for which the operators have no rule of sharding."""
+    if not torch.compiler.is_compiling():
+        own = {name: layer._parameters.get(name) for name in ("weight", "lora_A")}
+        check_no_dtensor(type(layer).__name__, {"input": input} | own, _TENSOR_PARALLEL)
 
 
 def _with_state_of(module: nn.Module, cls: type) -> nn.Module:

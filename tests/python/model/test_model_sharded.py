@@ -4,10 +4,15 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_processes
-from sharded_models import WAYS, adapted, full, inputs, sharded, trained
+from sharded_models import WAYS, adapted, base, full, inputs, sharded, trained
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import rankwise as rw
 
@@ -24,6 +29,8 @@ def _every_way(rank: int) -> None:
     _computes_its_base(rank)
     _notices_a_lost_merge(rank)
     _takes_no_adapters(rank)
+    _tensor_parallel_layers_take_none(rank)
+    _adapters_beside_tensor_parallel_layers(rank)
 
 
 def _step(model: nn.Module, optimizer, x: torch.Tensor) -> None:
@@ -130,6 +137,51 @@ def _takes_no_adapters(rank: int) -> None:
             with pytest.raises(ValueError, match="before the model is sharded|FSDPLinear"):
                 rw.apply_lora(model, rw.LoRAConfig(rank=2, target_modules=["up"]))
             assert dict(model.named_modules()) == modules
+
+
+HIDDEN = 6  # which two processes can halve
+PLAN = {"up": ColwiseParallel, "down": RowwiseParallel}
+
+
+def _parallel(model: nn.Module, *names: str) -> nn.Module:
+    plan = {name: PLAN[name]() for name in names}
+    return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+
+
+def _tensor_parallel_layers_take_none(rank: int) -> None:
+    config = rw.LoRAConfig(rank=2, target_modules=["up", "down"])
+    model = _parallel(base(HIDDEN), "up", "down")
+    wanted = model(inputs(0))
+    with pytest.raises(ValueError, match=r"up: adapter: .* DTensor .*Shard\(dim=0\).*tp_plan"):
+        rw.apply_lora(model, config)
+    assert torch.equal(model(inputs(0)), wanted)
+    torch.testing.assert_close(wanted, base(HIDDEN)(inputs(0)))
+
+    model = _parallel(
+        adapted(config, HIDDEN), "up"
+    )  # afterwards: nothing computes with parts of factors
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        with mode, pytest.raises(ValueError, match="LoRALinear: .* DTensor .* leave them out of"):
+            model(inputs(0))
+    with pytest.raises(ValueError, match="up: merge: weight must be whole .* DTensor"):
+        rw.merge(model)
+    layer = sharded("root").up
+    with pytest.raises(ValueError, match="under fully_shard call the module that it was given"):
+        layer(inputs(0))
+
+
+def _adapters_beside_tensor_parallel_layers(rank: int) -> None:
+    """The way out: plain layers train as in one process, on what the others give them whole."""
+    config = rw.LoRAConfig(rank=2, target_modules=["head"])
+    whole = adapted(config, HIDDEN)
+    model = rw.apply_lora(_parallel(base(HIDDEN), "up", "down"), config)
+    with torch.no_grad():
+        for parameter, value in zip(trained(model), trained(whole), strict=True):
+            parameter.copy_(value)
+    for which in (model, whole):
+        which(inputs(0)).square().mean().backward()
+    for parameter, value in zip(trained(model), trained(whole), strict=True):
+        torch.testing.assert_close(parameter.grad, value.grad)
 
 
 def test_what_is_flattened_is_refused_by_name(tmp_path):
