@@ -19,6 +19,7 @@ from .resized import Rows
 from .sharding import ADD_BEFORE, check_no_dtensor
 from .stand_in import stand_in
 
+_PLAIN = {Tensor, nn.Parameter, type(None)}
 _TENSOR_PARALLEL = (
     "tensor-parallel layers have no adapters: leave them out of the plan (parallelize_module, "
     "tp_plan) or out of target_modules; under fully_shard call the module that it was given, "
@@ -255,9 +256,14 @@ def adapt(module: nn.Module, options: AdapterOptions) -> Adapted:
 
 def _check_plain(layer: Adapted, input: Tensor) -> None:
     """Refuses DTensors, for which the operators have no rule of sharding."""
-    if not torch.compiler.is_compiling():
-        own = {name: layer._parameters.get(name) for name in ("weight", "lora_A")}
-        check_no_dtensor(type(layer).__name__, {"input": input} | own, _TENSOR_PARALLEL)
+    if torch.compiler.is_compiling():
+        return
+    own = layer._parameters
+    weight, factor = own.get("weight"), own.get("lora_A")
+    if type(input) in _PLAIN and type(weight) in _PLAIN and type(factor) in _PLAIN:
+        return  # the common case
+    held = {"input": input, "weight": weight, "lora_A": factor}
+    check_no_dtensor(type(layer).__name__, held, _TENSOR_PARALLEL)
 
 
 def _with_state_of(module: nn.Module, cls: type) -> nn.Module:
