@@ -11,27 +11,22 @@
 #include <random>
 #include <string>
 
+#include "engine.h"
 #include "fibers.h"
-#include "schedule.h"
 #include "shared_memory.h"
 
 namespace cuda_model {
 namespace {
 
-struct AsyncCopy {
-  void* shared;
-  const void* global;
-  int size, valid;
-};
-
-enum class State { ready, at_barrier, at_collective, ended };
+enum class State { ready, at_barrier, at_collective, until, ended };
 
 struct Thread {
   State state = State::ready;
   Site site;  // where it waits
   Collective collective{};
   uint32_t mask = 0;
-  std::vector<std::vector<AsyncCopy>> copies;  // groups; the last one is not committed
+  const char* until_what = nullptr;
+  std::function<bool()> until;
 };
 
 class Block {
@@ -47,7 +42,6 @@ class Block {
   void sweep();
   bool run_thread(int i);
   bool run_warp(int i);
-  void check_end(Thread& thread);
   [[noreturn]] void report_deadlock();
 
   Fibers fibers_;
@@ -60,6 +54,18 @@ Schedule schedule;
 std::mt19937_64 random_numbers;
 Block block;
 const Site* launch_site = nullptr;
+
+std::vector<Engine*>& engines() {
+  static std::vector<Engine*> all;
+  return all;
+}
+
+bool advance_engines() {
+  for (Engine* engine : engines()) {
+    if (engine->advance()) return true;
+  }
+  return false;
+}
 
 std::string place(const Site& site) {
   const char* slash = std::strrchr(site.file_name(), '/');
@@ -77,19 +83,15 @@ uint3 position(uint64_t i, const dim3& size) {
           static_cast<unsigned>(i / size.x / size.y)};
 }
 
-void perform(const AsyncCopy& copy) {
-  std::memcpy(copy.shared, copy.global, copy.valid);
-  std::memset(static_cast<char*>(copy.shared) + copy.valid, 0, copy.size - copy.valid);
-}
-
 void Block::run(const dim3& size, const std::function<void()>& body) {
   const int count = static_cast<int>(size.x * size.y * size.z);
   fibers_.prepare(count, body);
   threads_.assign(count, Thread{});
-  for (Thread& thread : threads_) thread.copies.resize(1);
   order_.resize(count);
   at_barrier_ = ended_ = 0;
+  for (Engine* engine : engines()) engine->begin_block(count);
   while (ended_ < count) sweep();
+  for (Engine* engine : engines()) engine->end_block();
 }
 
 // Runs every thread that may run, or every warp as far as it goes.
@@ -97,16 +99,19 @@ void Block::sweep() {
   arrange(order_, schedule.threads);
   bool progress = false;
   for (const int i : order_) progress |= schedule.warps_run_ahead ? run_warp(i) : run_thread(i);
-  if (!progress) report_deadlock();
+  const bool now = schedule.threads == Order::shuffled && random_numbers() % 2 == 0;
+  if ((now || !progress) && !advance_engines() && !progress) report_deadlock();
 }
 
 bool Block::run_thread(int i) {
-  if (threads_[i].state != State::ready) return false;
+  Thread& thread = threads_[i];
+  if (thread.state == State::until && thread.until()) thread.state = State::ready;
+  if (thread.state != State::ready) return false;
   current_ = i;
   threadIdx = position(i, blockDim);
   if (fibers_.resume(i)) {
-    check_end(threads_[i]);
-    threads_[i].state = State::ended;
+    for (Engine* engine : engines()) engine->end_thread(i);
+    thread.state = State::ended;
     ++ended_;
   }
   return true;
@@ -122,12 +127,6 @@ bool Block::run_warp(int i) {
     any |= progress;
   }
   return any;
-}
-
-void Block::check_end(Thread& thread) {
-  for (const auto& group : thread.copies) {
-    if (!group.empty()) fail("the thread ends with asynchronous copies it has not waited for");
-  }
 }
 
 void Block::wait(State state, const Site& site) {
@@ -191,15 +190,18 @@ void Block::report_deadlock() {
     if (thread.state == State::at_collective) {
       text += std::string("at ") + thread.collective.what + ", " + place(thread.site);
     }
+    if (thread.state == State::until) {
+      text += std::string("at ") + thread.until_what + ", " + place(thread.site);
+    }
   }
   fail("threads wait for others that do not come:%s", text.c_str());
 }
 
-bool valid_launch(const dim3& grid, const dim3& size, size_t shared_bytes) {
+bool valid_launch(const dim3& grid, const dim3& size, size_t shared_bytes, size_t capacity) {
   const uint64_t threads = static_cast<uint64_t>(size.x) * size.y * size.z;
   return grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7FFFFFFFu && grid.y <= 65535u &&
          grid.z <= 65535u && threads > 0 && threads <= 1024 && size.z <= 64 &&
-         shared_bytes + SharedMemory::static_bytes() <= SharedMemory::capacity;
+         shared_bytes + SharedMemory::static_bytes() <= capacity;
 }
 
 }  // namespace
@@ -210,8 +212,9 @@ void set_schedule(const Schedule& next) {
 }
 
 int run_grid(const dim3& grid, const dim3& size, size_t shared_bytes, const Site& site,
-             const std::function<void()>& body) {
-  if (!valid_launch(grid, size, shared_bytes)) return cudaErrorInvalidConfiguration;
+             const std::function<void()>& body, size_t shared_capacity) {
+  if (!valid_launch(grid, size, shared_bytes, shared_capacity))
+    return cudaErrorInvalidConfiguration;
   launch_site = &site;
   gridDim = grid;
   blockDim = size;
@@ -241,33 +244,27 @@ void warp_collective(const Collective& collective, uint32_t mask, const Site& si
   block.wait(State::at_collective, site);
 }
 
-void copy_async(void* shared, const void* global, int size, int valid) {
-  check_shared(shared, size, size, "an asynchronous copy");
-  if (reinterpret_cast<uintptr_t>(global) % size != 0) {
-    fail("an asynchronous copy of %d bytes reads from unaligned address %p", size, global);
-  }
-  if (valid < 0 || valid > size) fail("an asynchronous copy of %d bytes has %d valid", size, valid);
-  const AsyncCopy copy{shared, global, size, valid};
-  if (schedule.early_copies) {
-    perform(copy);
-  } else {
-    std::memset(shared, SharedMemory::poison, size);
-  }
-  block.current().copies.back().push_back(copy);
+Engine::Engine() {
+  engines().push_back(this);
 }
 
-void copy_async_commit() {
-  block.current().copies.emplace_back();
+int current_thread() {
+  return block.current_index();
 }
 
-void copy_async_wait(int pending_groups) {
-  auto& groups = block.current().copies;
-  const int finished = static_cast<int>(groups.size()) - 1 - pending_groups;
-  if (finished <= 0) return;
-  if (!schedule.early_copies) {
-    for (int i = 0; i < finished; ++i) std::for_each(groups[i].begin(), groups[i].end(), perform);
-  }
-  groups.erase(groups.begin(), groups.begin() + finished);
+void wait_until(const char* what, std::function<bool()> holds, const Site& site) {
+  if (holds()) return;
+  block.current().until_what = what;
+  block.current().until = std::move(holds);
+  block.wait(State::until, site);
+}
+
+const Schedule& current_schedule() {
+  return schedule;
+}
+
+uint64_t random_number() {
+  return random_numbers();
 }
 
 void fail(const char* format, ...) {

@@ -25,9 +25,11 @@ constexpr uint32_t full_warp = 0xFFFFFFFFu;
 
 // Runs body() once for each thread of the grid. Returns a cudaError_t:
 // cudaErrorInvalidConfiguration for a grid, a block or a size of shared memory that no sm_80 device
-// takes, else 0.
+// takes, else 0. The shared memory is that of a block on sm_86, the least of sm_80 and later, or on
+// sm_90.
+constexpr size_t sm_86_shared = 99 * 1024, sm_90_shared = 227 * 1024;
 int run_grid(const dim3& grid, const dim3& block, size_t shared_bytes, const Site& site,
-             const std::function<void()>& body);
+             const std::function<void()>& body, size_t shared_capacity = sm_86_shared);
 
 // The block's dynamic shared memory.
 unsigned char* dynamic_shared();

@@ -35,13 +35,16 @@ function(rankwise_kernel_test path)
 endfunction()
 
 if(cuda_headers)
-  add_library(cuda_model STATIC cuda_model/device_memory.cpp cuda_model/fibers.cpp
-    cuda_model/grid.cpp cuda_model/shared_memory.cpp cuda_model/tensor_core.cpp cuda_model/warp.cpp)
+  add_library(cuda_model STATIC cuda_model/async_copies.cpp cuda_model/device_memory.cpp
+    cuda_model/fibers.cpp cuda_model/grid.cpp cuda_model/shared_barriers.cpp
+    cuda_model/shared_memory.cpp cuda_model/tensor_copies.cpp cuda_model/tensor_core.cpp
+    cuda_model/warp.cpp cuda_model/warpgroup.cpp)
   rankwise_kernel_target(cuda_model)
   target_link_options(cuda_model PUBLIC -fsanitize=undefined)
 endif()
 
 rankwise_kernel_test(cuda_model/grid_test)
+rankwise_kernel_test(cuda_model/hopper_test)
 rankwise_kernel_test(cuda_model/warp_test)
 rankwise_kernel_test(kernels/dropout_mask_test dropout_mask.cu)
 rankwise_kernel_test(kernels/allocation/importance_kernels_test allocation/importance.cu)

@@ -2,7 +2,6 @@
 
 #include <sys/mman.h>
 
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -16,15 +15,15 @@ extern "C" __attribute__((weak)) unsigned char __stop_cuda_model_shared[];
 namespace cuda_model {
 
 SharedMemory::SharedMemory() {
-  constexpr size_t page = 4096, bytes = (capacity + page - 1) / page * page;
+  constexpr size_t page = 4096, bytes = (sm_90_shared + page - 1) / page * page;
   void* memory = mmap(nullptr, bytes + 2 * page, PROT_NONE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  auto* first = static_cast<unsigned char*>(memory) + page;
-  if (memory == MAP_FAILED || mprotect(first, bytes, PROT_READ | PROT_WRITE) != 0) {
+  first_ = static_cast<unsigned char*>(memory) + page;
+  if (memory == MAP_FAILED || mprotect(first_, bytes, PROT_READ | PROT_WRITE) != 0) {
     std::perror("cuda_model: shared memory");
     std::abort();
   }
-  end_ = first + bytes;
+  end_ = first_ + bytes;
 }
 
 SharedMemory& SharedMemory::instance() {
@@ -47,6 +46,14 @@ bool SharedMemory::contains(const void* bytes, size_t size) const {
   const bool in_dynamic = first >= dynamic() && first + size <= end_;
   return in_dynamic ||
          (first >= __start_cuda_model_shared && first + size <= __stop_cuda_model_shared);
+}
+
+uint32_t SharedMemory::address(const void* bytes) const {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(bytes) - first_);
+}
+
+unsigned char* SharedMemory::at(uint32_t address) const {
+  return first_ + address;
 }
 
 unsigned char* dynamic_shared() {

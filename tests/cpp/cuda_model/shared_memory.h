@@ -2,13 +2,12 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace cuda_model {
 
 class SharedMemory {
  public:
-  static constexpr size_t capacity =
-      99 * 1024;                       // of a block on sm_86, the least of sm_80 and later
   static constexpr int poison = 0xFF;  // NaN in every floating-point format
 
   static SharedMemory& instance();
@@ -19,9 +18,13 @@ class SharedMemory {
   unsigned char* dynamic() const { return end_ - size_; }
   bool contains(const void* bytes, size_t size) const;
 
+  // The 32-bit addresses that instructions of sm_90 take, of dynamic memory.
+  uint32_t address(const void* bytes) const;
+  unsigned char* at(uint32_t address) const;
+
  private:
   SharedMemory();
-  unsigned char* end_;
+  unsigned char *first_, *end_;
   size_t size_ = 0;
 };
 

@@ -1,9 +1,13 @@
 #include "tensor_core.h"
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 namespace cuda_model {
@@ -13,6 +17,28 @@ constexpr int depth = 16, last_place = 23;              // of float32, below its
 constexpr int of_zero = -10000, of_infinity = 1000000;  // beyond the exponents of all others
 
 TensorCore core = sm_80_tensor_core;
+
+float number(uint32_t half, __nv_bfloat16) {
+  const uint32_t bits = half << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+float number(uint32_t half, __half) {
+  __half_raw raw;
+  raw.x = static_cast<uint16_t>(half);
+  return __half2float(__half(raw));
+}
+
+// The exponent of the type's least normal number.
+constexpr int least_exponent(__nv_bfloat16) {
+  return -126;
+}
+
+constexpr int least_exponent(__half) {
+  return -14;
+}
 
 double power_of_two(int exponent) {
   return std::bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52);
@@ -59,6 +85,14 @@ CoreNumber::CoreNumber(float number, int least_exponent) : value(number) {
              : number == 0 ? of_zero
                            : std::max(field - 127, least_exponent);
 }
+
+template <typename T>
+CoreNumber core_number(uint32_t bits) {
+  return CoreNumber(number(bits, T()), least_exponent(T()));
+}
+
+template CoreNumber core_number<__nv_bfloat16>(uint32_t);
+template CoreNumber core_number<__half>(uint32_t);
 
 float tensor_core_sum(float c, const CoreNumber* a, const CoreNumber* b) {
   for (int k = 0; k < depth; k += core.products) {

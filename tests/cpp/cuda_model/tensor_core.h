@@ -7,6 +7,8 @@
 // Source: Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores", arXiv 2512.07004.
 #pragma once
 
+#include <cstdint>
+
 namespace cuda_model {
 
 struct TensorCore {
@@ -29,6 +31,10 @@ struct CoreNumber {
   double value = 0;
   int exponent = 0;
 };
+
+// Of the bits of T, __nv_bfloat16 or __half.
+template <typename T>
+CoreNumber core_number(uint32_t bits);
 
 // c + a[0] b[0] + ... + a[15] b[15], step by step.
 float tensor_core_sum(float c, const CoreNumber* a, const CoreNumber* b);

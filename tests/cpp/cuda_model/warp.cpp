@@ -68,28 +68,6 @@ struct ProductLane {
   const uint32_t *a, *b;
 };
 
-float number(uint32_t half, __nv_bfloat16) {
-  const uint32_t bits = half << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-float number(uint32_t half, __half) {
-  __half_raw raw;
-  raw.x = static_cast<uint16_t>(half);
-  return __half2float(__half(raw));
-}
-
-// The exponent of the type's least normal number.
-constexpr int least_exponent(__nv_bfloat16) {
-  return -126;
-}
-
-constexpr int least_exponent(__half) {
-  return -14;
-}
-
 template <typename T>
 void run_multiply_add(void* const* lanes, uint32_t) {
   CoreNumber a[16][16], b[8][16];
@@ -99,9 +77,7 @@ void run_multiply_add(void* const* lanes, uint32_t) {
   for (int i = 0; i < warp_size; ++i) {
     const int g = i / 4, t = 2 * (i % 4);
     for (int j = 0; j < 2; ++j) {
-      const auto half = [&](uint32_t pair) {
-        return CoreNumber(number(pair >> (16 * j) & 0xFFFF, T()), least_exponent(T()));
-      };
+      const auto half = [&](uint32_t pair) { return core_number<T>(pair >> (16 * j) & 0xFFFF); };
       a[g][t + j] = half(lane(i).a[0]);
       a[g + 8][t + j] = half(lane(i).a[1]);
       a[g][t + 8 + j] = half(lane(i).a[2]);
