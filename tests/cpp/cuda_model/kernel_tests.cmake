@@ -57,3 +57,6 @@ rankwise_kernel_test(kernels/lora_linear_nonfinite_test ${lora_linear_kernels})
 rankwise_kernel_test(kernels/allocation/orthogonality_test allocation/orthogonality.cu)
 rankwise_kernel_test(kernels/allocation/progress_test allocation/progress.cu)
 rankwise_kernel_test(kernels/allocation/triplet_selection_test allocation/triplet_selection.cu)
+rankwise_kernel_test(kernels/hopper/linear_product_test hopper/linear_product.cu)
+# Includes the kernel's source.
+rankwise_kernel_test(kernels/hopper/linear_product_faults_test)

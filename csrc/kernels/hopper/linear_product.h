@@ -1,0 +1,49 @@
+// The large product of a layer with the LoRA term in its sums, for sm_90a: launchers over raw
+// pointers, no torch.
+//
+//   out = left right + tail_left tail_right + bias
+//
+//   forward   y  = x W^T + (s) B^T + bias:  right and tail_right by column, W [cols, depth] and
+//                                           B [cols, rank] as they lie in memory
+//   gradient  dx = dy W + dh A:             by row, W [depth, cols] and A [rank, cols]
+//
+// One dtype of 16 bits; products are exact, sums float32 on the tensor core, the result is rounded
+// once. The order of sums depends on the shape alone: the same input gives the same bits.
+//
+// All matrices are row-major with rows `stride` elements apart, device pointers and strides
+// multiples of 16 bytes, cols and depth multiples of 8, rank 0 to 256 (0: no tail). `stream` is a
+// cudaStream_t; nothing waits for the device. The launcher returns a cudaError_t or 0:
+// cudaErrorInvalidValue for a problem outside these limits.
+#pragma once
+
+#include <cstdint>
+
+#include "../lora_linear.h"
+
+namespace rankwise::kernels {
+
+struct Operand {
+  const void* data;
+  int64_t stride;
+};
+
+struct LinearProduct {
+  int64_t rows, cols, depth, rank;
+  Type type;          // bfloat16 or float16
+  bool right_by_row;  // right is [depth, cols] and tail_right [rank, cols]; else [cols, depth], ...
+  Operand left;       // [rows, depth]
+  Operand right;
+  Operand tail_left;  // [rows, rank]; unused without rank
+  Operand tail_right;
+  const void* bias;  // [cols], or null
+  void* out;         // written, [rows, cols]
+  int64_t out_stride;
+  int multiprocessors;  // of the device: one block each
+};
+
+// Whether the launcher takes the problem.
+bool takes(const LinearProduct& problem);
+
+int launch_linear_product(const LinearProduct& problem, void* stream);
+
+}  // namespace rankwise::kernels
