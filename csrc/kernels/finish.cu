@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(finish_threads) finish_rows(FinishRows p) {
     const float value = p.scale * sums[j];
     if (p.plain) static_cast<T*>(p.plain)[at] = T(value);
     if (p.gated) {
-      const float gate = static_cast<float>(static_cast<const T*>(p.E)[first + j]);
-      static_cast<T*>(p.gated)[at] = T(value * gate);
+      const float gate = p.E ? static_cast<float>(static_cast<const T*>(p.E)[first + j]) : 1.0f;
+      static_cast<T*>(p.gated)[at] = T(p.gated_scale * (value * gate));
     }
   }
 }

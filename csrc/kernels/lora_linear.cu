@@ -92,7 +92,7 @@ int launch_shrink(const Shrink& p, void* scratch, void* stream) {
   auto* partial = static_cast<float*>(scratch);
   if (const int error = launch_row_products(pass, partial, stream)) return error;
   return launch_finish_rows({p.factor_type, p.rows, p.rank, row_product_chunks(pass).count, partial,
-                             p.keep_scale, p.E, p.hidden, p.E ? p.gated : nullptr},
+                             p.keep_scale, p.E, p.hidden, p.gated, p.gated_scale},
                             stream);
 }
 

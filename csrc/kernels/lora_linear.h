@@ -2,7 +2,7 @@
 //
 // x and dy are "wide": [rows, cols] with unit column stride, read once per call. Everything else is
 // `rank` wide, 1..max_rank. With mask(x) the dropped elements of x set to zero, unscaled:
-//   shrink           hidden = keep_scale * mask(x) A^T,   gated = hidden o E^T
+//   shrink           hidden = keep_scale * mask(x) A^T,   gated = gated_scale * hidden o E^T
 //   output_gradient  dh = scaling * keep_scale * (dy B) o E^T
 //                    g = scaling * hidden^T dy,   dB = (g o E)^T,   dE_i = sum_n B[n, i] g[i, n]
 //   input_factor_gradient   dA = dh^T mask(x)
@@ -49,7 +49,8 @@ struct Shrink {
   float keep_scale;
   DropoutMask dropout;
   void* hidden;  // written, [rows, rank]
-  void* gated;   // written, [rows, rank]; null without E
+  void* gated;   // written, [rows, rank], or null
+  float gated_scale = 1.0f;
 };
 int64_t shrink_scratch_bytes(const Shrink& problem);
 int launch_shrink(const Shrink& problem, void* scratch, void* stream);

@@ -105,15 +105,17 @@ OutputChunks output_product_chunks(const OutputProducts& problem);
 int launch_output_products(const OutputProducts& problem, float* row_partial, float* column_partial,
                            void* stream);
 
-// With s = scale * (slices added in order), [rows, rank]: plain = s, gated = s o E^T.
+// With s = scale * (slices added in order), [rows, rank]: plain = s,
+// gated = gated_scale * s o E^T.
 struct FinishRows {
   Type factor_type;
   int64_t rows, rank, slices;
   const float* partial;
   float scale;
-  const void* E;  // for gated
+  const void* E;  // for gated, or null
   void* plain;    // or null
   void* gated;    // or null
+  float gated_scale = 1.0f;
 };
 int launch_finish_rows(const FinishRows& problem, void* stream);
 

@@ -50,7 +50,7 @@ class Problem {
     Matrix<Factor> hidden(c_.rows, c_.rank), gated(c_.rows, c_.rank);
     Shrink p{c_.rows,      c_.cols,      c_.rank,       type_of<Wide>, type_of<Factor>,
              wide_.data(), wide_.stride, A_.data(),     A_.stride,     E(),
-             keep_scale,   dropout(),    hidden.data(), gated.data()};
+             keep_scale,   dropout(),    hidden.data(), gated.data(),  scaling};
     const cuda_model::DeviceArray<float> scratch(shrink_scratch_bytes(p) / 4);
     ASSERT_EQ(launch_shrink(p, scratch.data(), nullptr), 0);
     const auto sum = [&](int64_t i, int64_t r, double scale) {
@@ -61,9 +61,8 @@ class Problem {
     };
     expect_close("hidden", hidden, c_.cols, [&](auto i, auto r) { return sum(i, r, keep_scale); });
     keep(hidden.bytes());
-    if (!c_.gate) return;
     expect_close("gated", gated, c_.cols,
-                 [&](auto i, auto r) { return sum(i, r, keep_scale * gate_[r]); });
+                 [&](auto i, auto r) { return sum(i, r, scaling * keep_scale * gate_[r]); });
     keep(gated.bytes());
   }
 
