@@ -90,7 +90,7 @@ def machine() -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """Tools of this Python and the CUDA toolkit on the path; the package in build/gpu/site."""
-    env = dict(os.environ)
+    env = {"RANKWISE_TERM_PRODUCT": "on", **os.environ}
     folders = [sysconfig.get_path("scripts"), env["PATH"], "/usr/local/cuda/bin"]
     env["PATH"] = os.pathsep.join(folders)
     env["PYTHONPATH"] = os.pathsep.join([str(SITE), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)

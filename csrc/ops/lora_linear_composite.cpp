@@ -72,7 +72,7 @@ ForwardResult updated(const at::Tensor& base, const at::Tensor& input,
   return {(base + update).to(input.scalar_type()), flat(hidden), seed};
 }
 
-std::string path_composite(const at::Tensor&) {
+std::string path_composite(const at::Tensor&, at::IntArrayRef) {
   return "composite";
 }
 

@@ -88,6 +88,7 @@ TORCH_LIBRARY(rankwise, m) {
       "_orthogonality_backward(Tensor grad_output, Tensor[] lora_A, Tensor[] lora_B, int[] ranks, "
       "bool squared) -> Tensor[]",
       pure);
-  // The name of the implementation that serves a tensor's device, for summary() and doctor.
-  m.def("_lora_linear_path(Tensor tensor) -> str", pure);
+  // The name of the implementation that serves a tensor's device, for summary() and doctor; with
+  // (tokens, n_in, n_out, rank) that of a layer's forward.
+  m.def("_lora_linear_path(Tensor tensor, int[] layer=[]) -> str", pure);
 }

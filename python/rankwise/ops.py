@@ -223,9 +223,15 @@ def dropout_mask(
     return _ops._dropout_mask(seed, rows, cols, dropout_p, dtype=dtype)
 
 
-def path(tensor: Tensor) -> str:
-    """What serves tensors of this type and device: "cpu (micro-kernel)", "cuda (composite)", ..."""
-    return _ops._lora_linear_path(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+def path(tensor: Tensor, layer: Sequence[int] = ()) -> str:
+    """What serves tensors of this type and device: "cpu (micro-kernel)", "cuda (composite)", ...
+
+    With a ``layer``'s (tokens, n_in, n_out, rank), all of one dtype and well aligned, also which
+    product a GPU takes for its forward: "cuda (sm_90a)" has the LoRA term in the product's sums,
+    "cuda (cuBLASLt)" beside them.
+    """
+    like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return _ops._lora_linear_path(like, layer)
 
 
 _CPU_PATHS = {str(path): path for path in _library.CpuPath.__members__.values()}

@@ -79,7 +79,7 @@ BackwardResult lora_linear_backward_cpu(const at::Tensor& grad_output, const at:
   return {dx, dw, db, dA, dB, dE};
 }
 
-std::string path_cpu(const at::Tensor& tensor) {
+std::string path_cpu(const at::Tensor& tensor, at::IntArrayRef) {
   if (!micro_kernel_serves(tensor.scalar_type())) return "cpu (ATen)";
   return std::string("cpu (") + name_of(path_in_effect()) + ")";
 }

@@ -55,7 +55,7 @@ void output_gradients(const CudaAdapter& adapter, const at::Tensor& dy, const at
 }
 
 void shrink(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& hidden,
-            const at::Tensor& gated) {
+            const at::Tensor& gated, double gated_scale) {
   const kernels::Shrink problem{x.size(0),
                                 x.size(1),
                                 adapter.rank(),
@@ -69,7 +69,8 @@ void shrink(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& h
                                 adapter.keep_scale(),
                                 adapter.mask(),
                                 hidden.mutable_data_ptr(),
-                                adapter.E.defined() ? gated.mutable_data_ptr() : nullptr};
+                                gated.is_same(hidden) ? nullptr : gated.mutable_data_ptr(),
+                                static_cast<float>(gated_scale)};
   const at::Tensor partial = scratch(kernels::shrink_scratch_bytes(problem), x);
   check_launch(kernels::launch_shrink(problem, partial.mutable_data_ptr(), current_stream()));
 }

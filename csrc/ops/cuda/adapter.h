@@ -59,9 +59,9 @@ struct OutputGradients {
 void output_gradients(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& hidden,
                       const OutputGradients& out);
 
-// hidden = drop(x) A^T, and gated = hidden o E^T where there is an E.
+// hidden = drop(x) A^T, and gated = gated_scale * hidden o E^T unless it is `hidden` itself.
 void shrink(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& hidden,
-            const at::Tensor& gated);
+            const at::Tensor& gated, double gated_scale = 1.0);
 
 // out = scaling * gated B^T, on top of a bias [out] or of a base's rows; at most one is defined.
 void expand_output(const CudaAdapter& adapter, const at::Tensor& gated, const at::Tensor& out,

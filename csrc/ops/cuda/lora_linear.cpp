@@ -1,7 +1,9 @@
 // lora_linear on CUDA: the LoRA term is written first, by a kernel and with the bias in it, and the
 // base product added to it (beta = 1), so y and dx are written once, read once more and the larger
 // term is rounded last. Factors of float32 over a base of 16 bits are added to the base product
-// instead, in float32: the term may be the larger one, and PEFT does not round it either.
+// instead, in float32: the term may be the larger one, and PEFT does not round it either. Large
+// products of 16 bits on sm_90 can take the term into their own sums and write once
+// (term_product.h).
 #include "../../kernels/lora_linear.h"
 
 #include <ATen/ATen.h>
@@ -17,6 +19,7 @@
 #include "base_product.h"
 #include "launch.h"
 #include "path.h"
+#include "term_product.h"
 
 namespace rankwise {
 namespace {
@@ -55,9 +58,11 @@ ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor
   const CudaAdapter adapter(operands, seed);
   const at::Tensor x = matrix(input);
   const at::Tensor hidden = at::empty({x.size(0), rank}, adapter.A.options());
-  const at::Tensor gated = adapter.E.defined() ? at::empty_like(hidden) : hidden;
-  if (rank > 0) shrink(adapter, x, hidden, gated);
-  const at::Tensor y = add_output(adapter, x, weight, bias, gated);
+  const bool joined = joins_term(adapter, x, weight.t());
+  const at::Tensor gated = adapter.E.defined() || joined ? at::empty_like(hidden) : hidden;
+  if (rank > 0) shrink(adapter, x, hidden, gated, joined ? adapter.scaling : 1.0);
+  const at::Tensor y = joined ? product_with_term(x, weight.t(), gated, adapter.B.t(), bias)
+                              : add_output(adapter, x, weight, bias, gated);
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = weight.size(0);
   return {y.view(shape), hidden, seed};
@@ -66,6 +71,9 @@ ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor
 // dx = mask(dh A) + dy W0.
 at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
                           const at::Tensor& dh) {
+  if (!adapter.dropout.active() && joins_term(adapter, dy, w)) {
+    return product_with_term(dy, w, dh, adapter.A, {});
+  }
   const at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
   if (adapter.rank() == 0) {
     multiply_base(dx, dy, w, {});

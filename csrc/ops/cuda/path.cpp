@@ -9,6 +9,7 @@
 
 #include "../../kernels/device_support.h"
 #include "kernel_support.h"
+#include "term_product.h"
 
 namespace rankwise {
 namespace {
@@ -38,9 +39,15 @@ const std::string& known_missing_kernels(c10::DeviceIndex device) {
   return support.missing(device);
 }
 
-std::string path_cuda(const at::Tensor& tensor) {
+std::string path_cuda(const at::Tensor& tensor, at::IntArrayRef layer) {
   const std::string reason = composite_reason(tensor.scalar_type(), tensor.device());
-  return reason.empty() ? "cuda" : "cuda (composite): " + reason;
+  if (!reason.empty()) return "cuda (composite): " + reason;
+  if (layer.empty()) return "cuda";
+  TORCH_CHECK(layer.size() == 4, "path: layer must be (tokens, n_in, n_out, rank), got ",
+              layer.size(), " numbers");
+  const bool joined = tensor.scalar_type() != at::kFloat &&
+                      takes_term(tensor.get_device(), {layer[0], layer[2], layer[1], layer[3]});
+  return joined ? "cuda (sm_90a)" : "cuda (cuBLASLt)";
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ shared memory that launches ask for is bounded where the kernels are written.
 import re
 import shutil
 import subprocess
+from collections import Counter
 from importlib import util
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import rankwise
 from rankwise._library import library
 
 ARCHITECTURES = {"sm_80", "sm_90"}  # RANKWISE_CUDA_ARCHITECTURES
+# kernel -> the one architecture it is for.
+ALONE = {"linear_product": "sm_90a"}
 
 # kernel -> (instances, most registers of a thread, most bytes of static shared memory). Registers:
 # 128 let two blocks of 256 threads run on one multiprocessor.
@@ -32,6 +35,7 @@ PLAN = {
     "gram_deviation": (4, 128, 17408),
     "importance_scores": (1, 48, 0),
     "importance_step": (1, 48, 2048),
+    "linear_product": (4, 168, 0),  # 384 threads, which share out 64 Ki registers as they run
     "mask_triplets": (1, 32, 0),
     "order_triplets": (1, 48, 4096),
     "orthogonality_gradient": (4, 64, 10752),
@@ -67,24 +71,30 @@ def kernel_name(symbol: str) -> str:
     return found[0]
 
 
-@pytest.fixture(scope="module")
-def usage() -> list[dict]:
-    """One entry for each kernel and architecture."""
+def dump(*options: str) -> list[str]:
+    """Lines of what cuobjdump says of the built library."""
     if not library.cuda:
         pytest.skip("rankwise was built without its CUDA side: there are no kernels to look at")
     program = cuobjdump()
     if program is None:
         pytest.skip("no cuobjdump: neither a CUDA toolkit nor triton is installed")
     path = Path(rankwise.__file__).parent / "lib" / "librankwise.so"
-    text = subprocess.run(
-        [program, "--dump-resource-usage", path], capture_output=True, text=True, check=True
-    ).stdout
+    run = subprocess.run([program, *options, path], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def usage() -> list[dict]:
+    """One entry for each kernel and architecture."""
     entries, architecture = [], ""
-    for line in text.splitlines():
+    for line in dump("--dump-resource-usage"):
         if match := re.match(r"arch = (\w+)", line):
             architecture = match[1]
         elif match := re.match(r"\s*Function (\S+):", line):
-            entries.append({"name": kernel_name(match[1]), "architecture": architecture})
+            symbol = match[1]
+            entries.append(
+                {"name": kernel_name(symbol), "symbol": symbol, "architecture": architecture}
+            )
         elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             numbers = map(int, match.groups())
             entries[-1].update(zip(("registers", "stack", "shared", "local"), numbers, strict=True))
@@ -92,17 +102,11 @@ def usage() -> list[dict]:
 
 
 def test_every_kernel_is_there_for_every_architecture(usage):
-    counts = {
-        (name, architecture): sum(
-            entry["name"] == name and entry["architecture"] == architecture for entry in usage
-        )
-        for name in PLAN
-        for architecture in {entry["architecture"] for entry in usage}
-    }
+    counts = Counter((entry["name"], entry["architecture"]) for entry in usage)
     assert counts == {
         (name, architecture): plan[0]
         for name, plan in PLAN.items()
-        for architecture in ARCHITECTURES
+        for architecture in ([ALONE[name]] if name in ALONE else ARCHITECTURES)
     }
 
 
@@ -116,7 +120,27 @@ def test_registers_and_shared_memory_keep_to_the_plan(usage):
     for entry in usage:
         _, registers, shared = PLAN[entry["name"]]
         # sm_90 keeps 1 KiB of a block's shared memory, where it has any, for itself.
-        own = max(0, entry["shared"] - (1024 if entry["architecture"] == "sm_90" else 0))
+        own = max(
+            0, entry["shared"] - (1024 if entry["architecture"] in ("sm_90", "sm_90a") else 0)
+        )
         if entry["registers"] > registers or own > shared:
             beyond.append(entry)
     assert beyond == []
+
+
+def test_the_product_of_sm_90a_runs_on_its_own_instructions(usage):
+    """Of each instance: a tile's products (4 in a block, 4, 3, 2 or 1 in the last), the copy
+    engine's loads and stores, and nothing in local memory."""
+    symbols = [entry["symbol"] for entry in usage if entry["name"] == "linear_product"]
+    names = ("HGMMA", "UTMALDG", "UTMASTG", "LDL", "STL")
+    found, count = [], Counter()
+    for line in dump("-sass", "-fun", ",".join(symbols)):
+        if re.match(r"\s*Function :", line):
+            found.append(count := Counter())
+        elif match := re.match(r"\s*/\*\w+\*/\s+(?:@!?\w+ )?(\w+)", line):
+            count[match[1]] += match[1] in names
+    assert len(found) == 4
+    for count in found:
+        assert count["HGMMA"] == 4 + 4 + 3 + 2 + 1, found
+        assert count["UTMALDG"] in (2, 5) and count["UTMASTG"] == 4, found
+        assert count["LDL"] == count["STL"] == 0, found

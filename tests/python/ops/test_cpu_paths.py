@@ -18,6 +18,7 @@ def on_micro_kernel(dtype: str) -> bool:
 
 def test_paths_are_named():
     assert rankwise.ops.path(torch.empty(1, dtype=torch.float64)) == ATEN
+    assert rankwise.ops.path(torch.empty(1, dtype=torch.float64), (8192, 4096, 4096, 16)) == ATEN
     assert rankwise.ops.path(torch.empty(1, dtype=torch.float16)) == ATEN
     capability = torch.backends.cpu.get_cpu_capability()
     if "AVX512" in capability:  # what its float32 products were measured with

@@ -1,0 +1,107 @@
+# The product with the LoRA term in its sums, at the least sizes that take it, on devices of sm_90.
+import pytest
+import torch
+from cuda_device import DEVICE, captured
+from tolerances import assert_same_bits
+
+from rankwise.ops import lora_linear, path
+
+TOKENS, WIDTH = 8192, 1024  # 256 tiles
+
+
+def operands(dtype, rank, tokens=TOKENS, gate=False):
+    generator = torch.Generator(DEVICE).manual_seed(rank)
+
+    def normal(*shape, scale=1.0):
+        values = torch.randn(*shape, device=DEVICE, generator=generator) * scale
+        return values.to(dtype).requires_grad_()
+
+    x, A, B = normal(tokens, WIDTH), normal(rank, WIDTH, scale=0.03), normal(WIDTH, rank)
+    W, bias = normal(WIDTH, WIDTH, scale=0.03), normal(WIDTH)
+    E = normal(rank, 1) if gate else None
+    return x, W, bias, A, B, E
+
+
+def serves(dtype, rank=16, tokens=TOKENS) -> bool:
+    like = torch.empty(0, dtype=dtype, device=DEVICE)
+    return path(like, (tokens, WIDTH, WIDTH, rank)) == "cuda (sm_90a)"
+
+
+def needs_it():
+    if not serves(torch.bfloat16):
+        pytest.skip("this device or its number of multiprocessors takes the other product")
+
+
+def results(tensors, dropout=0.0):
+    x, W, bias, A, B, E = tensors
+    y = lora_linear(x, W, bias, A, B, E, scaling=0.75, dropout_p=dropout)
+    leaves = [t for t in (x, A, B) if t.requires_grad]
+    return (y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y)))
+
+
+def expected(tensors):
+    x, W, bias, A, B, E = (None if t is None else t.detach().double() for t in tensors)
+    gate = 1.0 if E is None else E.t()
+    dy = torch.ones(x.shape[0], W.shape[0], dtype=torch.float64, device=DEVICE)
+    hidden = x @ A.t()
+    dh = 0.75 * (dy @ B) * gate
+    y = x @ W.t() + bias + 0.75 * (hidden * gate) @ B.t()
+    return y, dy @ W + dh @ A, dh.t() @ x, 0.75 * dy.t() @ (hidden * gate)
+
+
+def kernels(action) -> str:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as run:
+        action()
+        torch.cuda.synchronize()
+    return " ".join(e.name for e in run.events())
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("rank", [1, 12, 16, 64, 250])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values(dtype, rank, gate):
+    needs_it()
+    tensors = operands(dtype, rank, gate=gate)
+    step = 2**-8 if dtype is torch.bfloat16 else 2**-11
+    for got, want in zip(results(tensors), expected(tensors), strict=True):
+        error = (got.double() - want).norm() / want.norm()
+        assert error <= step, (got.shape, error)
+
+
+def test_rows_that_fill_no_tile():
+    needs_it()
+    tensors = operands(torch.bfloat16, 16, tokens=TOKENS - 57)
+    got, want = results(tensors)[:2], expected(tensors)[:2]
+    for one, other in zip(got, want, strict=True):
+        assert (one.double() - other).norm() <= 2**-8 * other.norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_which_kernels_run(dropout):
+    needs_it()
+    tensors = operands(torch.bfloat16, 16)
+    results(tensors, dropout)
+    names = kernels(lambda: results(tensors, dropout))
+    assert names.count("linear_product") == (1 if dropout else 2), names
+    assert ("expand" in names) == bool(dropout), names
+
+
+def test_the_same_bits_in_every_run_and_in_graphs():
+    needs_it()
+    tensors = operands(torch.bfloat16, 12)
+    first = results(tensors)
+    for _ in range(20):
+        for one, other in zip(results(tensors), first, strict=True):
+            assert_same_bits(one, other, str(one.shape))
+    graph, replayed = captured(lambda: results(tensors))
+    for _ in range(3):
+        graph.replay()
+        for one, other in zip(replayed, first, strict=True):
+            assert_same_bits(one, other, str(one.shape))
+
+
+def test_other_layers_take_the_other_product():
+    for dtype, rank, tokens in ((torch.float32, 16, TOKENS), (torch.bfloat16, 0, TOKENS),
+                                (torch.bfloat16, 16, 1)):  # fmt: skip
+        like = torch.empty(0, dtype=dtype, device=DEVICE)
+        assert path(like, (tokens, WIDTH, WIDTH, rank)) == "cuda (cuBLASLt)"
