@@ -1,5 +1,5 @@
-# The doors: make demo | test | peft-tests | check | fuzz | sanitize | bench | gpu | format. All but
-# gpu happens in .venv; see docs/architecture.md.
+# The doors: make demo | test | peft-tests | check | fuzz | sanitize | proofs | bench | gpu | format.
+# All but gpu happens in .venv; see docs/architecture.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ FORMATTED_CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu')
 FORMATTED_PY := setup.py python tests examples tools
 
 .PHONY: demo bench test test-cpp test-python peft-tests check lint fuzz sanitize sanitize-memory \
-	sanitize-threads format gpu gpu-headers clean
+	sanitize-threads proofs soak kills format gpu gpu-headers clean
 
 demo: $(PACKAGE)
 	$(BIN)/python examples/sentiment/demo.py
@@ -89,6 +89,15 @@ sanitize-threads: $(VENV)/.ready
 	setarch -R build/sanitize/threads/allocator_threads_test
 	! setarch -R build/sanitize/threads/allocator_threads_test --gtest_also_run_disabled_tests \
 		--gtest_filter='*ARaceIsReported'
+
+# What takes too long for the tests; docs/proofs.md has what each shows, and what was found.
+proofs: soak kills
+
+soak: $(PACKAGE)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/proofs/soak.py
+
+kills: $(PACKAGE)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/proofs/kills.py
 
 BENCH = cd tests && $(CURDIR)/$(BIN)/python -m bench
 
