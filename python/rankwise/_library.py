@@ -1,5 +1,6 @@
 """Loads librankwise, after a check that it fits the torch that was imported."""
 
+import sys
 from importlib import import_module, metadata
 
 import torch
@@ -26,7 +27,14 @@ def load(found: str, built: str):
             f"rankwise was built for torch {built}, but torch {found} is installed; "
             "rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps ."
         )
-    return import_module("rankwise._C")
+    module = import_module("rankwise._C")
+    # Python itself turns its lock on for a module that does not say that it needs none.
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        raise ImportError(
+            "rankwise needs Python's global lock, which PYTHON_GIL=0 or -X gil=0 keeps off; start "
+            "Python without it"
+        )
+    return module
 
 
 library = load(torch.__version__, _built_for_torch())

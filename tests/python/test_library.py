@@ -37,6 +37,17 @@ def test_another_patch_release_will_do():
     assert _library.load("2.11.3+cu130", "2.11") is _library.library
 
 
+def test_importing_without_pythons_lock_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    with pytest.raises(ImportError, match="start Python without it"):
+        _library.load(torch.__version__, torch.__version__)
+
+
+def test_importing_with_pythons_lock_is_as_before_it_could_be_off(monkeypatch):
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True, raising=False)
+    assert _library.load(torch.__version__, torch.__version__) is _library.library
+
+
 def test_importing_starts_no_cuda():
     code = "import rankwise, torch; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True)
