@@ -75,7 +75,7 @@ Allocator::Allocator(std::string owner, std::string entry, std::vector<Adapter> 
 }
 
 void Allocator::step(const OptimizerView& optimizer) {
-  take_step(optimizer);
+  in_group(meets_now(), [&] { take_step(optimizer); });
   call_back();
 }
 

@@ -21,7 +21,7 @@ namespace {
 using State = std::map<std::string, at::Tensor>;
 constexpr std::array factor_names = {"lora_A", "lora_B", "lora_E"};
 
-State options_state(const AdaLoRAOptions& o, const BudgetSchedule& schedule) {
+State options_of(const AdaLoRAOptions& o, const BudgetSchedule& schedule) {
   return {{"options.initial_budget", number(schedule.initial_budget())},
           {"options.final_budget", number(schedule.final_budget())},
           {"options.total_steps", number(o.total_steps())},
@@ -46,9 +46,13 @@ State history_state(const at::Tensor& choices, const at::Tensor& summaries) {
 
 }  // namespace
 
+std::map<std::string, at::Tensor> RankAllocator::options_state() const {
+  return options_of(options_, schedule_);
+}
+
 std::map<std::string, at::Tensor> RankAllocator::state() const {
   const kernels::Progress now = progress_of(progress_);
-  State state = options_state(options_, schedule_);
+  State state = options_state();
   state.merge(history_state(choices_.narrow(0, 0, now.recorded).cpu(),
                             summaries_.narrow(0, 0, now.recorded).cpu()));
   state["steps"] = number(now.steps);
@@ -68,7 +72,7 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state, b
   const std::vector<int64_t> initial_ranks = ranks_in(state);
   const BudgetSchedule schedule = schedule_from(initial_ranks);
   StateCheck check("RankAllocator", state);
-  for (const auto& [name, value] : options_state(options_, schedule)) check.equal(name, value);
+  for (const auto& [name, value] : options_of(options_, schedule)) check.equal(name, value);
   for (const char* name : {"steps", "skipped_steps", "frozen", "shrunk"})
     check.tensor(name, at::kLong, {});
   const auto it = state.find("frozen");
@@ -113,6 +117,7 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state, b
                           .budget = -1,
                           .recorded = n}));
   calls_ = integer("steps") + integer("skipped_steps");
+  meet_anew();
   *stepped_ = at_work && (calls_ > 0 || frozen_);
   sensitivity_.clear();
   uncertainty_.clear();

@@ -6,6 +6,7 @@
 
 #include "../ops/importance.h"
 #include "direction_order.h"
+#include "group_decision.h"
 
 namespace rankwise {
 
@@ -17,7 +18,6 @@ void RankAllocator::take_step(const OptimizerView& optimizer) {
   const Gradients gradients = frozen_ ? none() : gather(most_steps() + 1);
   warn_of_earlier_schedule();
   warn_of_untrained(optimizer);
-  *stepped_ = true;
   std::optional<at::Tensor> found, found_inf;
   if (!frozen_) found = importance_check(present(gradients));
   if (optimizer.found_inf.defined()) found_inf = optimizer.found_inf.to(progress_.device());
@@ -27,11 +27,19 @@ void RankAllocator::take_step(const OptimizerView& optimizer) {
       schedule_step(progress_, found, found_inf, budgets_, options_.freeze_step());
   if (!frozen_) {
     const bool may_choose = now > options_.warmup_steps();
-    const at::Tensor scores = take(gradients, may_choose, progress);
-    if (may_choose) choose(scores, progress);
-  } else if (!shrunk_) {
-    mask(progress);
+    unless_agreed(meets() ? averages() : std::vector<at::Tensor>(), [&] {
+      const at::Tensor scores = take(gradients, may_choose, progress);
+      if (may_choose) {
+        choose(/*freezes=*/false, scores, progress, optimizer);
+      } else if (meets()) {
+        meet(/*freezes=*/false, progress, scores, kept_, optimizer);
+      }
+    });
+  } else {
+    if (meets()) meet(/*freezes=*/false, progress, {}, kept_, optimizer);
+    if (!shrunk_) mask(progress);
   }
+  *stepped_ = true;
   ++calls_;
   set_progress(progress);
   warn_of_zeros();
@@ -40,20 +48,24 @@ void RankAllocator::take_step(const OptimizerView& optimizer) {
 }
 
 void RankAllocator::freeze(const OptimizerView& optimizer) {
-  const at::NoGradGuard no_grad;
   if (frozen_) return;
+  in_group(/*meets=*/true, [&] { freeze_now(optimizer); });
+  call_back();
+}
+
+void RankAllocator::freeze_now(const OptimizerView& optimizer) {
+  const at::NoGradGuard no_grad;
   check_adapters();
   check_all_memory();
-  *stepped_ = true;
   place();
   make_room(most_steps());
   kernels::Progress now = progress_of(progress_);
   now.budget = schedule_.final_budget();
   const at::Tensor progress = tensor_of(now).to(progress_.device());
-  choose(scores(), progress);
+  choose(/*freezes=*/true, scores(), progress, optimizer);
+  *stepped_ = true;
   set_progress(progress);
   freeze_pattern(optimizer);
-  call_back();
 }
 
 RankAllocator::Gradients RankAllocator::none() const {
@@ -76,11 +88,37 @@ at::Tensor RankAllocator::scores() {
 }
 
 // What `progress` chooses, if anything: the pattern, the masks, the history.
-void RankAllocator::choose(const at::Tensor& scores, const at::Tensor& progress) {
-  select_triplets_(kept_, scores, initial_ranks_, costs_, options_.min_rank(), progress);
+void RankAllocator::choose(bool freezes, const at::Tensor& scores, const at::Tensor& progress,
+                           const OptimizerView& optimizer) {
+  const at::Tensor kept = meets() ? kept_.clone() : kept_;
+  select_triplets_(kept, scores, initial_ranks_, costs_, options_.min_rank(), progress);
+  if (meets()) meet(freezes, progress, scores, kept, optimizer);
+  kept_ = kept;
   mask(progress);
   record_choice_(choices_, summaries_, progress, scores, kept_, initial_ranks_,
                  options_.freeze_step());
+}
+
+// The group's: bits of scores and choice, and whether the adapters will be shrunk.
+void RankAllocator::meet(bool freezes, const at::Tensor& progress, const at::Tensor& scores,
+                         const at::Tensor& kept, const OptimizerView& optimizer) {
+  const kernels::Progress now = progress_of(progress);
+  const bool chooses = !frozen_ && now.budget >= 0;
+  const bool shrinks =
+      chooses && options_.shrink() && (freezes || now.steps == options_.freeze_step());
+  const std::vector<at::Tensor> keep = kept.cpu().split_with_sizes(initial_ranks_);
+  const std::vector<at::Tensor> values =
+      chooses ? scores.cpu().split_with_sizes(initial_ranks_) : std::vector<at::Tensor>();
+  Decision mine{freezes, now.steps, now.skipped_steps, now.budget};
+  for (size_t m = 0; m < adapters_.size(); ++m) {
+    Digest scored, chosen;
+    if (chooses) scored.add(values[m]);
+    chosen.add(keep[m]);
+    if (shrinks) chosen.add(int64_t{can_move(adapters_[m], optimizer)});
+    mine.scores.push_back(scored.value());
+    mine.choices.push_back(chosen.value());
+  }
+  agree(mine);
 }
 
 void RankAllocator::freeze_pattern(const OptimizerView& optimizer) {
@@ -114,6 +152,14 @@ void RankAllocator::shrink(const OptimizerView& optimizer) {
     adapter.change_rank(directions.numel());
   }
   shrunk_ = true;
+}
+
+// Where the next step will write them.
+std::vector<at::Tensor> RankAllocator::averages() {
+  fit_averages();
+  std::vector<at::Tensor> all = sensitivity_;
+  all.insert(all.end(), uncertainty_.begin(), uncertainty_.end());
+  return all;
 }
 
 // Puts the averages where the parameters are, which a module's to() may have moved or widened.

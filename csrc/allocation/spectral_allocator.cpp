@@ -162,8 +162,10 @@ void SpectralAllocator::take_step(const OptimizerView& optimizer) {
   check_all_memory();
   if (frozen()) {
     warn_of_untrained(optimizer);
+    if (meets()) agree({.steps = steps_ + 1, .skipped_steps = skipped_steps_});
     *stepped_ = true;
     ramp();
+    end_ramps();
     ++steps_;
     return;
   }
@@ -172,32 +174,62 @@ void SpectralAllocator::take_step(const OptimizerView& optimizer) {
   const bool left_out = optimizer.found_inf.defined() && optimizer.found_inf.item<double>() != 0;
   const bool finite = !importance_check(present(gradients))[0].item<bool>();
   if (left_out || !finite) {
+    if (meets()) agree({.steps = steps_, .skipped_steps = skipped_steps_ + 1});
     *stepped_ = true;
     ++skipped_steps_;
     return;
   }
-  ramp();
-  if (schedule_.allocates(steps_ + 1)) event(gradients, optimizer);
+  unless_agreed(meets() ? ramped() : std::vector<at::Tensor>(), [&] {
+    ramp();
+    if (schedule_.allocates(steps_ + 1)) {
+      event(gradients, optimizer);
+    } else if (meets()) {
+      agree({.steps = steps_ + 1, .skipped_steps = skipped_steps_});
+    }
+  });
+  end_ramps();
   *stepped_ = true;
   ++steps_;
   insert_probes();
 }
 
+// How much of a new direction's updates counts in this step, by its age.
+double SpectralAllocator::part_of(const Young& young) const {
+  const int64_t age = steps_ + 1 - columns_[young.adapter][young.column].birth;
+  return static_cast<double>(age) / static_cast<double>(options_.ramp_steps() + 1);
+}
+
 // Of the updates of new directions, the part that their age allows.
 void SpectralAllocator::ramp() {
-  std::erase_if(young_, [&](const Young& young) {
-    const Adapter& adapter = adapters_[young.adapter];
-    const int64_t age = steps_ + 1 - columns_[young.adapter][young.column].birth;
-    const double part = static_cast<double>(age) / static_cast<double>(options_.ramp_steps() + 1);
-    if (part >= 1) return true;
-    const at::Tensor A = adapter.lora_A.select(0, young.column);
-    const at::Tensor B = adapter.lora_B.select(1, young.column);
-    for (const auto& [now, before] : {std::pair(A, young.A), std::pair(B, young.B)}) {
+  for (const Young& young : young_) {
+    const double part = part_of(young);
+    if (part >= 1) continue;
+    for (const auto& [now, before] :
+         {std::pair(row_of(young), young.A), std::pair(column_of(young), young.B)}) {
       now.copy_(before.to(now.device()).lerp(now, part));
       before.copy_(now);
     }
-    return false;
-  });
+  }
+}
+
+void SpectralAllocator::end_ramps() {
+  std::erase_if(young_, [&](const Young& young) { return part_of(young) >= 1; });
+}
+
+at::Tensor SpectralAllocator::row_of(const Young& young) const {
+  return adapters_[young.adapter].lora_A.select(0, young.column);
+}
+
+at::Tensor SpectralAllocator::column_of(const Young& young) const {
+  return adapters_[young.adapter].lora_B.select(1, young.column);
+}
+
+// What ramp() writes.
+std::vector<at::Tensor> SpectralAllocator::ramped() const {
+  std::vector<at::Tensor> tensors;
+  for (const Young& young : young_)
+    tensors.insert(tensors.end(), {row_of(young), column_of(young), young.A, young.B});
+  return tensors;
 }
 
 }  // namespace rankwise

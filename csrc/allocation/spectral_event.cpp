@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "../ops/cpu/blocks.h"
+#include "group_decision.h"
 #include "spectral_directions.h"
 
 namespace rankwise {
@@ -91,6 +92,24 @@ std::vector<int64_t> SpectralAllocator::ask(const std::vector<Found>& found, int
   return ranks;
 }
 
+// The group's: bits of what an adapter is scored by before scores are made comparable with others,
+// and new ranks.
+void SpectralAllocator::meet(const std::vector<Found>& found, const std::vector<int64_t>& ranks,
+                             int64_t budget) {
+  Decision mine{.steps = steps_ + 1, .skipped_steps = skipped_steps_, .budget = budget};
+  for (size_t m = 0; m < found.size(); ++m) {
+    std::vector<double> sensitivities = {found[m].sketch.energy};
+    for (const Column& column : found[m].columns) sensitivities.push_back(column.sensitivity);
+    Digest scored;
+    scored.add(at::tensor(sensitivities, at::kDouble));
+    if (found[m].spectrum.S.defined()) scored.add(found[m].spectrum.S);
+    mine.scores.push_back(scored.value());
+    mine.choices.push_back(
+        Digest().add(ranks[m]).add(at::tensor(found[m].order, at::kLong)).value());
+  }
+  agree(mine);
+}
+
 void SpectralAllocator::event(const Gradients& gradients, const OptimizerView& optimizer) {
   const int64_t budget = budget_at(steps_ + 1);
   check_budget(budget, steps_ + 1);
@@ -99,6 +118,7 @@ void SpectralAllocator::event(const Gradients& gradients, const OptimizerView& o
   score(found);
   const std::vector<int64_t> ranks = ask(found, budget);
   check_optimizer(ranks, optimizer);
+  if (meets()) meet(found, ranks, budget);
 
   SpectralEvent event{
       .step = steps_ + 1, .budget = budget, .lowest_kept = nan, .highest_dropped = nan};

@@ -21,7 +21,7 @@ namespace {
 
 using State = std::map<std::string, at::Tensor>;
 
-State options_state(const SpectralOptions& o) {
+State options_of(const SpectralOptions& o) {
   return {{"options.total_steps", number(o.total_steps())},
           {"options.warmup_steps", number(o.warmup_steps())},
           {"options.final_steps", number(o.final_steps())},
@@ -91,8 +91,12 @@ std::vector<SpectralEvent> history_in(const State& state) {
 
 }  // namespace
 
+std::map<std::string, at::Tensor> SpectralAllocator::options_state() const {
+  return options_of(options_);
+}
+
 std::map<std::string, at::Tensor> SpectralAllocator::state() const {
-  State state = options_state(options_);
+  State state = options_state();
   state.merge(history_state(history_, static_cast<int64_t>(adapters_.size())));
   state["steps"] = number(steps_);
   state["skipped_steps"] = number(skipped_steps_);
@@ -128,7 +132,7 @@ std::map<std::string, at::Tensor> SpectralAllocator::state() const {
 
 void SpectralAllocator::load_state(const std::map<std::string, at::Tensor>& state, bool at_work) {
   StateCheck check(owner_, state);
-  for (const auto& [name, value] : options_state(options_)) check.equal(name, value);
+  for (const auto& [name, value] : options_state()) check.equal(name, value);
   for (const char* name : {"steps", "skipped_steps", "budget"}) check.tensor(name, at::kLong, {});
   const auto adapters = static_cast<int64_t>(adapters_.size());
   const int64_t n = check.count("history.steps");
@@ -160,6 +164,7 @@ void SpectralAllocator::load_state(const std::map<std::string, at::Tensor>& stat
   skipped_steps_ = state.at("skipped_steps").item<int64_t>();
   budget_ = state.at("budget").item<int64_t>();
   *stepped_ = at_work && steps_ + skipped_steps_ > 0;
+  meet_anew();
   history_ = history_in(state);
   young_.clear();
   for (size_t m = 0; m < adapters_.size(); ++m) {

@@ -172,6 +172,7 @@ void bind_allocator(py::module_& m) {
   py::class_<Allocator>(m, "Allocator")
       .def("step", taking_optimizer(&Allocator::step), py::arg("state_of"), py::arg("found_inf"),
            py::arg("holds"), py::arg("moments_of") = py::none())
+      .def("set_group", &Allocator::set_group, py::arg("all_gather"))
       .def("detach", &Allocator::detach)
       .def_property_readonly("in_charge", &Allocator::in_charge)
       .def_property_readonly("steps", &Allocator::steps)

@@ -13,6 +13,7 @@ from .allocator import Allocator
 from .attachment import round_of
 from .config import AdaLoRAConfig
 from .late_gradients import late
+from .process_group import DEFAULT
 
 PENALTY_FORMS = ("squared_sum", "mean_norm")
 
@@ -41,6 +42,10 @@ class RankAllocator(Allocator):
         model: with active AdaLoRA adapters (``apply_lora(model, AdaLoRAConfig(...))``).
         config: the schedule, which the adapters note for save_adapter(); its targets are not used
             here. ``adalora_config(model)`` is that of an adapter already in the model.
+        group: the torch.distributed process group whose processes train this model together and
+            must decide alike; "default" for the default one, where it has several processes; None
+            for a process that trains on its own. Of a pipeline's stages or a tensor's parts, which
+            have adapters of their own, give the group of those that have the same.
 
     Raises:
         ValueError: the model has no AdaLoRA adapters, their factors are sharded in part or
@@ -48,13 +53,13 @@ class RankAllocator(Allocator):
             that has made none gives way to this.
     """
 
-    def __init__(self, model: nn.Module, config: AdaLoRAConfig) -> None:
+    def __init__(self, model: nn.Module, config: AdaLoRAConfig, *, group=DEFAULT) -> None:
         if not isinstance(config, AdaLoRAConfig):
             raise TypeError(
                 f"RankAllocator: config must be an AdaLoRAConfig, got {type(config).__name__}"
             )
         layers = self._layers_of(model, config, triplets=True)
-        self._take(config, AllocatedAdapters(type(self).__name__, layers))
+        self._take(config, AllocatedAdapters(type(self).__name__, layers), group)
         for layer in layers.values():
             layer.options = replace(layer.options, allocation=config.allocation_settings())
 

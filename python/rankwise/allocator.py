@@ -17,6 +17,7 @@ from .allocated import AllocatedAdapters
 from .attachment import Attachment, Round, round_of, unwrapped, view_of
 from .devices import FACTORS
 from .installed import check_complete
+from .process_group import DEFAULT, check_group, gatherer, present
 from .sharding import reshard
 from .tree import Tree, enclosing
 from .wrappers import without_wrappers
@@ -31,6 +32,12 @@ class Allocator:
 
     Factors under fully_shard are gathered whole in each step, so that all processes decide alike:
     steps, freeze(), detach(), load_state_dict() and the penalty are for all of them, or none.
+
+    Where torch.distributed has more than one process, all of a group compare what they decided: at
+    the first step, at every step that may change ranks or masks, and in freeze(). All raise
+    RuntimeError where it differs, naming the step, the first layer and the processes, before
+    anything is changed; also where one of them has ended, or did not come within the group's
+    timeout. Nothing is exchanged in other steps.
     """
 
     def _layers_of(self, model: nn.Module, config, triplets: bool) -> dict[str, Adapted]:
@@ -54,8 +61,9 @@ class Allocator:
 
     _model: nn.Module | None = None  # of layers that belong to it; a copy's stand for themselves
 
-    def _take(self, config, adapters: AllocatedAdapters) -> None:
-        self.config, self._adapters = config, adapters
+    def _take(self, config, adapters: AllocatedAdapters, group=DEFAULT) -> None:
+        check_group(type(self).__name__, group)
+        self.config, self._adapters, self._group, self._met = config, adapters, group, None
         self._core = self._new_core(config, adapters)
         adapters.note_allocator()
         self._attachment: Callable[[], Attachment | None] = lambda: None
@@ -212,10 +220,15 @@ class Allocator:
         self._changed()
 
     def __getstate__(self) -> dict:
-        return {"config": self.config, "adapters": self._adapters, "state": self.state_dict()}
+        return {
+            "config": self.config,
+            "adapters": self._adapters,
+            "state": self.state_dict(),
+            "group": None if self._group is None else DEFAULT,  # others belong to this process
+        }
 
     def __setstate__(self, state: dict) -> None:
-        self._take(state["config"], state["adapters"])
+        self._take(state["config"], state["adapters"], state.get("group", DEFAULT))
         self._core.load_state(state["state"], at_work=False)
 
     @property
@@ -226,6 +239,14 @@ class Allocator:
     def _after_round(self, optimizers: Round) -> None:
         if self._core.in_charge:
             self._run(self._core.step, optimizers)
+
+    def _join_group(self) -> None:
+        """The core's group is that of now: programs may make and destroy the default one."""
+        group = present(self._group)
+        if group is not self._met:
+            owner = type(self).__name__
+            self._core.set_group(None if group is None else gatherer(owner, group))
+            self._met = group
 
     def _follow(self) -> None:
         """Before the allocator works: with the parameters that the layers have by now."""
@@ -238,6 +259,7 @@ class Allocator:
         return FACTORS
 
     def _run(self, change: Callable, optimizers: Round) -> None:
+        self._join_group()
         self._follow()
         before = self._moves()
         with self._adapters.gathered(self._reads()) as gathered:

@@ -13,6 +13,7 @@ from .allocated import AllocatedAdapters
 from .allocator import Allocator
 from .config import AdapterOptions, TargetConfig, _is_integer, _is_real, _require
 from .directions import Directions
+from .process_group import DEFAULT
 
 RankQuestion = library.RankQuestion
 SCORES = ("normalised", "literal")
@@ -190,6 +191,10 @@ class SpectralAllocator(Allocator):
     Args:
         model: with active LoRA adapters (``apply_lora(model, SpectralConfig(...))``).
         config: the schedule; its targets are not used here.
+        group: the torch.distributed process group whose processes train this model together and
+            must decide alike; "default" for the default one, where it has several processes; None
+            for a process that trains on its own. Of a pipeline's stages or a tensor's parts, which
+            have adapters of their own, give the group of those that have the same.
 
     Raises:
         ValueError: the model has no LoRA adapters, their factors are sharded in part or flattened,
@@ -197,7 +202,7 @@ class SpectralAllocator(Allocator):
             allocator that has made steps; one that has made none gives way to this.
     """
 
-    def __init__(self, model: nn.Module, config: SpectralConfig) -> None:
+    def __init__(self, model: nn.Module, config: SpectralConfig, *, group=DEFAULT) -> None:
         if not isinstance(config, SpectralConfig):
             raise TypeError(
                 f"SpectralAllocator: config must be a SpectralConfig, got {type(config).__name__}"
@@ -206,7 +211,7 @@ class SpectralAllocator(Allocator):
         for layer in layers.values():
             if layer.directions is None:
                 layer.directions = Directions(layer.capacity, layer.rank)
-        self._take(config, AllocatedAdapters(type(self).__name__, layers))
+        self._take(config, AllocatedAdapters(type(self).__name__, layers), group)
 
     def _new_core(self, config: SpectralConfig, adapters: AllocatedAdapters):
         return library.SpectralAllocator(adapters.for_library(), config.allocation_options())

@@ -4,6 +4,7 @@
 #include <ATen/core/List.h>
 #include <c10/util/Exception.h>
 #include <rankwise/adapter.h>
+#include <rankwise/budget_schedule.h>
 
 #include <functional>
 #include <list>
@@ -47,6 +48,10 @@ struct OptimizerView {
   std::function<std::optional<Moments>(const at::Tensor& parameter)> moments_of = {};
 };
 
+/// Gathers an int64 tensor on the CPU, of one size everywhere: that of every process, in one order.
+/// It waits for all of them, and throws where it cannot.
+using AllGather = std::function<std::vector<at::Tensor>(const at::Tensor& mine)>;
+
 /// Changes the ranks of adapters between optimizer steps. An adapter has one allocator at a time.
 /// Not thread-safe: one caller at a time.
 class Allocator {
@@ -62,6 +67,14 @@ class Allocator {
   /// this allocator, as the step left it, in the thread of the step, in the order of the calls
   /// here. An exception leaves the step taken.
   void on_step(std::function<void(const Allocator&)> callback);
+
+  /// Makes it one of a group of processes that train the same adapters and so must decide alike,
+  /// which all of them call; an empty function ends it. At the first step from now on or from
+  /// load_state(), at every step that may change ranks or masks, and in freeze(), all compare where
+  /// they stand and what they decided, and all throw c10::Error where it differs, naming the step,
+  /// the first adapter and the processes, before anything is changed. A process that throws for
+  /// another reason there ends the step of all others too. Nothing is gathered in other steps.
+  void set_group(AllGather all_gather);
 
   virtual int64_t steps() const = 0;          ///< with finite gradients; the schedule's position
   virtual int64_t skipped_steps() const = 0;  ///< with gradients not finite
@@ -107,6 +120,27 @@ class Allocator {
   virtual void take_step(const OptimizerView& optimizer) = 0;
   void call_back() const;
 
+  /// What this process decided in a step.
+  struct Decision {
+    bool freezes = false;  // by freeze()
+    int64_t steps = 0, skipped_steps = 0, budget = -1;
+    // Digests, of each adapter alone what it is decided by, and then what came of all together;
+    // empty where nothing was decided.
+    std::vector<int64_t> scores = {}, choices = {};
+  };
+  virtual int64_t calls() const = 0;  // of step(), without waiting for a device
+  virtual const BudgetSchedule& plan() const = 0;
+  virtual std::map<std::string, at::Tensor> options_state() const = 0;
+  /// Runs a step, or freeze(), of which the group hears also where it throws.
+  void in_group(bool meets, const std::function<void()>& take);
+  /// Whether the group has yet to compare its decisions in this step.
+  bool meets() const { return meets_; }
+  /// Throws c10::Error unless all processes of the group decided this.
+  void agree(const Decision& mine);
+  /// Runs a change that ends in agree(); where it throws, these tensors are as they were before.
+  void unless_agreed(const std::vector<at::Tensor>& tensors, const std::function<void()>& change);
+  void meet_anew() { met_before_ = false; }
+
   /// `owner`: the class, for messages; `entry`: its name in archives. Throws std::invalid_argument
   /// for no adapters, repeated names, wrong shapes, with or without lora_E other than `triplets`
   /// says, or factors that are not in memory.
@@ -137,9 +171,17 @@ class Allocator {
       std::make_shared<bool>(false);  // what Directions::allocator sees
 
  private:
+  bool meets_now() const;
+  void tell_failure() const;
+  std::vector<int64_t> digests_of(const Decision& decision) const;
+  std::string first_difference(const std::vector<int64_t>& own) const;
+
   std::set<std::string> warned_;
   bool looked_at_optimizer_ = false;
   std::weak_ptr<bool> attachment_;
+  AllGather all_gather_;
+  bool meets_ = false, met_before_ = false;
+  int64_t agreed_skipped_ = 0;  // by the group, at its last meeting
   std::list<std::function<void(const Allocator&)>> callbacks_;
 };
 

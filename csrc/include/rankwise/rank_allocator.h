@@ -46,11 +46,15 @@ struct Allocation {
 /// with other ranks or another order of directions was loaded into a layer since, without the
 /// allocator's own, or when another allocator took the adapters over.
 ///
+/// In a group of processes (set_group) one that differs is an error of all, with averages, factors
+/// and ranks as they were.
+///
 /// On CUDA the work goes to the current stream, which must be that of the optimizer's step, and a
 /// step waits for nothing: whether gradients were finite, where the schedule stands, the choice and
 /// the history stay on the device, and members that tell of them wait for it. One step of a
 /// training waits, that of freeze_step, because ranks become numbers on the host there; where steps
-/// were skipped immediately before it, each that might have been it. Adapters lie on one device.
+/// were skipped immediately before it, each that might have been it. So does each step in which a
+/// group compares. Adapters lie on one device.
 class RankAllocator : public Allocator {
  public:
   /// Throws std::invalid_argument for wrong options, no adapters, repeated names, wrong shapes,
@@ -94,6 +98,12 @@ class RankAllocator : public Allocator {
 
  private:
   void take_step(const OptimizerView& optimizer) override;
+  int64_t calls() const override { return calls_; }
+  const BudgetSchedule& plan() const override { return schedule_; }
+  std::map<std::string, at::Tensor> options_state() const override;
+  void freeze_now(const OptimizerView& optimizer);
+  void meet(bool freezes, const at::Tensor& progress, const at::Tensor& scores,
+            const at::Tensor& kept, const OptimizerView& optimizer);
   void warn_of_earlier_schedule() const;
   BudgetSchedule schedule_from(const std::vector<int64_t>& ranks) const;
   std::vector<int64_t> ranks_in(const std::map<std::string, at::Tensor>& state) const;
@@ -103,7 +113,9 @@ class RankAllocator : public Allocator {
   Gradients none() const;
   at::Tensor take(const Gradients& gradients, bool score,
                   const std::optional<at::Tensor>& progress);
-  void choose(const at::Tensor& scores, const at::Tensor& progress);
+  void choose(bool freezes, const at::Tensor& scores, const at::Tensor& progress,
+              const OptimizerView& optimizer);
+  std::vector<at::Tensor> averages();
   void freeze_pattern(const OptimizerView& optimizer);
   void mask(const at::Tensor& progress);
   void shrink(const OptimizerView& optimizer);

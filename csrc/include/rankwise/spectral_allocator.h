@@ -44,6 +44,8 @@ struct SpectralEvent {
 /// cannot be. Nothing is changed then. It warns once of each adapter without a gradient, and of
 /// factors that the optimizer does not hold.
 ///
+/// In a group of processes (set_group) one that differs is an error of all.
+///
 /// A step whose gradients are infinite or NaN changes nothing but skipped_steps(). Results do not
 /// depend on the number of threads. Events are computed in float64 on the CPU; on other devices
 /// each step waits for the gradients' check.
@@ -95,11 +97,20 @@ class SpectralAllocator : public Allocator {
   };
 
   void take_step(const OptimizerView& optimizer) override;
+  int64_t calls() const override { return steps_ + skipped_steps_; }
+  const BudgetSchedule& plan() const override { return schedule_; }
+  std::map<std::string, at::Tensor> options_state() const override;
   int64_t highest(size_t adapter) const;
   int64_t lowest(size_t adapter) const;
   int64_t budget_at(int64_t step) const;
   void check_budget(int64_t budget, int64_t step) const;
+  double part_of(const Young& young) const;
+  at::Tensor row_of(const Young& young) const;
+  at::Tensor column_of(const Young& young) const;
+  std::vector<at::Tensor> ramped() const;
   void ramp();
+  void end_ramps();
+  void meet(const std::vector<Found>& found, const std::vector<int64_t>& ranks, int64_t budget);
   void event(const Gradients& gradients, const OptimizerView& optimizer);
   std::vector<Found> find(const Gradients& gradients) const;
   void smooth(std::vector<Found>& found) const;
