@@ -1,4 +1,5 @@
-# The doors: make demo | test | peft-tests | check | fuzz | sanitize | proofs | bench | gpu | format.
+# The doors: make demo | test | peft-tests | check | fuzz | sanitize | proofs | supply | bench | gpu |
+# format.
 # All but gpu happens in .venv; see docs/architecture.md.
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ FORMATTED_CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu')
 FORMATTED_PY := setup.py python tests examples tools
 
 .PHONY: demo bench test test-cpp test-python peft-tests check lint fuzz sanitize sanitize-memory \
-	sanitize-threads proofs soak kills format gpu gpu-headers clean
+	sanitize-threads proofs soak kills processes supply format gpu gpu-headers clean
 
 demo: $(PACKAGE)
 	$(BIN)/python examples/sentiment/demo.py
@@ -91,13 +92,20 @@ sanitize-threads: $(VENV)/.ready
 		--gtest_filter='*ARaceIsReported'
 
 # What takes too long for the tests; docs/proofs.md has what each shows, and what was found.
-proofs: soak kills
+proofs: soak kills processes
 
 soak: $(PACKAGE)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proofs/soak.py
 
 kills: $(PACKAGE)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proofs/kills.py
+
+processes: $(PACKAGE)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/proofs/many_processes.py
+
+# Other Pythons, torches and compilers, which must be there: python3.10, clang++-16, ...
+supply: $(VENV)/.ready
+	$(BIN)/python tools/supply.py
 
 BENCH = cd tests && $(CURDIR)/$(BIN)/python -m bench
 
