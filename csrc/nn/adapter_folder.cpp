@@ -101,14 +101,16 @@ void note_first_order(const nn::HeldAdapter& adapter, int64_t rank) {
 }  // namespace
 
 void save_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
-                  const std::optional<std::string>& name) {
+                  const std::optional<std::string>& name,
+                  const std::map<std::string, std::string>& beside) {
   Placed adapters = adapters_to_write("save_adapter", model, name);
   std::erase_if(adapters, [](const PlacedAdapter& placed) {
     return placed.adapter.rank == 0 && !placed.adapter.lora_E.defined();
   });
   if (adapters.empty())
     throw std::invalid_argument("save_adapter: every layer has rank 0; there is nothing to save");
-  AdapterFile file{.config = folder_config(adapters), .tensors = {}, .metadata = {}};
+  AdapterFile file{
+      .config = folder_config(adapters), .tensors = {}, .metadata = {}, .beside = beside};
   file.config.target_modules = target_names_in(model, adapters);
   for (const PlacedAdapter& placed : adapters) {
     for (const Slot& slot : slots_of(placed))
@@ -182,7 +184,8 @@ AdaLoRAOptions adalora_options(torch::nn::Module& model, const std::optional<std
 }
 
 void export_lora(torch::nn::Module& model, const std::filesystem::path& directory,
-                 const std::optional<std::string>& name) {
+                 const std::optional<std::string>& name,
+                 const std::map<std::string, std::string>& beside) {
   std::vector<AdapterUpdate> updates;
   for (const PlacedAdapter& placed : adapters_to_write("export_lora", model, name)) {
     const std::vector<Slot> slots = slots_of(placed);
@@ -192,7 +195,9 @@ void export_lora(torch::nn::Module& model, const std::filesystem::path& director
     updates.push_back(
         {placed.path, active(0), active(1), active(2), placed.adapter.scaling(), placed.embedding});
   }
-  write_adapter(directory, fold_adapter(updates));
+  AdapterFile file = fold_adapter(updates);
+  file.beside = beside;
+  write_adapter(directory, file);
 }
 
 }  // namespace rankwise

@@ -8,6 +8,7 @@
 #include <torch/nn/module.h>
 
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -55,9 +56,11 @@ void delete_adapter(torch::nn::Module& model, const std::string& name);
 /// their RankAllocator or a folder; else the file has a placeholder (see AdapterConfig). Throws
 /// std::invalid_argument when the tree has no adapters, or PEFT's format cannot hold them: it has
 /// one method and one rslora; one for AdaLoRA one initial rank and alpha and no rslora. Throws
-/// io::FileError when the folder cannot be written; the old adapter is then left.
+/// io::FileError when the folder cannot be written; the old adapter is then left. `beside`: see
+/// AdapterFile.
 void save_adapter(torch::nn::Module& model, const std::filesystem::path& directory,
-                  const std::optional<std::string>& name = {});
+                  const std::optional<std::string>& name = {},
+                  const std::map<std::string, std::string>& beside = {});
 
 /// Reads a PEFT folder into the adapters called `name` of a tree, and activates them.
 ///
@@ -83,6 +86,7 @@ AdaLoRAOptions adalora_options(torch::nn::Module& model,
 /// fold_adapter (adapter_fold.h). The model is not changed. Throws std::invalid_argument when there
 /// is no adapter, every rank is 0 or a value would not be finite, and io::FileError.
 void export_lora(torch::nn::Module& model, const std::filesystem::path& directory,
-                 const std::optional<std::string>& name = {});
+                 const std::optional<std::string>& name = {},
+                 const std::map<std::string, std::string>& beside = {});
 
 }  // namespace rankwise

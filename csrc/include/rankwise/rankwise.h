@@ -4,6 +4,7 @@
 #include <rankwise/adapter_file.h>
 #include <rankwise/adapter_fold.h>
 #include <rankwise/analysis.h>
+#include <rankwise/checkpoint.h>
 #include <rankwise/cpu_path.h>
 #include <rankwise/directions.h>
 #include <rankwise/module_adapters.h>

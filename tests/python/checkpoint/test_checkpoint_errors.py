@@ -8,6 +8,7 @@ from checkpoint_trainings import Run, same
 from torch import nn
 
 import rankwise as rw
+from rankwise._library import library
 
 
 def refuses(run: Run, folder, *patterns: str, error=rw.FileError, parts=None) -> None:
@@ -52,6 +53,14 @@ def test_other_methods_optimizers_and_ranks(saved):
     run = fresh()
     rw.add_adapter(run.model, "other", rw.LoRAConfig(rank=1, target_modules=["first"]))
     refuses(run, saved, "first.adapters.other.lora_A: missing in the checkpoint")
+
+
+def test_checkpoints_of_cpp_are_for_cpp(tmp_path):
+    run = fresh()
+    structure = b'{"dict": [\n["format", "C++ 1"],\n["allocator", "rankwise::RankAllocator"]\n]}\n'
+    beside = {"training.json": structure, "training.safetensors": library.format_tensors({}, "")}
+    rw.save_adapter(run.model, tmp_path, beside=beside)
+    refuses(run, tmp_path, r"training.json: .* format must be 1, got 'C\+\+ 1'")
 
 
 def test_tensors_of_other_shapes(tmp_path):
