@@ -218,6 +218,13 @@ std::vector<at::Tensor> Allocator::present(const Gradients& gradients) {
   return result;
 }
 
+std::vector<std::pair<int64_t, int64_t>> Allocator::sizes() const {
+  std::vector<std::pair<int64_t, int64_t>> sizes;
+  for (const Adapter& adapter : adapters_)
+    sizes.emplace_back(adapter.lora_B.size(0), adapter.lora_A.size(1));
+  return sizes;
+}
+
 std::vector<int64_t> Allocator::ranks_of_adapters() const {
   std::vector<int64_t> ranks;
   for (const Adapter& adapter : adapters_) ranks.push_back(adapter.rank);

@@ -82,6 +82,8 @@ class Allocator {
   virtual int64_t budget() const = 0;         ///< of now, in the schedule's unit
   /// Directions by adapter name, in the adapters' order.
   virtual std::vector<std::pair<std::string, int64_t>> ranks() const = 0;
+  /// (out, in) of each adapter, in their order.
+  std::vector<std::pair<int64_t, int64_t>> sizes() const;
 
   /// Everything a bit-exact resume needs besides modules and optimizer.
   virtual std::map<std::string, at::Tensor> state() const = 0;

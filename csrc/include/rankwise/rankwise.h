@@ -11,6 +11,7 @@
 #include <rankwise/nn.h>
 #include <rankwise/ops.h>
 #include <rankwise/optim.h>
+#include <rankwise/rank_advice.h>
 #include <rankwise/rank_allocator.h>
 #include <rankwise/spectral_allocator.h>
 #include <rankwise/tensor_file.h>

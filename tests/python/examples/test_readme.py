@@ -162,6 +162,34 @@ def test_the_combination_program_names_what_is_wrong(programs, tmp_path):
     assert result.returncode == 1 and "numbers, got half" in result.stderr
 
 
+def test_the_advice_program_has_pythons_ranks(programs, tmp_path):
+    import torch
+
+    folders = [tmp_path / "1", tmp_path / "2"]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 20), torch.nn.Linear(20, 5))
+        rw.apply_lora(model, rw.LoRAConfig(rank=3, target_modules=["0", "1"]))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        with torch.no_grad():
+            model[0].lora_A[0].fill_(9)  # what both agree on
+        rw.save_adapter(model, folder)
+    printed = output_of(programs / "advise", *folders, "160")
+    for evidence in (
+        rw.analysis.update_energies(folders[0]),
+        rw.analysis.seed_agreement(*folders),
+    ):
+        advice = rw.analysis.rank_advice(evidence, budget=160)
+        for module, (out, n_in) in advice.sizes.items():
+            score, rank = advice.scores[module], advice.ranks[module]
+            assert f"  {module}: {out} x {n_in}, score {score:.4g}, rank {rank}\n" in printed
+        assert f"  {advice.spent} of 160 parameters\n" in printed
+    run = [programs / "advise", *folders, "many"]
+    result = subprocess.run(run, capture_output=True, text=True)
+    assert result.returncode == 1 and "whole number, got many" in result.stderr
+
+
 def test_python_and_peft_load_what_the_module_program_saved(programs, tmp_path):
     import peft
     import torch
