@@ -1,6 +1,6 @@
 // The analysis of adapters for Python: rankwise._C.analysis.
 #include <pybind11/stl.h>
-#include <rankwise/analysis.h>
+#include <rankwise/rank_advice.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "bindings.h"
@@ -48,6 +48,21 @@ void bind_results(py::module_& m) {
       .def_readonly("distance", &analysis::ModuleDistance::distance);
 }
 
+// Ranks within a budget, and what they are for.
+void bind_advice(py::module_& m) {
+  py::class_<analysis::Agreement>(m, "Agreement")
+      .def_readonly("directions", &analysis::Agreement::directions)
+      .def_readonly("overlap", &analysis::Agreement::overlap)
+      .def_readonly("chance", &analysis::Agreement::chance);
+  py::class_<analysis::RankRoom>(m, "RankRoom")
+      .def(py::init([](int64_t cost, int64_t lowest, int64_t highest) {
+        return analysis::RankRoom{cost, lowest, highest};
+      }));
+  m.def("agreement", &analysis::agreement, py::call_guard<py::gil_scoped_release>());
+  m.def("in_proportion", &analysis::in_proportion);
+  m.def("best_directions", &analysis::best_directions);
+}
+
 void bind_options(py::module_& m) {
   py::enum_<analysis::Subspace>(m, "Subspace")
       .value("input", analysis::Subspace::input)
@@ -75,6 +90,7 @@ void bind_analysis(py::module_& parent) {
   py::module_ m = parent.def_submodule("analysis");
   bind_results(m);
   bind_options(m);
+  bind_advice(m);
   const auto free = py::call_guard<py::gil_scoped_release>();
   m.def("delta_spectrum", &analysis::delta_spectrum, free);
   m.def("subspace_similarity", &analysis::subspace_similarity, free);

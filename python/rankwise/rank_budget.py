@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
-from math import floor
 from typing import NamedTuple
+
+from ._library import library
+
+_core = library.analysis
+_LARGEST = 2**63 - 1
 
 
 class Room(NamedTuple):
@@ -30,19 +32,15 @@ def in_proportion(scores: Mapping[str, float], rooms: Rooms, budget: int) -> dic
 
     The exact ranks are ``level * score`` within their rooms, at the level at which they cost the
     budget. Rounded down, they leave some of it; in the order of what rounding took, largest first,
-    ties by order, each gets one more where that fits. So no rank is a whole one away from exact.
+    ties (in float) by order, each gets one more where that fits. So no rank is a whole one away from
+    exact.
 
     Args:
         budget: at least what the lowest ranks cost.
     """
-    exact = _at(_level(scores, rooms, budget), scores, rooms)
-    ranks = {name: floor(rank) for name, rank in exact.items()}
-    left = budget - cost_of(ranks, rooms)
-    for name in sorted(exact, key=lambda name: ranks[name] - exact[name]):
-        if exact[name] > ranks[name] and rooms[name].cost <= left:
-            ranks[name] += 1
-            left -= rooms[name].cost
-    return ranks
+    own = [float(scores[name]) for name in rooms]
+    ranks = _core.in_proportion(own, _for_library(rooms, rooms), min(budget, _LARGEST))
+    return dict(zip(rooms, ranks, strict=True))
 
 
 def best_directions(
@@ -58,46 +56,11 @@ def best_directions(
         scores: of the first, second, ... direction of each matrix; falling.
         budget: at least what the lowest ranks cost.
     """
-    ranks = {name: room.lowest for name, room in rooms.items()}
-    left = budget - cost_of(ranks, rooms)
-    order = [
-        (-score / rooms[name].cost, name)
-        for name, own in scores.items()
-        for score in own[rooms[name].lowest : rooms[name].highest]
-    ]
-    for _, name in sorted(order, key=lambda direction: direction[0]):
-        if rooms[name].cost <= left:
-            ranks[name] += 1
-            left -= rooms[name].cost
-    return ranks
+    own = [list(map(float, values)) for values in scores.values()]
+    found = _core.best_directions(own, _for_library(scores, rooms), min(budget, _LARGEST))
+    ranks = dict(zip(scores, found, strict=True))
+    return {name: ranks[name] for name in rooms}
 
 
-def _level(scores: Mapping[str, float], rooms: Rooms, budget: int) -> Fraction:
-    """Where the exact ranks cost the budget, or the last at which one of them grows.
-
-    Between levels at which a rank leaves or reaches its room the cost is linear.
-    """
-
-    def cost(level: Fraction) -> Fraction:
-        return cost_of(_at(level, scores, rooms), rooms)
-
-    bounds = {
-        Fraction(bound) / Fraction(scores[name])
-        for name, room in rooms.items()
-        for bound in room[1:]
-        if scores[name] > 0
-    }
-    levels = sorted({Fraction(0), *bounds})
-    place = bisect_right(levels, budget, key=cost)
-    if place == len(levels):
-        return levels[-1]
-    below, above = levels[place - 1], levels[place]
-    part = (budget - cost(below)) / (cost(above) - cost(below))
-    return below + part * (above - below)
-
-
-def _at(level: Fraction, scores: Mapping[str, float], rooms: Rooms) -> dict[str, Fraction]:
-    return {
-        name: min(max(level * Fraction(scores[name]), Fraction(room.lowest)), room.highest)
-        for name, room in rooms.items()
-    }
+def _for_library(names, rooms: Rooms) -> list:
+    return [_core.RankRoom(*rooms[name]) for name in names]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from math import sqrt
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .._library import library
 from ..adapted import Adapted
+from ..config import _require
 from .scores import MatrixScores
-from .subspaces import subspace_similarity
-from .updates import Update, for_library, sizes_of, updates
-
-DEVIATIONS = 3  # above the mean of random directions; about one of them in a hundred is
+from .subspaces import SUBSPACES
+from .updates import Update, for_library, result_of, sizes_of, updates
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Agreement:
 
     Args:
         directions: how many, of each on average, lie within the other's subspace by more than
-            random ones do: by three standard deviations of those.
+            random ones do: by three standard deviations of those, as about one in a hundred is.
         overlap: ``||U1^T U2||_F^2``, 0 to the smaller rank.
         chance: what random subspaces of these ranks, r1 and r2, have on average, ``r1 r2 / n``.
     """
@@ -43,13 +41,11 @@ def agreement(first: Update | Adapted, second: Update | Adapted, of: str = "inpu
     Args:
         first, second, of: as in subspace_similarity.
     """
-    phi = subspace_similarity(first, second, of)
-    inner = for_library("agreement", "first", first)
-    size = inner.lora_A.shape[1] if of in ("input", "lora_A") else inner.lora_B.shape[0]
-    counts = [_beyond_chance(phi, size), _beyond_chance(phi.t(), size)]
-    ranks = phi.shape
-    overlap = phi[-1, -1].item() * min(ranks) if min(ranks) else 0.0
-    return Agreement(sum(counts) / 2, overlap, ranks[0] * ranks[1] / size)
+    function = "agreement"
+    _require(of in SUBSPACES, function, "of", f"one of {SUBSPACES}", of)
+    pair = for_library(function, "first", first), for_library(function, "second", second)
+    core = library.analysis
+    return result_of(Agreement, core.agreement(*pair, getattr(core.Subspace, of)))
 
 
 def seed_agreement(
@@ -76,15 +72,3 @@ def seed_agreement(
         for module, update in found[0].items()
     }
     return MatrixScores(scores, sizes_of(found[0]), "directions agreed on")
-
-
-def _beyond_chance(phi: Tensor, size: int) -> int:
-    """How many of the first's directions lie within all of the second's beyond chance."""
-    count, rank = phi.shape
-    if count == 0 or rank == 0:
-        return 0
-    ranks = torch.arange(1, count + 1, dtype=phi.dtype).clamp(max=rank)
-    overlaps = phi[:, -1] * ranks
-    parts = overlaps.diff(prepend=overlaps.new_zeros(1))
-    mean, deviation = rank / size, sqrt(2 * rank * (size - rank) / (size + 2)) / size
-    return int((parts > mean + DEVIATIONS * deviation).sum())
