@@ -32,8 +32,8 @@ def in_proportion(scores: Mapping[str, float], rooms: Rooms, budget: int) -> dic
 
     The exact ranks are ``level * score`` within their rooms, at the level at which they cost the
     budget. Rounded down, they leave some of it; in the order of what rounding took, largest first,
-    ties (in float) by order, each gets one more where that fits. So no rank is a whole one away from
-    exact.
+    ties (in float) by order, each gets one more where that fits. So no rank is a whole one away
+    from exact.
 
     Args:
         budget: at least what the lowest ranks cost.
