@@ -81,8 +81,10 @@ Facts facts_of(const std::string& owner, const torch::optim::Optimizer& optimize
   const auto& groups = optimizer.param_groups();
   for (size_t i = 0; i < groups.size(); ++i) {
     std::string names;
-    for (const at::Tensor& parameter : groups[i].params())
-      names += (names.empty() ? "" : " ") + escaped(tensors.name_of(parameter));
+    for (const at::Tensor& parameter : groups[i].params()) {
+      if (!names.empty()) names += ' ';
+      names += escaped(tensors.name_of(parameter));
+    }
     facts["parameters of group " + std::to_string(i)] = names;
   }
   return facts;
