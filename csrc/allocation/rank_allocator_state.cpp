@@ -75,9 +75,12 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state, b
   for (const auto& [name, value] : options_of(options_, schedule)) check.equal(name, value);
   for (const char* name : {"steps", "skipped_steps", "frozen", "shrunk"})
     check.tensor(name, at::kLong, {});
+  for (const char* name : {"steps", "skipped_steps"}) check.within(name, 0, many_steps);
   const auto it = state.find("frozen");
   const bool frozen = it != state.end() && kind_without_memory(it->second).empty() &&
                       it->second.numel() == 1 && it->second.item<double>() != 0;
+  check.within("frozen", 0, 1);
+  check.within("shrunk", 0, frozen && options_.shrink());
   const auto adapters = static_cast<int64_t>(adapters_.size());
   check.tensor("history.steps", at::kLong, {-1});
   const auto steps = state.find("history.steps");

@@ -133,9 +133,12 @@ std::map<std::string, at::Tensor> SpectralAllocator::state() const {
 void SpectralAllocator::load_state(const std::map<std::string, at::Tensor>& state, bool at_work) {
   StateCheck check(owner_, state);
   for (const auto& [name, value] : options_state()) check.equal(name, value);
-  for (const char* name : {"steps", "skipped_steps", "budget"}) check.tensor(name, at::kLong, {});
+  for (const char* name : {"steps", "skipped_steps", "budget"}) {
+    check.tensor(name, at::kLong, {});
+    check.within(name, 0, many_steps);
+  }
   const auto adapters = static_cast<int64_t>(adapters_.size());
-  const int64_t n = check.count("history.steps");
+  const int64_t n = check.rows("history.steps");
   for (const char* name : {"history.steps", "history.budgets", "history.banks"})
     check.tensor(name, at::kLong, {n});
   check.tensor("history.ranks", at::kLong, {n, adapters});
@@ -144,13 +147,17 @@ void SpectralAllocator::load_state(const std::map<std::string, at::Tensor>& stat
   for (size_t m = 0; m < adapters_.size(); ++m) {
     const Adapter& adapter = adapters_[m];
     const auto dtype = adapter.lora_A.scalar_type();
-    const int64_t rank = check.count(adapter.name + ".sensitivity");
+    const int64_t rank = check.rows(adapter.name + ".sensitivity");
     check.tensor(adapter.name + ".sensitivity", at::kDouble, {-1});
+    check.finite(adapter.name + ".sensitivity");
     check.tensor(adapter.name + ".columns", at::kLong, {rank, 2});
+    check.within(adapter.name + ".columns", 0, many_steps);
     check.tensor(adapter.name + ".probes", at::kLong, {});
+    check.within(adapter.name + ".probes", 0, adapter.lora_A.size(0) - rank);
     check.tensor(adapter.name + ".former", at::kDouble, {adapter.lora_A.size(0)});
-    check.tensor(adapter.name + ".young_A", dtype, {-1, adapter.lora_A.size(1)});
-    check.tensor(adapter.name + ".young_B", dtype, {adapter.lora_B.size(0), -1});
+    const int64_t young = check.rows(adapter.name + ".young_A");
+    check.tensor(adapter.name + ".young_A", dtype, {std::min(young, rank), adapter.lora_A.size(1)});
+    check.tensor(adapter.name + ".young_B", dtype, {adapter.lora_B.size(0), young});
     if (rank > highest(m))
       check.fault(adapter.name + ".sensitivity: a rank of at most " + std::to_string(highest(m)) +
                   " was expected, got " + std::to_string(rank));

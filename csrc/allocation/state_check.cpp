@@ -33,11 +33,11 @@ at::Tensor number(double value) {
   return at::scalar_tensor(value, at::kDouble);
 }
 
-int64_t StateCheck::count(const std::string& name) const {
+int64_t StateCheck::rows(const std::string& name) const {
   const auto it = state_.find(name);
   const bool readable =
       it != state_.end() && it->second.defined() && kind_without_memory(it->second).empty();
-  return readable ? it->second.numel() : -1;
+  return readable && it->second.dim() > 0 ? it->second.size(0) : -1;
 }
 
 void StateCheck::tensor(const std::string& name, at::ScalarType dtype,
@@ -65,6 +65,22 @@ void StateCheck::equal(const std::string& name, const at::Tensor& wanted) {
   if (it == state_.end() || faults_.contains(name)) return;
   if (!it->second.cpu().equal(wanted))
     fault(name + ": must be " + text_of(wanted) + ", got " + text_of(it->second));
+}
+
+void StateCheck::within(const std::string& name, int64_t lowest, int64_t highest) {
+  const auto it = state_.find(name);
+  if (it == state_.end() || faults_.contains(name) || it->second.numel() == 0) return;
+  const auto least = it->second.min().item<int64_t>(), most = it->second.max().item<int64_t>();
+  if (least >= lowest && most <= highest) return;
+  fault(name + ": must be from " + std::to_string(lowest) + " to " + std::to_string(highest) +
+        ", got " + std::to_string(least < lowest ? least : most));
+}
+
+void StateCheck::finite(const std::string& name) {
+  const auto it = state_.find(name);
+  if (it == state_.end() || faults_.contains(name)) return;
+  const at::Tensor wrong = it->second.masked_select(it->second.isfinite().logical_not());
+  if (wrong.numel() > 0) fault(name + ": must be finite, got " + text_of(wrong[0]));
 }
 
 void StateCheck::finish() {

@@ -13,6 +13,9 @@ namespace rankwise {
 at::Tensor number(int64_t value);  // 0-d
 at::Tensor number(double value);
 
+// More steps than a training has; fewer than overflow when they are counted on.
+constexpr int64_t many_steps = int64_t{1} << 60;
+
 class StateCheck {
  public:
   StateCheck(std::string owner, const std::map<std::string, at::Tensor>& state)
@@ -22,8 +25,12 @@ class StateCheck {
   void tensor(const std::string& name, at::ScalarType dtype, const std::vector<int64_t>& shape);
   // A tensor of these values.
   void equal(const std::string& name, const at::Tensor& wanted);
-  // The elements of a tensor that is there and can be read; -1 where it is not.
-  int64_t count(const std::string& name) const;
+  // Integers that are there, and are of this range.
+  void within(const std::string& name, int64_t lowest, int64_t highest);
+  // Numbers that are there, none of them infinite or NaN.
+  void finite(const std::string& name);
+  // The first size of a tensor that is there and can be read; -1 where it is not.
+  int64_t rows(const std::string& name) const;
   void fault(const std::string& line);
   // Throws std::invalid_argument, listing the faults, when there are any or something is left over.
   void finish();

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <vector>
 
@@ -23,8 +24,10 @@ void select_triplets_cpu_(const at::Tensor& kept, const at::Tensor& scores, at::
   const double* const score = scores.const_data_ptr<double>();
   std::vector<int64_t> order(adapter.size());
   std::iota(order.begin(), order.end(), 0);
+  // A NaN is below all numbers: std::sort wants an order of everything.
+  const auto above = [](double x, double y) { return x > y || (std::isnan(y) && !std::isnan(x)); };
   std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return score[a] != score[b] ? score[a] > score[b] : a < b;
+    return above(score[a], score[b]) || (!above(score[b], score[a]) && a < b);
   });
 
   bool* const keep = kept.mutable_data_ptr<bool>();

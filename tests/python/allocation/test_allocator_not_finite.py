@@ -1,4 +1,6 @@
 # Steps with infinite or NaN gradients change nothing but skipped_steps: 1,000 random patterns.
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -165,3 +167,17 @@ def test_without_a_skip_the_infinity_would_have_stayed():
     oracle.step(b.numpy(False), b.numpy(True))
     assert not np.isfinite(oracle.scores()).all()
     assert_same_bits(b.allocator.scores, torch.zeros(3, dtype=torch.float64), "scores")
+
+
+@pytest.mark.parametrize("scores, kept", [
+    ([math.nan, 1.0, math.nan, 3.0], [1, 3]),
+    ([2.0, math.nan, math.inf, -math.inf], [0, 2]),
+    ([math.nan, math.nan, math.nan, -math.inf], [0, 3]),
+    ([math.nan] * 20 + [1.0] * 2 + [math.nan] * 20, [20, 21]),
+])  # fmt: skip
+def test_averages_that_overflowed_are_the_least(scores, kept):
+    found = torch.zeros(len(scores), dtype=torch.bool)
+    scores = torch.tensor(scores, dtype=torch.float64)
+    chosen = torch.tensor([1, 0, 2, 1, 0, 0])  # a step with a budget of two directions
+    torch.ops.rankwise._select_triplets_(found, scores, [len(scores)], [1], 0, chosen)
+    assert found.nonzero().squeeze(1).tolist() == kept

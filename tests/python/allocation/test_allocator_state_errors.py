@@ -132,3 +132,17 @@ def test_a_frozen_state_has_no_averages_and_another_needs_them():
     b.allocator.load_state_dict(frozen)
     assert b.allocator.frozen and b.allocator.scores is None
     assert [layer.rank for layer in b.layers] == list(b.allocator.ranks.values())
+
+
+@pytest.mark.parametrize("key, value, wanted", [
+    ("steps", -1, "from 0 to"),
+    ("steps", 2**62, "from 0 to"),
+    ("skipped_steps", -(2**63), "from 0 to"),
+    ("frozen", 2, "from 0 to 1"),
+    ("frozen", -1, "from 0 to 1"),
+    ("shrunk", 1, "from 0 to 0"),
+])  # fmt: skip
+def test_numbers_that_no_training_comes_to(key, value, wanted):
+    state = run(4).allocator.state_dict()
+    text = refused(run(3), state | {key: torch.tensor(value)})
+    assert re.search(rf"^  {key}: must be {wanted}.*, got {value}$", text, re.MULTILINE)

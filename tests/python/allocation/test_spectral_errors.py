@@ -63,3 +63,31 @@ def test_an_error_of_a_rule_arrives():
     allocator.attach(optimizer)
     with pytest.raises(KeyError, match="mine"):
         train(model, optimizer, [0])
+
+
+@pytest.mark.parametrize("key, value, wanted", [
+    ("steps", torch.tensor(-1), "from 0 to .*, got -1"),
+    ("budget", torch.tensor(2**62), f"from 0 to .*, got {2**62}"),
+    ("wide.probes", torch.tensor(100), "from 0 to .*, got 100"),
+    ("wide.probes", torch.tensor(-1), "from 0 to .*, got -1"),
+    ("wide.columns", torch.full((3, 2), -7), "from 0 to .*, got -7"),
+    ("wide.sensitivity", torch.tensor([1.0, torch.nan, 1.0]).double(), "finite, got nan"),
+    ("wide.sensitivity", torch.full((3,), -torch.inf).double(), "finite, got -inf"),
+    ("wide.young_A", "more than columns", r"Float \[3, .*, got Float \[9, "),
+    ("wide.young_B", "less than young_A", r"Float \[.*, 1\], got Float \[.*, 0\]"),
+])  # fmt: skip
+def test_numbers_of_a_state_that_no_training_comes_to(key, value, wanted):
+    _, allocator = spectral()
+    state = allocator.state_dict()
+    A, B = state["wide.young_A"], state["wide.young_B"]
+    if key == "wide.young_A":
+        state |= {key: A.new_zeros(9, A.shape[1]), "wide.young_B": B.new_zeros(B.shape[0], 9)}
+    elif key == "wide.young_B":
+        state |= {"wide.young_A": A.new_zeros(1, A.shape[1])}
+    else:
+        state |= {key: value}
+    before = allocator.state_dict()
+    with pytest.raises(ValueError, match=f"  {key}: must be {wanted}"):
+        allocator.load_state_dict(state)
+    after = allocator.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if ".former" not in name)
