@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import Annotated
 
 import typer
-from figures import draw_study
+from figures import draw_ranks, draw_study
 from methods import METHODS, run
 from results import Results
 from rich.console import Console
@@ -56,7 +56,10 @@ def main(
     accuracies = {name: [o["accuracies"]["test"] for o in own] for name, own in found.items()}
     console.print(table(chosen_task, accuracies, found, best))
     draw_study(task, found, output / f"{task}.png")
-    console.print(f"figure: {output / f'{task}.png'}")
+    for method, (first, *_) in found.items():
+        if first["events"]:
+            draw_ranks(task, method, first, output)
+    console.print(f"figures: {output / f'{task}*.png'}")
     return accuracies
 
 

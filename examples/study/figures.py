@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 import matplotlib
 
@@ -12,6 +13,8 @@ matplotlib.use("Agg")  # draws without a display
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+
+from rankwise import plots
 
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -29,6 +32,24 @@ def draw_study(task: str, found: dict[str, list[dict]], path: Path) -> None:
             _draw_ranks(place, name, own[0])
         figure.savefig(path, dpi=150)
         plt.close(figure)
+
+
+class Event(NamedTuple):
+    step: int
+    ranks: list[int]
+
+
+def draw_ranks(task: str, method: str, outcome: dict, folder: Path) -> None:
+    """Writes PNGs of a training: its last ranks, layers by projections, and lines over steps."""
+    history = [Event(*event) for event in outcome["events"]]
+    title = f"{task}, {method}"
+    drawn = {
+        "map": plots.rank_map(outcome["ranks"], f"Ranks at the end: {title}"),
+        "lines": plots.ranks_over_time(history, outcome["ranks"], f"Ranks: {title}"),
+    }
+    words = "_".join(method.replace(",", "").split())
+    for kind, figure in drawn.items():
+        figure.savefig(folder / f"{task}_{words}_{kind}.png", dpi=110)
 
 
 def draw_settings(title: str, found: dict[str, list[dict]], path: Path) -> None:

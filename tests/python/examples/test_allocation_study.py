@@ -24,6 +24,8 @@ def test_it_goes_on_where_it_was_stopped(one_tuning_seed, monkeypatch, tmp_path)
     first = allocation_study.main(**options)
     assert all(0.8 < value <= 1 for own in first.values() for value in own)
     assert (tmp_path / "digits.png").stat().st_size > 20_000
+    for kind in ("map", "lines"):
+        assert (tmp_path / f"digits_spectral_grown_{kind}.png").stat().st_size > 5_000
     lines = (tmp_path / "digits.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) == 2 * (2 + 2)
     (tmp_path / "digits.jsonl").write_text("".join(lines[:-1]))
