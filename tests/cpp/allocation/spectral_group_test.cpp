@@ -45,7 +45,7 @@ struct Pair {
       if (rank == 1 && disturb) disturb(training.adapters);
       const at::NoGradGuard no_grad;
       for (const at::Tensor& parameter : training.parameters())
-        parameter.sub_(parameter.grad(), 0.1);
+        parameter.sub_(parameter.grad(), 0.01);
       before[rank] = state(rank);
     }
     for (const size_t rank : {0, 1}) {
