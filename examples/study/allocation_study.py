@@ -40,7 +40,7 @@ def main(
     chosen_task, chosen = TASKS[task](), methods.split(";")
     candidates = [float(rate) for rate in rates.split(";")]
     results = Results(output / f"{task}.jsonl")
-    trainings = len(chosen) * (len(candidates) * len(TUNING_SEEDS) + seeds)
+    trainings = len(chosen) * (tunings(candidates) + seeds)
     best, found = {}, {}
     with tqdm(total=trainings, disable=not sys.stderr.isatty()) as bar:
         for method in chosen:
@@ -63,8 +63,15 @@ def main(
     return accuracies
 
 
+def tunings(candidates: list[float]) -> int:
+    """Trainings by which a method's rate is chosen."""
+    return len(candidates) * len(TUNING_SEEDS) if len(candidates) > 1 else 0
+
+
 def best_rate(candidates: list[float], outcome: Callable[[float, int], dict]) -> float:
-    """By the mean accuracy on the validation split."""
+    """By the mean accuracy on the validation split, where there is a choice."""
+    if not tunings(candidates):
+        return candidates[0]
     scores = {
         rate: mean(outcome(rate, seed)["accuracies"]["validation"] for seed in TUNING_SEEDS)
         for rate in candidates

@@ -39,6 +39,7 @@ MATRICES = (
 )
 RANKS = tuple(Setting(f"q, v, r = {rank}", QV, rank) for rank in (1, 2, 4, 8, 64))
 R4, R8, R64 = RANKS[-3:]
+EVERYWHERE = tuple(Setting(f"all linear, r = {rank}", "all-linear", rank) for rank in (1, 4))
 Seeds = Annotated[int, typer.Option(min=2, help="Trainings of each setting.")]
 Rates = Annotated[str, typer.Option(help="Learning rates to choose from.")]
 Output = Annotated[Path, typer.Option(help="Folder of results and figures.")]
@@ -83,6 +84,12 @@ def compare(
     draw_settings(title, found, figure)
     console.print(f"figure: {figure}")
     return found
+
+
+@app.command()
+def everywhere(seeds: Seeds = 3, rates: Rates = DEFAULT_RATES, output: Output = OUTPUT) -> None:
+    """Whether more directions in all linear layers help."""
+    compare("How many directions", EVERYWHERE, seeds, rates, output / "everywhere.png")
 
 
 @app.command()

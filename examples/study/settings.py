@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from allocation_study import TUNING_SEEDS, best_rate
+from allocation_study import best_rate, tunings
 from methods import train_and_measure
 from results import Results
 from tasks import Task
@@ -55,7 +55,7 @@ class Trainings:
 
     def count(self, seeds: int) -> int:
         """Trainings of a setting."""
-        return len(self._rates) * len(TUNING_SEEDS) + seeds
+        return tunings(self._rates) + seeds
 
     def rate(self, setting: Setting) -> float:
         """The best on the validation split."""
