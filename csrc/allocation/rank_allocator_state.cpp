@@ -75,7 +75,8 @@ void RankAllocator::load_state(const std::map<std::string, at::Tensor>& state, b
   for (const auto& [name, value] : options_of(options_, schedule)) check.equal(name, value);
   for (const char* name : {"steps", "skipped_steps", "frozen", "shrunk"})
     check.tensor(name, at::kLong, {});
-  for (const char* name : {"steps", "skipped_steps"}) check.within(name, 0, many_steps);
+  check.within("steps", -1, many_steps);  // before a step 0, as PEFT counts
+  check.within("skipped_steps", 0, many_steps);
   const auto it = state.find("frozen");
   const bool frozen = it != state.end() && kind_without_memory(it->second).empty() &&
                       it->second.numel() == 1 && it->second.item<double>() != 0;

@@ -136,11 +136,15 @@ def check_one_mesh(operation: str, tensors: Mapping[str, Tensor | None]) -> None
         first, wanted = meshes[0]
         if mesh != wanted:
             raise ValueError(
-                f"{operation}: all factors must be sharded over one mesh, or none, got {first} "
-                f"over {wanted} and {name} over {mesh}; give all layers with adapters to "
+                f"{operation}: all factors must be sharded over one mesh, or none, got {first}, "
+                f"{_lies(wanted)}, and {name}, {_lies(mesh)}; give all layers with adapters to "
                 "fully_shard with one mesh, or leave all their factors out of it (ignored_params) "
                 "and average their gradients"
             )
+
+
+def _lies(mesh) -> str:
+    return "whole" if mesh is None else f"a DTensor over {mesh}"
 
 
 def check_gathered(

@@ -135,8 +135,8 @@ def test_a_frozen_state_has_no_averages_and_another_needs_them():
 
 
 @pytest.mark.parametrize("key, value, wanted", [
-    ("steps", -1, "from 0 to"),
-    ("steps", 2**62, "from 0 to"),
+    ("steps", -2, "from -1 to"),
+    ("steps", 2**62, "from -1 to"),
     ("skipped_steps", -(2**63), "from 0 to"),
     ("frozen", 2, "from 0 to 1"),
     ("frozen", -1, "from 0 to 1"),

@@ -218,7 +218,9 @@ def _averages_follow(rank: int) -> None:
 def _refuses_parts() -> None:
     """Of layers that are not sharded nobody averages the gradients."""
     for config in (ADALORA, SPECTRAL):
-        with pytest.raises(ValueError, match="up.lora_A over .*down.lora_A over None.*one mesh"):
+        with pytest.raises(
+            ValueError, match="up.lora_A, a DTensor over .*down.lora_A, whole.*one mesh"
+        ):
             Run(config, "one layer", "SGD")
         with pytest.raises(ValueError, match="Allocator: all factors must be .*ignored_params"):
             Run(config, "one layer", "SGD", after=True)
