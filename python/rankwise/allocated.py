@@ -94,14 +94,15 @@ class AllocatedAdapters(FollowedFactors):
         for directions in self._directions.values():
             note_allocator(directions)
 
-    def check_sharding(self) -> None:
-        """Also for layers that were sharded after the allocator was made over their factors."""
+    def check_sharding(self) -> dict[str, tuple[nn.Parameter, ...]]:
+        """The factors there now, also of layers that were sharded after the allocator was made."""
         holders = {name: self._holder(name) for name in self._layers}
         held = {name: holder.factors for name, holder in holders.items() if holder is not None}
         check_one_mesh(
             self._owner,
             {f"{n}.{f}": x for n, own in held.items() for f, x in zip(FACTORS, own, strict=True)},
         )
+        return held
 
     def follow(self, core) -> None:
         """Before the allocator works: takes parameters that are in the place of those it has.
@@ -115,13 +116,9 @@ class AllocatedAdapters(FollowedFactors):
                 f"{self._owner}: the model was unloaded and has no adapters; call remove() on the "
                 "handle that attach() returned"
             )
-        self.check_sharding()
-        for name in self._layers:
-            holder = self._holder(name)
-            if holder is not None and all(
-                x is None or isinstance(x, nn.Parameter) for x in holder.factors
-            ):
-                self._take(core, name, holder.factors)
+        for name, factors in self.check_sharding().items():
+            if all(x is None or isinstance(x, nn.Parameter) for x in factors):
+                self._take(core, name, factors)
 
     def move_averages(self) -> None:
         """After the allocator moved directions: the layers' averaged copies follow."""

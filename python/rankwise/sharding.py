@@ -131,10 +131,10 @@ def check_one_mesh(operation: str, tensors: Mapping[str, Tensor | None]) -> None
     """
     held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     check_matrices(operation, held)
-    meshes = [(name, mesh_of([tensor])) for name, tensor in held.items()]
-    for name, mesh in meshes:
-        first, wanted = meshes[0]
-        if mesh != wanted:
+    meshes = {name: x.device_mesh if is_sharded(x) else None for name, x in held.items()}
+    first, wanted = next(iter(meshes.items()), ("", None))
+    for name, mesh in meshes.items():
+        if mesh is not wanted and mesh != wanted:
             raise ValueError(
                 f"{operation}: all factors must be sharded over one mesh, or none, got {first}, "
                 f"{_lies(wanted)}, and {name}, {_lies(mesh)}; give all layers with adapters to "
