@@ -20,8 +20,12 @@ from tempfile import TemporaryDirectory
 import torch
 from killed_process import forked, killed_at
 from pruned_training import METHODS, PrunedTraining
-from saves import Kind, kinds, same
+from saves import Kind, kinds
 from tqdm import tqdm, trange
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python" / "checkpoint"))
+
+from checkpoint_trainings import same  # noqa: E402
 
 LONGEST = 0.2  # seconds until a kill
 

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 TESTS = Path(__file__).resolve().parents[1] / "python"
-sys.path[:0] = [str(TESTS), str(TESTS / "allocation")]
+sys.path[:0] = [str(TESTS), str(TESTS / "allocation"), str(TESTS / "checkpoint")]
 
 from allocation_models import batch, trained  # noqa: E402
+from checkpoint_trainings import same  # noqa: E402
 from group_models import KINDS, made  # noqa: E402
 from processes import run_processes  # noqa: E402
 
@@ -101,12 +102,6 @@ def state_of(model, allocator, optimizer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in state.items()}
 
 
-def same(before: dict, after: dict) -> bool:
-    return before.keys() == after.keys() and all(
-        torch.equal(before[n].nan_to_num(7.0), after[n].nan_to_num(7.0)) for n in before
-    )
-
-
 def shown_alike(allocator) -> bool:
     """Whether all processes keep the same: by another way than the allocators'."""
     keeps = getattr(allocator, "pattern", None) or allocator.state_dict()
@@ -118,7 +113,7 @@ def shown_alike(allocator) -> bool:
 
 def train(case: Case, rank: int, counts: Counts) -> None:
     model, allocator = case.made()
-    optimizer = torch.optim.SGD(trained(model), 0.05, momentum=0.9)
+    optimizer = torch.optim.AdamW(trained(model), 0.02)
     before, layer = {}, None
     optimizer.register_step_post_hook(
         lambda *_: before.update(state_of(model, allocator, optimizer))

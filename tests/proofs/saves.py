@@ -119,17 +119,3 @@ def kinds(folder: Path) -> dict[str, Kind]:
         f"checkpoint, {method}": _checkpoint(method) for method in ("adalora", "spectral")
     }
     return _adapters() | checkpoints | _merge(folder)
-
-
-def same(a: object, b: object) -> bool:
-    """Whether two states have the same types, keys and bits."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        alike = a.dtype == b.dtype and a.shape == b.shape
-        return alike and a.detach().numpy().tobytes() == b.detach().numpy().tobytes()
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
