@@ -119,6 +119,7 @@ bench: $(PACKAGE)
 	$(BENCH) step
 	$(BENCH) latency
 	$(BENCH) footprint
+	$(BENCH) overhead
 	tools/system_packages.sh bench
 	$(BENCH) host
 

@@ -14,6 +14,7 @@ MEASUREMENTS = {
     "step": "whole training steps of pretrained models against PEFT's",
     "latency": "inference of MiniLM with LoRA, bottlenecks and prefixes",
     "footprint": "files, optimizer state and peak memory against training all weights",
+    "overhead": "what the Python of a layer costs beside its operator",
     "host": "instructions that a small call costs beside its matrix products",
     "layers_cuda": "one linear layer with LoRA on a GPU against the frozen layer and its peers",
 }
