@@ -14,6 +14,8 @@ from . import ops
 from .adapted import Adapted, StoredAdapter
 from .computed import not_a_parameter
 from .config import AdapterOptions
+from .devices import FACTORS
+from .first_factors import FIRST, with_first
 from .quantised import is_quantised, over
 from .resized import Rows
 from .sharding import ADD_BEFORE, check_no_dtensor
@@ -116,15 +118,16 @@ class LoRALinear(Adapted, nn.Linear):
         self._check_trainable()
         if not self.adapter_in_use:
             return F.linear(input, self._matrix(self._weight_in_use()), self.bias)
-        _check_plain(self, input)
-        A, B, rank = self._update()
+        weight, bias, A, B, E = _tensors(self, "weight", "bias", *FACTORS)
+        _check_plain(self, input, weight, A)
+        A, B, rank = with_first(self._modules[FIRST], A, B, self.rank)
         return ops.lora_linear(
             input,
-            self._matrix(self.weight),
-            self.bias,
+            self._matrix(weight),
+            bias,
             A,
             B,
-            self.lora_E,
+            E,
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
             rank=rank,
@@ -227,13 +230,14 @@ class LoRAEmbedding(Adapted, nn.Embedding):
         self._check_trainable()
         if not self.adapter_in_use:
             return F.embedding(input, self._weight_in_use(), self.padding_idx)
-        _check_plain(self, input)
+        weight, A, B, E = _tensors(self, "weight", *FACTORS)
+        _check_plain(self, input, weight, A)
         return ops.lora_embedding(
             input,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            self.lora_E,
+            weight,
+            A,
+            B,
+            E,
             scaling=self.scaling,
             padding_idx=self.padding_idx,
             rank=self.rank,
@@ -254,12 +258,19 @@ def adapt(module: nn.Module, options: AdapterOptions) -> Adapted:
     return kind._around(module)
 
 
-def _check_plain(layer: Adapted, input: Tensor) -> None:
+def _tensors(layer: Adapted, *names: str) -> list[Tensor | None]:
+    """Of these names. By their dictionary: an attribute that is asked for takes ten times as long.
+
+    What is computed, by a parametrization for example, is not in it.
+    """
+    own = layer._parameters
+    return [own[name] if name in own else getattr(layer, name) for name in names]
+
+
+def _check_plain(layer: Adapted, input: Tensor, weight: Tensor, factor: Tensor) -> None:
     """Refuses DTensors, for which the operators have no rule of sharding."""
     if torch.compiler.is_compiling():
         return
-    own = layer._parameters
-    weight, factor = own.get("weight"), own.get("lora_A")
     if type(input) in _PLAIN and type(weight) in _PLAIN and type(factor) in _PLAIN:
         return  # the common case
     held = {"input": input, "weight": weight, "lora_A": factor}
