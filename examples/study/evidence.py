@@ -42,6 +42,7 @@ R4, R8, R64 = RANKS[-3:]
 EVERYWHERE = tuple(Setting(f"all linear, r = {rank}", "all-linear", rank) for rank in (1, 4))
 Seeds = Annotated[int, typer.Option(min=2, help="Trainings of each setting.")]
 Rates = Annotated[str, typer.Option(help="Learning rates to choose from.")]
+Only = Annotated[list[str] | None, typer.Option(help="One of the lines alone; may be repeated.")]
 Output = Annotated[Path, typer.Option(help="Folder of results and figures.")]
 DEFAULT_RATES = "1e-3;2e-3;4e-3;8e-3"
 console = Console(highlight=False, width=120)
@@ -53,15 +54,28 @@ def trainings(rates: str, output: Path, tick=lambda: None) -> Trainings:
 
 
 @app.command()
-def matrices(seeds: Seeds = 3, rates: Rates = DEFAULT_RATES, output: Output = OUTPUT) -> None:
+def matrices(
+    seeds: Seeds = 3, rates: Rates = DEFAULT_RATES, only: Only = None, output: Output = OUTPUT
+) -> None:
     """Which matrices, at a fixed number of parameters (the paper's table 5)."""
-    compare("Which matrices", MATRICES, seeds, rates, output / "matrices.png")
+    compare("Which matrices", chosen(MATRICES, only), seeds, rates, output / "matrices.png")
 
 
 @app.command()
-def ranks(seeds: Seeds = 3, rates: Rates = DEFAULT_RATES, output: Output = OUTPUT) -> None:
+def ranks(
+    seeds: Seeds = 3, rates: Rates = DEFAULT_RATES, only: Only = None, output: Output = OUTPUT
+) -> None:
     """Which rank (the paper's table 6)."""
-    compare("Which rank", RANKS, seeds, rates, output / "ranks.png")
+    compare("Which rank", chosen(RANKS, only), seeds, rates, output / "ranks.png")
+
+
+def chosen(settings: tuple[Setting, ...], only: list[str] | None) -> tuple[Setting, ...]:
+    """Those of these names, or all."""
+    names = [setting.name for setting in settings]
+    unknown = [name for name in only or () if name not in names]
+    if unknown:
+        raise typer.BadParameter(f"lines are {', '.join(map(repr, names))}, got {unknown[0]!r}")
+    return tuple(setting for setting in settings if not only or setting.name in only)
 
 
 def compare(

@@ -5,6 +5,7 @@ import settings
 import torch
 from settings import Setting
 from tasks import TASKS
+from typer import BadParameter
 
 PAIR = ("0", "2")
 
@@ -44,3 +45,11 @@ def test_adapters_are_looked_at(on_digits, capsys):
     printed = capsys.readouterr().out
     assert printed.count("figure: ") == 4 and "random directions" in printed
     assert all(path.stat().st_size > 5_000 for path in folder.glob("*.png"))
+
+
+def test_lines_are_chosen_by_name():
+    r4, r8 = evidence.RANKS[2:4]
+    assert evidence.chosen(evidence.RANKS, ["q, v, r = 8", "q, v, r = 4"]) == (r4, r8)
+    assert evidence.chosen(evidence.RANKS, None) == evidence.RANKS
+    with pytest.raises(BadParameter, match="'q, v, r = 64', got 'r 8'"):
+        evidence.chosen(evidence.RANKS, ["q, v, r = 4", "r 8"])
