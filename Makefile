@@ -88,6 +88,7 @@ sanitize-threads: $(VENV)/.ready
 	$(BIN)/cmake -S tests/threads -B build/sanitize/threads $(SANITIZE_BUILD) -DLibTorch_ROOT=$(TORCH)
 	$(BIN)/cmake --build build/sanitize/threads -j 2
 	setarch -R build/sanitize/threads/allocator_threads_test
+	setarch -R build/sanitize/threads/training_threads_test
 	! setarch -R build/sanitize/threads/allocator_threads_test --gtest_also_run_disabled_tests \
 		--gtest_filter='*ARaceIsReported'
 

@@ -1,4 +1,5 @@
-// run_blocks with threads of its own, which take the next block as soon as they are free.
+// run_blocks with threads of its own and the caller's, which take the next block as soon as they
+// are free.
 #include "run_blocks.h"
 
 #include <ATen/Parallel.h>
@@ -21,8 +22,13 @@ void run_blocks(int64_t count, const std::function<void(int64_t)>& body) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     for (int64_t i = next++; i < count; i = next++) body(i);
   };
-  std::vector<std::jthread> threads;
-  for (int i = 0; i < block_threads; ++i) threads.emplace_back(work);
+  std::vector<std::jthread> others;
+  for (int i = 1; i < block_threads; ++i) others.emplace_back(work);
+  work();
+}
+
+void run_products(int64_t count, int64_t /*products*/, const std::function<void(int64_t)>& body) {
+  run_blocks(count, body);
 }
 
 }  // namespace rankwise
