@@ -19,15 +19,17 @@ void check_like(const char* what, const at::Tensor& tensor, const at::Tensor& pa
               " on ", tensor.device());
 }
 
-int64_t directions(at::IntArrayRef ranks) {
+int64_t directions(const char* op, at::IntArrayRef ranks) {
+  for (const int64_t rank : ranks)
+    TORCH_CHECK(rank >= 0, op, ": ranks must be at least 0, got ", ranks);
   return std::accumulate(ranks.begin(), ranks.end(), int64_t{0});
 }
 
 void check_directions(const char* op, const char* what, const at::Tensor& tensor,
                       at::ScalarType dtype, at::IntArrayRef ranks) {
   TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.dim() == 1 &&
-                  tensor.numel() == directions(ranks),
-              op, ": ", what, " must be a contiguous vector of ", directions(ranks), " ", dtype,
+                  tensor.numel() == directions(op, ranks),
+              op, ": ", what, " must be a contiguous vector of ", directions(op, ranks), " ", dtype,
               ", got ", tensor.sizes(), " of ", tensor.scalar_type());
 }
 
@@ -61,6 +63,10 @@ std::vector<at::Tensor> check_importance_step(at::TensorList parameters,
     if (present[i].defined())
       check_like("a gradient", present[i], parameter, parameter.scalar_type());
   }
+  for (size_t m = 0; m < ranks.size(); ++m)
+    TORCH_CHECK(ranks[m] >= 0 && ranks[m] <= parameters[3 * m].size(0),
+                "importance: a rank must be from 0 to ", parameters[3 * m].size(0), ", got ",
+                ranks[m]);
   return present;
 }
 

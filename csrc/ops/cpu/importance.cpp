@@ -69,12 +69,12 @@ at::Tensor importance_check_cpu(at::TensorList gradients) {
   }
   std::atomic<bool> not_finite = false, nonzero = false;
   run_blocks(static_cast<int64_t>(parts.size()), [&](int64_t i) {
-    const auto& [dtype, gradient, range] = parts[i];
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "importance", [&] {
+    const Part& part = parts[i];
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, part.dtype, "importance", [&] {
       using T = at::opmath_type<scalar_t>;
       T scratch[piece_elements];
-      const scalar_t* data = static_cast<const scalar_t*>(gradient) + range.start;
-      const Found found = inspect_all(widened(data, range.size, scratch), range.size);
+      const scalar_t* data = static_cast<const scalar_t*>(part.gradient) + part.range.start;
+      const Found found = inspect_all(widened(data, part.range.size, scratch), part.range.size);
       if (found.not_finite) not_finite = true;
       if (found.nonzero) nonzero = true;
     });
@@ -153,6 +153,7 @@ at::Tensor importance_step_cpu_(at::TensorList parameters,
       check_importance_step(parameters, gradients, sensitivity, uncertainty, ranks);
   bool update = true;
   if (progress) {
+    check_progress("importance", *progress);
     const kernels::Progress now = progress_of(*progress);
     update = now.updates;
     score = score && now.budget >= 0;
@@ -171,21 +172,21 @@ at::Tensor importance_step_cpu_(at::TensorList parameters,
   const std::vector<Piece> pieces = pieces_of(sensitivity, size);
   std::vector<double> partials(score ? size : 0);
   run_blocks(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
-    const auto& [factor, rows, partial] = pieces[i];
-    const auto& [dtype, width, parameter, grad, s, u] = operands[factor];
-    const int64_t start = rows.start * width;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "importance", [&] {
+    const Piece& piece = pieces[i];
+    const Operands& of = operands[piece.factor];
+    const int64_t start = piece.rows.start * of.width;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, of.dtype, "importance", [&] {
       using T = at::opmath_type<scalar_t>;
-      T* const sensitivity_at = static_cast<T*>(s) + start;
-      T* const uncertainty_at = static_cast<T*>(u) + start;
-      if (grad != nullptr) {
-        update_piece(static_cast<const scalar_t*>(parameter) + start,
-                     static_cast<const scalar_t*>(grad) + start, rows.size * width,
+      T* const sensitivity_at = static_cast<T*>(of.sensitivity) + start;
+      T* const uncertainty_at = static_cast<T*>(of.uncertainty) + start;
+      if (of.gradient != nullptr) {
+        update_piece(static_cast<const scalar_t*>(of.parameter) + start,
+                     static_cast<const scalar_t*>(of.gradient) + start, piece.rows.size * of.width,
                      kernels::Decay<T>(beta1, beta2), sensitivity_at, uncertainty_at);
       }
       if (score) {
-        score_piece(!is_B(factor), sensitivity_at, uncertainty_at, rows.size, width,
-                    partials.data() + partial);
+        score_piece(!is_B(piece.factor), sensitivity_at, uncertainty_at, piece.rows.size, of.width,
+                    partials.data() + piece.partial);
       }
     });
   });
