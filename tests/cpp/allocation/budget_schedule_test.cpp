@@ -37,6 +37,12 @@ TEST(BudgetSchedule, AllocatesEveryIntervalAndAtTheFreeze) {
   }
 }
 
+TEST(BudgetSchedule, AllocatesNothingInTheWarmup) {
+  const BudgetSchedule schedule(120, 40, options().warmup_steps(14));
+  for (int64_t step = 0; step <= 14; ++step) EXPECT_FALSE(schedule.allocates(step)) << step;
+  EXPECT_TRUE(schedule.allocates(21));
+}
+
 TEST(BudgetSchedule, KeepsAnEqualBudget) {
   const BudgetSchedule schedule(40, 40, options());
   for (int64_t step = 0; step <= 100; ++step) EXPECT_EQ(schedule.budget(step), 40) << step;
@@ -66,6 +72,14 @@ TEST(AdaLoRAOptions, RefusesEachWrongOption) {
   expect_refused(options().beta2(-0.1), "beta2 must be in [0, 1), got -0.1");
   expect_refused(options().beta2(std::numeric_limits<double>::quiet_NaN()), "got nan");
   expect_refused(options().min_rank(9), "min_rank must be from 0 to target_rank 8, got 9");
+}
+
+TEST(AdaLoRAOptions, AcceptTheLeastAndTheMost) {
+  const auto least = AdaLoRAOptions().initial_rank(1).target_rank(0).total_steps(1).warmup_steps(0);
+  EXPECT_NO_THROW(BudgetSchedule(
+      1, 0, AdaLoRAOptions(least).final_steps(0).allocation_interval(1).beta1(0).beta2(0)));
+  EXPECT_NO_THROW(BudgetSchedule(120, 40, options().target_rank(12).min_rank(12)));
+  EXPECT_NO_THROW(BudgetSchedule(120, 40, options().final_steps(89)));
 }
 
 TEST(BudgetSchedule, RefusesABudgetThatGrows) {

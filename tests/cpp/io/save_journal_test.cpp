@@ -62,6 +62,19 @@ TEST(SaveJournal, EveryBitFlipIsReadOrRefused) {
   EXPECT_GT(refused, 4 * text.size());
 }
 
+TEST(SaveJournal, SizeIsBounded) {
+  const TemporaryFolder folder;
+  std::string text = format_journal({{"a", some_state, std::nullopt}});
+  text.resize(65536, ' ');
+  const auto read = [&] {
+    std::ofstream(folder.path() / "journal") << text;
+    return read_journal(*Directory(folder.path()).open("journal"));
+  };
+  EXPECT_EQ(read().size(), 1u);
+  text += ' ';
+  EXPECT_THAT(message_of<FileError>(read), testing::HasSubstr("not a save journal"));
+}
+
 TEST(SaveJournal, NamesMustStayInTheFolder) {
   for (const char* name : {"", "../a", "/a"}) {
     const std::string text = format_journal({{name, some_state, std::nullopt}});
