@@ -44,14 +44,15 @@ lint: $(VENV)/.ready
 check: export RANKWISE_WARNINGS_AS_ERRORS := ON
 check: lint test
 
-# The readers of csrc/io under libFuzzer: a minute, or FUZZ_RUNS executions of each target.
+# The readers of csrc/io and allocators' states under libFuzzer: 20 s of each target, or FUZZ_RUNS
+# executions.
 FUZZ_LIMIT = $(if $(FUZZ_RUNS),-runs=$(FUZZ_RUNS),-max_total_time=20)
 fuzz: $(VENV)/.ready
 	tools/system_packages.sh fuzz
 	$(BIN)/cmake -S tests/fuzz -B build/fuzz -G Ninja -DCMAKE_CXX_COMPILER=clang++ \
-		-DRANKWISE_PYTHON=$(CURDIR)/$(BIN)/python
+		-DRANKWISE_PYTHON=$(CURDIR)/$(BIN)/python -DLibTorch_ROOT=$(TORCH)
 	$(BIN)/cmake --build build/fuzz -j 2
-	for target in adapter_config safetensors save_journal; do \
+	for target in adapter_config safetensors save_journal allocator_state; do \
 		mkdir -p build/fuzz/corpus/$$target build/fuzz/found && \
 		build/fuzz/$${target}_fuzz $(FUZZ_LIMIT) -max_len=4096 -timeout=5 -rss_limit_mb=2048 \
 			-artifact_prefix=build/fuzz/found/$$target- -print_final_stats=1 \
