@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import rankwise as rw
+from rankwise.training_tensors import TrainingTensors
 
 CONFIG = rw.LoRAConfig(rank=2, target_modules=["first", "second"])
 
@@ -128,6 +129,31 @@ def test_state_is_not_rounded_to_its_parameters_type(tmp_path):
     rw.save_checkpoint(tmp_path, model, optimizer)
     rw.load_checkpoint(tmp_path, other, again)
     assert same(again.state_dict(), optimizer.state_dict())
+
+
+class WithNumbers(Wide):
+    """State that is no tensor."""
+
+    def step(self) -> None:
+        super().step()
+        for state in self.state.values():
+            state |= {"rate": 0.1, "count of none": 0, "kind": "text"}
+
+
+def test_state_that_is_no_tensor(tmp_path):
+    model, other = adapted(1), adapted(2)
+    optimizer, again = WithNumbers(trained(model)), WithNumbers(trained(other))
+    optimizer.step()
+    rw.save_checkpoint(tmp_path, model, optimizer)
+    rw.load_checkpoint(tmp_path, other, again)
+    assert same(again.state_dict(), optimizer.state_dict())
+
+
+def test_the_base_is_in_no_checkpoint():
+    model = adapted(1)
+    names = set(TrainingTensors("save_checkpoint", model, []).tensors())
+    assert {"first.lora_A", "second.lora_B"} <= names <= set(model.state_dict())
+    assert not {"first.weight", "second.weight"} & names
 
 
 SCHEDULERS = {
