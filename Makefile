@@ -1,5 +1,5 @@
-# The doors: make demo | test | peft-tests | check | fuzz | sanitize | proofs | supply | bench | gpu |
-# format.
+# The doors: make demo | test | peft-tests | check | fuzz | sanitize | coverage | proofs | supply | bench |
+# gpu | format.
 # All but gpu happens in .venv; see docs/architecture.md.
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ FORMATTED_CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu')
 FORMATTED_PY := setup.py python tests examples tools
 
 .PHONY: demo bench test test-cpp test-python peft-tests check lint fuzz sanitize sanitize-memory \
-	sanitize-threads proofs soak kills processes supply format gpu gpu-headers clean
+	sanitize-threads coverage proofs soak kills processes supply format gpu gpu-headers clean
 
 demo: $(PACKAGE)
 	$(BIN)/python examples/sentiment/demo.py
@@ -92,6 +92,32 @@ sanitize-threads: $(VENV)/.ready
 	setarch -R build/sanitize/threads/training_threads_test
 	! setarch -R build/sanitize/threads/allocator_threads_test --gtest_also_run_disabled_tests \
 		--gtest_filter='*ARaceIsReported'
+
+# What the tests run of csrc and python/rankwise; fails under the goals. Without CUDA: host code alone.
+# -O0: lines and branches are the source's own. A test that is killed writes no counts.
+COVERAGE := $(CURDIR)/build/coverage
+COVERAGE_BUILD := -G Ninja -DCMAKE_BUILD_TYPE=Debug -DRANKWISE_PYTHON=$(CURDIR)/$(BIN)/python \
+	-DCMAKE_CXX_FLAGS_DEBUG="--coverage -fprofile-update=atomic -O0"
+coverage: $(VENV)/.ready
+	tools/system_packages.sh test
+	rm -rf $(COVERAGE)/python && mkdir -p $(COVERAGE)/python
+	cd python && cp --parents $$(git ls-files -co --exclude-standard rankwise) $(COVERAGE)/python
+	$(BIN)/cmake -S . -B $(COVERAGE)/rankwise $(COVERAGE_BUILD) -DLibTorch_ROOT=$(TORCH) \
+		-DRANKWISE_WITH_CUDA=off -DRANKWISE_WITH_PYTHON=ON \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_INSTALL_PREFIX=$(COVERAGE)/python/rankwise
+	$(BIN)/cmake --build $(COVERAGE)/rankwise -j 2
+	$(BIN)/cmake --install $(COVERAGE)/rankwise
+	$(BIN)/cmake -S tests/cpp -B $(COVERAGE)/tests $(COVERAGE_BUILD) -DLibTorch_ROOT=$(TORCH) \
+		-DCMAKE_PREFIX_PATH=$(COVERAGE)/python/rankwise -Dcuda_headers=OFF
+	$(BIN)/cmake --build $(COVERAGE)/tests -j 2
+	find $(COVERAGE) -name '*.gcda' -delete && $(BIN)/python -m coverage erase
+	$(BIN)/ctest --test-dir $(COVERAGE)/tests --output-on-failure -j 2
+	PYTHONPATH=$(COVERAGE)/python $(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile
+	$(BIN)/gcovr --filter csrc/ --exclude-throw-branches --merge-lines -j 2 \
+		--json-summary $(COVERAGE)/cpp.json $(COVERAGE)
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage json -q -o $(COVERAGE)/python.json
+	$(BIN)/python tools/coverage_table.py $(COVERAGE)/cpp.json $(COVERAGE)/python.json
 
 # What takes too long for the tests; docs/proofs.md has what each shows, and what was found.
 proofs: soak kills processes
