@@ -28,7 +28,9 @@ void keep(const at::Tensor& tensor, int64_t dim, int64_t rank, const at::Tensor&
 
 bool can_move(const Adapter& adapter, const OptimizerView& optimizer) {
   for (const at::Tensor& factor : adapter.factors()) {
-    if (!state_of(factor, optimizer)) return false;
+    const auto states = state_of(factor, optimizer);
+    const auto fits = [&](const at::Tensor& state) { return state.sizes() == factor.sizes(); };
+    if (!states || !std::ranges::all_of(*states, fits)) return false;
   }
   return true;
 }
@@ -65,11 +67,7 @@ void keep_directions(const Adapter& adapter, const at::Tensor& kept,
       keep(factor.grad(), dim, adapter.rank, kept);
     }
     const std::vector<at::Tensor> states = state_of(factor, optimizer).value();
-    for (const at::Tensor& state : states) {
-      TORCH_CHECK(state.sizes() == factor.sizes(), "RankAllocator: optimizer state must be ",
-                  factor.sizes(), " like the parameter, got ", state.sizes());
-      keep(state, dim, adapter.rank, kept);
-    }
+    for (const at::Tensor& state : states) keep(state, dim, adapter.rank, kept);
   }
 }
 

@@ -107,6 +107,71 @@ TEST(RankAllocator, SaysWhereToAttachWhenGradientsAreGone) {
                                              testing::HasSubstr("allocator.attach(optimizer)")));
 }
 
+TEST(RankAllocator, MasksWhereTheOptimizersStateHasAnotherShape) {
+  Net net;
+  RankAllocator allocator(net.adapters(), options());
+  const OptimizerView view{.state_of = [](const at::Tensor& parameter) {
+    return std::vector<at::Tensor>{torch::ones({parameter.size(1)}, torch::kDouble)};
+  }};
+  for (at::Tensor& parameter : net.parameters) parameter.mutable_grad() = parameter.detach();
+  allocator.step(view);
+  const at::Tensor before = net.parameters[0].detach().clone();
+  allocator.freeze(view);
+  EXPECT_TRUE(allocator.frozen());
+  EXPECT_THAT(net.ranks, testing::ElementsAre(4, 4));
+  EXPECT_TRUE(net.parameters[0].equal(before));
+}
+
+TEST(RankAllocator, RefusesAdaptersThatDoNotFit) {
+  const auto refused = [](const std::string& what, const auto& change) {
+    Net net;
+    std::vector<Adapter> adapters = net.adapters();
+    change(adapters);
+    EXPECT_THAT([&] { RankAllocator(adapters, options()); },
+                testing::ThrowsMessage<std::invalid_argument>(testing::HasSubstr(what)));
+  };
+  refused("there must be at least one adapter", [](auto& all) { all.clear(); });
+  refused("two adapters are called 'first'", [](auto& all) { all[1].name = "first"; });
+  refused("got [4, 7], [9, 4] and none", [](auto& all) { all[0].lora_E = at::Tensor(); });
+  refused("the factors of 'first' must be contiguous", [](auto& all) {
+    all[0].lora_B = torch::ones({4, 9}).t();
+  });
+  refused("the directions of 'first' must be as many as its capacity 4, got 5",
+          [](auto& all) { all[0].directions = std::make_shared<Directions>(5, 4); });
+  refused("the rank of 'first' must be from 0 to its capacity 4, got 5",
+          [](auto& all) { all[0].rank = 5; });
+}
+
+TEST(RankAllocator, ReplacesFactorsByTheLikeAlone) {
+  Net net;
+  RankAllocator allocator(net.adapters(), options());
+  const at::Tensor A = net.parameters[0], B = net.parameters[1], E = net.parameters[2];
+  const auto refused = [&](const std::string& what, const std::string& name, const auto&... now) {
+    EXPECT_THAT([&] { allocator.replace_factors(name, now...); },
+                testing::ThrowsMessage<std::invalid_argument>(testing::HasSubstr(what)));
+  };
+  refused("it has no adapter 'third'", "third", A, B, E);
+  refused("or have other shapes; make a new allocator", "first", A, B, at::Tensor());
+  refused("or have other shapes; make a new allocator", "first", A.t(), B, E);
+  allocator.replace_factors("first", A.detach().clone(), B, E);
+}
+
+TEST(Directions, RefuseWhatIsNoOrder) {
+  Directions directions(3, 3);
+  for (const auto& order :
+       std::vector<std::vector<int64_t>>{{0, 1}, {0, 1, 1}, {0, 1, 3}, {-1, 0, 1}})
+    EXPECT_THAT([&] { directions.set_order(order); },
+                testing::ThrowsMessage<std::invalid_argument>(
+                    testing::HasSubstr("the order must have each of 3 directions once, got [")));
+  for (const auto& order :
+       std::vector<std::vector<double>>{{0, 1, 0.5}, {1, 1, -1}, {1, -1, 0}, {0, 1}})
+    EXPECT_THAT([&] { directions.read(at::tensor(order)); },
+                testing::ThrowsMessage<std::invalid_argument>(testing::HasSubstr(
+                    "directions must be different numbers from 0 to 2, and -1 behind them")));
+  EXPECT_EQ(directions.read(at::tensor({2.0, 1.0, -1.0})),
+            (std::pair<std::vector<int64_t>, int64_t>({2, 1, 0}, 2)));
+}
+
 TEST(RankAllocator, RefusesFactorsWithoutMemory) {
   for (const auto& [other, kind] : {std::pair(torch::ones({9, 4}).to(torch::kMeta), "meta"),
                                     std::pair(torch::ones({9, 4}).to_sparse(), "Sparse")}) {
