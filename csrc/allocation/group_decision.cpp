@@ -72,18 +72,22 @@ std::string processes_apart(const std::vector<int64_t>& values) {
 
 std::string difference(const std::vector<Standing>& all) {
   const auto apart = [&](int64_t Standing::*member) { return processes_apart(each(all, member)); };
-  std::string failed;
-  for (size_t i = 0; i < all.size(); ++i)
-    if (all[i].failed) failed += (failed.empty() ? "" : ", ") + std::to_string(i);
-  if (!failed.empty()) return "process " + failed + " could not take it, as an error there says";
+  const auto those_that = [&](int64_t Standing::*member) {
+    std::string list;
+    for (size_t i = 0; i < all.size(); ++i)
+      if (all[i].*member) list += (list.empty() ? "process " : ", ") + std::to_string(i);
+    return list;
+  };
+  if (const std::string who = those_that(&Standing::failed); !who.empty())
+    return who + " could not take it, as an error there says";
   if (const std::string who = apart(&Standing::options); !who.empty())
     return who + " has other options or another number of adapters";
   if (!apart(&Standing::steps).empty() || !apart(&Standing::skipped_steps).empty()) {
     return "steps taken, and skipped for gradients that are infinite or NaN, differ (" +
            counts(all) + ")";
   }
-  if (const std::string who = apart(&Standing::freezes); !who.empty())
-    return who + (all[0].freezes ? " does" : " does not") + " what the others do: freeze()";
+  if (!apart(&Standing::freezes).empty())
+    return "freeze() was called by " + those_that(&Standing::freezes) + " alone";
   if (const std::string who = apart(&Standing::budget); !who.empty())
     return who + " has another budget";
   return "";

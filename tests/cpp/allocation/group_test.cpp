@@ -2,7 +2,9 @@
 #include <array>
 #include <barrier>
 #include <thread>
+#include <utility>
 
+#include "allocation/group_decision.h"
 #include "rank_allocator_net.h"
 
 namespace rankwise {
@@ -227,6 +229,18 @@ TEST(Group, ALoadedStateIsComparedAtTheNextStep) {
   // The third is not asked again before its next allocation, of its call 8.
   EXPECT_THAT(group.step(),
               Each(HasSubstr("process 0: 5 and 0, process 1: 5 and 0, process 2: 8")));
+}
+
+TEST(Group, SaysWhatDiffers) {
+  Standing one{.steps = 3, .budget = 7}, other = one;
+  const auto differs = [&] { return difference({one, other, one}); };
+  EXPECT_EQ(differs(), "");
+  other.budget = 6;
+  EXPECT_EQ(differs(), "process 1 has another budget");
+  other.freezes = 1;
+  EXPECT_EQ(differs(), "freeze() was called by process 1 alone");
+  std::swap(one, other);
+  EXPECT_EQ(differs(), "freeze() was called by process 0, 2 alone");
 }
 
 TEST(Group, WithoutOneNothingIsGathered) {
