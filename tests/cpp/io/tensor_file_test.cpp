@@ -46,6 +46,13 @@ TEST(TensorFile, WhatTheFormatDoesNotHaveIsNamed) {
   EXPECT_THAT(error(numbers.to(at::kMeta)), HasSubstr("must be dense, with data"));
 }
 
+TEST(TensorFile, WhatTorchDoesNotHaveIsNamed) {
+  const std::string header = R"({"t":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}})";
+  const std::string length = {static_cast<char>(header.size()), 0, 0, 0, 0, 0, 0, 0};
+  EXPECT_EQ(message_of<FileError>([&] { parse_tensors(length + header + "x", "state"); }),
+            "state: tensor \"t\" must be of a type that torch has, got F4");
+}
+
 TEST(TensorFile, EveryTruncationIsAnError) {
   const std::string bytes = format_tensors({{"x", numbers}, {"y", at::ones({3})}}, "state");
   for (size_t size = 0; size < bytes.size(); ++size) {
