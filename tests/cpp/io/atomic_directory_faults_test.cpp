@@ -112,6 +112,25 @@ TEST(AtomicDirectoryFaults, SyncsStandBetweenTheSteps) {
                            "unlink", "fsync"));                             // journal
 }
 
+TEST(AtomicDirectoryFaults, AnInterruptedWriteGoesOn) {
+  const TemporaryFolder folder;
+  save(folder.path(), old_set);
+  system_calls::fail_at(4, EINTR);
+  save(folder.path(), new_set);
+  const std::vector<std::string> calls = system_calls::stop();
+  EXPECT_EQ(calls[3], "write");
+  EXPECT_EQ(std::ranges::count(calls, "write"), 6);
+  EXPECT_EQ(load(folder.path()), new_set);
+}
+
+TEST(AtomicDirectoryFaults, AFileSystemWithoutSyncsOfFoldersIsEnough) {
+  const TemporaryFolder folder;
+  system_calls::fail_at(16, EINVAL);
+  save(folder.path(), new_set);
+  EXPECT_EQ(system_calls::stop()[15], "fsync");
+  EXPECT_EQ(load(folder.path()), new_set);
+}
+
 TEST(AtomicDirectoryFaults, FileSizeLimit) {
   const TemporaryFolder folder;
   save(folder.path(), old_set);

@@ -121,6 +121,31 @@ TEST(AtomicDirectory, AReaderStartsAgainWhenASaveIsInterruptedUnderIt) {
   EXPECT_EQ(load(folder.path()), new_set);
 }
 
+TEST(AtomicDirectory, AFolderThatKeepsChangingIsAnError) {
+  const TemporaryFolder folder;
+  save(folder.path(), old_set);
+  const std::function<void()> change = [&] {
+    folder.write("next", "another model");
+    std::rename((folder.path() / "next").c_str(), (folder.path() / "model").c_str());
+    system_calls::before_open("model", change);
+  };
+  system_calls::before_open("model", change);
+  EXPECT_THAT(message_of<FileError>([&] { load(folder.path()); }),
+              HasSubstr("cannot read: the folder keeps changing"));
+  system_calls::before_open("", {});
+  EXPECT_EQ(load(folder.path()), (Set{"another model", old_set[1]}));
+}
+
+TEST(AtomicDirectory, AFileThatBecomesShorterIsAnError) {
+  const TemporaryFolder folder;
+  folder.write("f", "abcd");
+  const auto file = rankwise::io::Directory(folder.path()).open("f");
+  folder.write("f", "ab");
+  std::array<std::byte, 4> bytes;
+  EXPECT_THAT(message_of<FileError>([&] { file->read(0, bytes); }),
+              HasSubstr("/f: cannot read: it became shorter meanwhile"));
+}
+
 TEST(AtomicDirectory, LinksAreReplacedNotFollowed) {
   const TemporaryFolder folder;
   const TemporaryFolder elsewhere;
