@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "find_op.h"
+#include "layer_group.h"
 
 namespace rankwise {
 namespace {
@@ -66,15 +67,41 @@ at::Tensor lora_update_autocast(const at::Tensor& base_output, const at::Tensor&
                  cast.factor(lora_E, dtype), scaling, dropout_p, rank);
 }
 
+template <c10::DeviceType device_type>
+std::vector<at::Tensor> lora_linear_group_autocast(const at::Tensor& input, at::TensorList weights,
+                                                   const OptionalTensors& biases,
+                                                   at::TensorList lora_A, at::TensorList lora_B,
+                                                   const OptionalTensors& lora_E,
+                                                   at::ArrayRef<double> scaling, double dropout_p,
+                                                   at::OptionalSymIntArrayRef ranks) {
+  const c10::impl::ExcludeDispatchKeyGuard below(c10::autocast_dispatch_keyset);
+  const Casts cast(device_type);
+  const at::Tensor x = cast.base(input);
+  const at::ScalarType dtype = x.scalar_type();
+  std::vector<at::Tensor> cast_weights, cast_A, cast_B;
+  OptionalTensors cast_biases, cast_E;
+  for (const at::Tensor& weight : weights) cast_weights.push_back(cast.base(weight));
+  for (const at::Tensor& A : lora_A) cast_A.push_back(cast.factor(A, dtype));
+  for (const at::Tensor& B : lora_B) cast_B.push_back(cast.factor(B, dtype));
+  for (const std::optional<at::Tensor> bias : biases)
+    cast_biases.push_back(has(bias) ? std::optional(cast.base(*bias)) : std::nullopt);
+  for (const std::optional<at::Tensor> E : lora_E) cast_E.push_back(cast.factor(E, dtype));
+  static const auto op =
+      find_op<decltype(lora_linear_group_autocast<device_type>)>("rankwise::lora_linear_group");
+  return op.call(x, cast_weights, cast_biases, cast_A, cast_B, cast_E, scaling, dropout_p, ranks);
+}
+
 }  // namespace
 }  // namespace rankwise
 
 TORCH_LIBRARY_IMPL(rankwise, AutocastCPU, m) {
   m.impl("lora_linear", &rankwise::lora_linear_autocast<c10::DeviceType::CPU>);
   m.impl("lora_update", &rankwise::lora_update_autocast<c10::DeviceType::CPU>);
+  m.impl("lora_linear_group", &rankwise::lora_linear_group_autocast<c10::DeviceType::CPU>);
 }
 
 TORCH_LIBRARY_IMPL(rankwise, AutocastCUDA, m) {
   m.impl("lora_linear", &rankwise::lora_linear_autocast<c10::DeviceType::CUDA>);
   m.impl("lora_update", &rankwise::lora_update_autocast<c10::DeviceType::CUDA>);
+  m.impl("lora_linear_group", &rankwise::lora_linear_group_autocast<c10::DeviceType::CUDA>);
 }

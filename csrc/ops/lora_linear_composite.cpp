@@ -61,15 +61,15 @@ struct AdapterGradients {
   }
 };
 
-ForwardResult updated(const at::Tensor& base, const at::Tensor& input,
-                      const AdapterOperands& operands) {
+// The output and `hidden`.
+std::pair<at::Tensor, at::Tensor> updated(const at::Tensor& base, const at::Tensor& input,
+                                          const AdapterOperands& operands, const at::Tensor& seed) {
   const Factors f(operands);
-  const double dropout_p = operands.dropout_p;
-  const at::Tensor seed = Dropout(dropout_p).draw_seed(input);
-  const at::Tensor hidden = at::linear(dropped(input, seed, dropout_p, f.A.scalar_type()), f.A);
+  const at::Tensor hidden =
+      at::linear(dropped(input, seed, operands.dropout_p, f.A.scalar_type()), f.A);
   const at::Tensor gated = f.E.defined() ? hidden * f.E.t() : hidden;
   const at::Tensor update = at::linear(gated, f.B) * operands.scaling;
-  return {(base + update).to(input.scalar_type()), flat(hidden), seed};
+  return {(base + update).to(input.scalar_type()), flat(hidden)};
 }
 
 std::string path_composite(const at::Tensor&, at::IntArrayRef) {
@@ -86,7 +86,9 @@ ForwardResult lora_update_forward_composite(const at::Tensor& base_output, const
         lora_update_forward_composite(base_output.unsqueeze(0), input.unsqueeze(0), operands);
     return {row.squeeze(0), row_hidden, row_seed};
   }
-  return updated(base_output, input, operands);
+  const at::Tensor seed = Dropout(operands.dropout_p).draw_seed(input);
+  const auto [output, hidden] = updated(base_output, input, operands, seed);
+  return {output, hidden, seed};
 }
 
 UpdateBackwardResult lora_update_backward_composite(
@@ -105,12 +107,21 @@ ForwardResult lora_linear_forward_composite(const at::Tensor& input, const at::T
                                             const std::optional<at::Tensor>& bias,
                                             const AdapterOperands& operands) {
   check_lora_linear("lora_linear", input, weight, bias, operands);
+  const at::Tensor seed = Dropout(operands.dropout_p).draw_seed(input);
+  const auto [output, hidden] = lora_linear_of_seed(input, weight, bias, operands, seed);
+  return {output, hidden, seed};
+}
+
+std::pair<at::Tensor, at::Tensor> lora_linear_of_seed(const at::Tensor& input,
+                                                      const at::Tensor& weight,
+                                                      const std::optional<at::Tensor>& bias,
+                                                      const AdapterOperands& operands,
+                                                      const at::Tensor& seed) {
   if (input.dim() == 1) {
-    auto [row, row_hidden, row_seed] =
-        lora_linear_forward_composite(input.unsqueeze(0), weight, bias, operands);
-    return {row.squeeze(0), row_hidden, row_seed};
+    auto [row, hidden] = lora_linear_of_seed(input.unsqueeze(0), weight, bias, operands, seed);
+    return {row.squeeze(0), hidden};
   }
-  return updated(at::linear(input, weight, bias), input, operands);
+  return updated(at::linear(input, weight, bias), input, operands, seed);
 }
 
 BackwardResult lora_linear_backward_composite(const at::Tensor& grad_output,

@@ -37,6 +37,21 @@ TORCH_LIBRARY(rankwise, m) {
       "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
       pure);
   m.def(
+      "lora_linear_group(Tensor input, Tensor[] weights, Tensor?[] biases, Tensor[] lora_A, "
+      "Tensor[] lora_B, Tensor?[] lora_E, *, float[] scaling, float dropout_p=0.0, "
+      "SymInt[]? ranks=None) -> Tensor[]",
+      random);
+  m.def(
+      "_lora_linear_group_forward(Tensor input, Tensor[] weights, Tensor?[] biases, "
+      "Tensor[] lora_A, Tensor[] lora_B, Tensor?[] lora_E, float[] scaling, float dropout_p, "
+      "SymInt[] ranks) -> Tensor[]",
+      random);
+  m.def(
+      "_lora_linear_group_backward(Tensor[] grad_outputs, Tensor input, Tensor[] weights, "
+      "Tensor[] lora_A, Tensor[] lora_B, Tensor?[] lora_E, Tensor hidden, Tensor seed, "
+      "float[] scaling, float dropout_p, SymInt[] ranks, bool[6] output_mask) -> Tensor[]",
+      pure);
+  m.def(
       "_dropout_mask(Tensor seed, SymInt rows, SymInt cols, float dropout_p, *, "
       "ScalarType dtype) -> Tensor",
       pure);

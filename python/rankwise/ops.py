@@ -77,6 +77,31 @@ def lora_linear(
     )
 
 
+def lora_linear_group(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    lora_E: Sequence[Tensor | None],
+    *,
+    scaling: Sequence[float],
+    dropout_p: float = 0.0,
+    ranks: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """lora_linear of several layers that share their input, as one op with one gradient of x.
+
+    The lists have an element for each layer, at least one; None for a bias or E that is not there.
+    Sizes, dtypes and numbers as lora_linear's; in sizes, devices and dtypes are one for all. With
+    dropout one mask of x serves all layers. Returns their outputs.
+
+    Raises:
+        RuntimeError: naming layer and argument, what was wanted and what came.
+    """
+    options = dict(scaling=scaling, dropout_p=dropout_p, ranks=ranks)
+    return _ops.lora_linear_group(input, weights, biases, lora_A, lora_B, lora_E, **options)
+
+
 def lora_update(
     base_output: Tensor,
     input: Tensor,

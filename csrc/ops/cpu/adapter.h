@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "../checks.h"
 #include "../dispatch.h"
@@ -48,6 +50,34 @@ struct ActiveAdapter {
   }
 
   double keep_scale() const { return dropout.active() ? dropout.keep_scale() : 1.0; }
+};
+
+// The adapters of layers that share their input, or one. All have one dtype and one dropout.
+struct AdapterGroup {
+  std::vector<ActiveAdapter> members;
+  ActiveAdapter shared;  // the members' A above one another, and the dropout; its B and E are none
+
+  explicit AdapterGroup(std::vector<ActiveAdapter> of)
+      : members(std::move(of)), shared(members.front()) {
+    shared.B = shared.E = at::Tensor();
+    if (members.size() == 1) return;
+    std::vector<at::Tensor> stacked;
+    for (const ActiveAdapter& member : members) stacked.push_back(member.A);
+    shared.A = at::cat(stacked);
+  }
+
+  size_t size() const { return members.size(); }
+  // The first of a member's columns in `hidden` of all, [tokens, rank].
+  int64_t offset(size_t member) const {
+    int64_t result = 0;
+    for (size_t i = 0; i < member; ++i) result += members[i].rank();
+    return result;
+  }
+  // A member's columns of such a matrix.
+  at::Tensor columns(const at::Tensor& of_all, size_t member) const {
+    if (!of_all.defined() || size() == 1) return of_all;
+    return of_all.narrow(1, offset(member), members[member].rank());
+  }
 };
 
 // The active part's gradient inside a factor-shaped tensor whose other directions are zero; `dim`

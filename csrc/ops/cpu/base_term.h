@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
+#include <vector>
 
 #include "adapter.h"
 
@@ -17,12 +17,21 @@ struct BaseTerm {
 };
 
 struct Projected {
-  at::Tensor y, hidden;  // [tokens, out]; drop(x) A^T [tokens, rank]
+  std::vector<at::Tensor> y;  // of each layer, [tokens, out]
+  at::Tensor hidden;          // drop(x) A^T of all, [tokens, rank]
 };
 
-// Gradients of x, A [rank, in], B [out, rank] and E [rank, 1]; undefined where not asked for.
+// What the gradients of a layer come from, besides its adapter.
+struct OutputTerm {
+  at::Tensor dy;      // [tokens, out]
+  at::Tensor weight;  // [out, in] adds dy W0 to x's gradient; undefined, nothing is added
+};
+
+// Gradients of x, of all layers' A [rank, in], and of each one's B [out, rank] and E [rank, 1];
+// undefined where not asked for.
 struct FactorGradients {
-  at::Tensor x, A, B, E;
+  at::Tensor x, A;
+  std::vector<at::Tensor> B, E;
 };
 
 }  // namespace rankwise

@@ -71,17 +71,15 @@ at::Tensor expand_and_accumulate(const ActiveAdapter& adapter, const at::Tensor&
   return y;
 }
 
-// scaling * keep_scale * dy (B o E^T), [tokens, rank]: the gradient of the unscaled mask(x) A^T.
-at::Tensor hidden_gradient(const ActiveAdapter& adapter, const at::Tensor& dy) {
+// dh = scaling * keep_scale * dy (B o E^T), [tokens, rank]: the gradient of the unscaled
+// mask(x) A^T.
+void hidden_gradient(const ActiveAdapter& adapter, const at::Tensor& dy, const at::Tensor& dh) {
   const at::Tensor gated_B = adapter.E.defined() ? adapter.B * adapter.E.t() : adapter.B;
-  const at::Tensor dh =
-      at::empty({dy.size(0), adapter.rank()}, dy.options().dtype(adapter.dtype()));
   const Split rows(dy.size(0), scratch_step(dy.size(1)));
   run_blocks(adapter.rank() == 0 ? 0 : rows.count(), [&](int64_t i) {
     multiply_into(rows[i].of(dh, 0), adapter.cast(rows[i].of(dy, 0)), gated_B,
                   adapter.scaling * adapter.keep_scale());
   });
-  return dh;
 }
 
 // alpha * factor^T m for factor [tokens, rank], m [tokens, features]: column blocks over all
@@ -104,11 +102,12 @@ at::Tensor reduce_tokens(const at::Tensor& factor, const at::Tensor& m, double a
   return result;
 }
 
-// dx = mask(dh A) + dy W0, or without the second term.
-at::Tensor input_gradient(const ActiveAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
+// dx = mask(dh A) + dy W0 of each layer, or without the second term.
+at::Tensor input_gradient(const ActiveAdapter& adapter, const std::vector<OutputTerm>& outputs,
                           const at::Tensor& dh) {
-  const at::Tensor dx = at::empty({dy.size(0), adapter.A.size(1)}, dy.options());
-  const std::vector<Tile> tiles = output_tiles(dx, dy.size(1));
+  const at::Tensor& any = outputs[0].dy;
+  const at::Tensor dx = at::empty({any.size(0), adapter.A.size(1)}, any.options());
+  const std::vector<Tile> tiles = output_tiles(dx, any.size(1));
   run_blocks(static_cast<int64_t>(tiles.size()), [&](int64_t i) {
     const Tile& tile = tiles[i];
     at::Tensor out = tile.of(dx);
@@ -120,15 +119,15 @@ at::Tensor input_gradient(const ActiveAdapter& adapter, const at::Tensor& dy, co
                      adapter.dropout.threshold());
       }
     };
-    if (!w.defined()) return rounded_into(out, adapter.dtype(), masked_product);
-    const at::Tensor base_dy = tile.row.of(dy, 0), base_w = tile.col.of(w, 1);
-    if (lora_first(adapter, dx)) {
-      rounded_into(out, adapter.dtype(), masked_product);
-      multiply_into(out, base_dy, base_w, 1.0, out);
-      return;
+    if (!outputs[0].weight.defined()) return rounded_into(out, adapter.dtype(), masked_product);
+    const bool first = lora_first(adapter, dx);
+    if (first) rounded_into(out, adapter.dtype(), masked_product);
+    for (size_t m = 0; m < outputs.size(); ++m) {
+      const auto& [dy, w] = outputs[m];
+      multiply_into(out, tile.row.of(dy, 0), tile.col.of(w, 1), 1.0,
+                    first || m > 0 ? out : at::Tensor());
     }
-    multiply_into(out, base_dy, base_w, 1.0);
-    if (adapter.rank() == 0) return;
+    if (first || adapter.rank() == 0) return;
     if (adapter.dropout.active()) {
       const at::Tensor lora = at::empty(out.sizes(), out.options());
       masked_product(lora);
@@ -140,39 +139,61 @@ at::Tensor input_gradient(const ActiveAdapter& adapter, const at::Tensor& dy, co
   return dx;
 }
 
-}  // namespace
-
-Projected forward_on_aten(const ActiveAdapter& adapter, const at::Tensor& x, const BaseTerm& base) {
-  const at::Tensor hidden = project(adapter, x);
-  const at::Tensor gated = adapter.E.defined() ? hidden * adapter.E.t() : hidden;
-  return {expand_and_accumulate(adapter, x, base, gated), hidden};
+// The gradients of a layer's B and E: g = scaling * hidden^T dy, [rank, out], dB = (g o E)^T and
+// dE_i = sum_n B[n, i] g[i, n].
+std::pair<at::Tensor, at::Tensor> output_side(const ActiveAdapter& adapter, const at::Tensor& dy,
+                                              const at::Tensor& hidden, bool need_B, bool need_E) {
+  if (!need_B && !need_E) return {};
+  const at::Tensor g = reduce_tokens(hidden, dy, adapter.scaling,
+                                     [&](const Tile& tile) { return adapter.cast(tile.of(dy)); });
+  at::Tensor dB, dE;
+  if (need_B) dB = (adapter.E.defined() ? g * adapter.E : g).t();
+  if (need_E) {
+    const auto sum_dtype = at::toOpMathType(g.scalar_type());
+    dE = at::empty({adapter.rank(), 1}, g.options().dtype(sum_dtype));
+    run_blocks(adapter.rank() == 0 ? 0 : 1, [&](int64_t) {
+      at::sum_out(dE, g.to(sum_dtype) * adapter.B.t(), 1, /*keepdim=*/true);
+    });
+  }
+  return {dB, dE};
 }
 
-FactorGradients backward_on_aten(const ActiveAdapter& adapter, const at::Tensor& dy,
-                                 const at::Tensor& x, const at::Tensor& weight,
-                                 const at::Tensor& hidden, std::array<bool, 4> output_mask) {
+}  // namespace
+
+Projected forward_on_aten(const AdapterGroup& group, const at::Tensor& x,
+                          const std::vector<BaseTerm>& bases) {
+  Projected result{{}, project(group.shared, x)};
+  for (size_t m = 0; m < group.size(); ++m) {
+    const ActiveAdapter& adapter = group.members[m];
+    const at::Tensor hidden = group.columns(result.hidden, m);
+    const at::Tensor gated = adapter.E.defined() ? hidden * adapter.E.t() : hidden;
+    result.y.push_back(expand_and_accumulate(adapter, x, bases[m], gated));
+  }
+  return result;
+}
+
+FactorGradients backward_on_aten(const AdapterGroup& group, const std::vector<OutputTerm>& outputs,
+                                 const at::Tensor& x, const at::Tensor& hidden,
+                                 std::array<bool, 4> output_mask) {
   const auto [need_x, need_A, need_B, need_E] = output_mask;
+  const ActiveAdapter& shared = group.shared;
   FactorGradients result;
   if (need_x || need_A) {
-    const at::Tensor dh = hidden_gradient(adapter, dy);
-    if (need_x) result.x = input_gradient(adapter, dy, weight, dh);
+    const at::Tensor dh = at::empty({x.size(0), shared.rank()}, x.options().dtype(shared.dtype()));
+    for (size_t m = 0; m < group.size(); ++m)
+      hidden_gradient(group.members[m], outputs[m].dy, group.columns(dh, m));
+    if (need_x) result.x = input_gradient(shared, outputs, dh);
     if (need_A) {
       result.A =
-          reduce_tokens(dh, x, 1.0, [&](const Tile& tile) { return adapter.dropped(x, tile); });
+          reduce_tokens(dh, x, 1.0, [&](const Tile& tile) { return shared.dropped(x, tile); });
     }
   }
-  if (need_B || need_E) {
-    // g = scaling * hidden^T dy, [rank, out]: dB = (g o E)^T and dE_i = sum_n B[n, i] g[i, n].
-    const at::Tensor g = reduce_tokens(hidden, dy, adapter.scaling,
-                                       [&](const Tile& tile) { return adapter.cast(tile.of(dy)); });
-    if (need_B) result.B = (adapter.E.defined() ? g * adapter.E : g).t();
-    if (need_E) {
-      const auto sum_dtype = at::toOpMathType(g.scalar_type());
-      result.E = at::empty({adapter.rank(), 1}, g.options().dtype(sum_dtype));
-      run_blocks(adapter.rank() == 0 ? 0 : 1, [&](int64_t) {
-        at::sum_out(result.E, g.to(sum_dtype) * adapter.B.t(), 1, /*keepdim=*/true);
-      });
-    }
+  for (size_t m = 0; m < group.size(); ++m) {
+    const ActiveAdapter& adapter = group.members[m];
+    auto [dB, dE] = output_side(adapter, outputs[m].dy, group.columns(hidden, m), need_B,
+                                need_E && adapter.E.defined());
+    result.B.push_back(dB);
+    result.E.push_back(dE);
   }
   return result;
 }

@@ -2,16 +2,21 @@
 // the micro-kernel.
 #pragma once
 
+#include <array>
+#include <vector>
+
 #include "adapter.h"
 #include "base_term.h"
 
 namespace rankwise {
 
-Projected forward_on_aten(const ActiveAdapter& adapter, const at::Tensor& x, const BaseTerm& base);
+// A term for each of the group's members.
+Projected forward_on_aten(const AdapterGroup& group, const at::Tensor& x,
+                          const std::vector<BaseTerm>& bases);
 
-// `weight` [out, in] adds dy W0 to x's gradient; undefined, nothing is added.
-FactorGradients backward_on_aten(const ActiveAdapter& adapter, const at::Tensor& dy,
-                                 const at::Tensor& x, const at::Tensor& weight,
-                                 const at::Tensor& hidden, std::array<bool, 4> output_mask);
+// `output_mask`: x, A, B, E.
+FactorGradients backward_on_aten(const AdapterGroup& group, const std::vector<OutputTerm>& outputs,
+                                 const at::Tensor& x, const at::Tensor& hidden,
+                                 std::array<bool, 4> output_mask);
 
 }  // namespace rankwise

@@ -4,6 +4,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
+#include <vector>
+
 #include "adapter.h"
 #include "base_term.h"
 
@@ -12,12 +15,11 @@ namespace rankwise {
 // Whether panels serve these types and sizes on this processor.
 bool in_panels(const at::Tensor& x, const ActiveAdapter& adapter);
 
-Projected forward_in_panels(const ActiveAdapter& adapter, const at::Tensor& x,
-                            const BaseTerm& base);
-
-// `weight` as for backward_on_aten.
-FactorGradients backward_in_panels(const ActiveAdapter& adapter, const at::Tensor& dy,
-                                   const at::Tensor& x, const at::Tensor& weight,
+// As forward_on_aten and backward_on_aten.
+Projected forward_in_panels(const AdapterGroup& group, const at::Tensor& x,
+                            const std::vector<BaseTerm>& bases);
+FactorGradients backward_in_panels(const AdapterGroup& group,
+                                   const std::vector<OutputTerm>& outputs, const at::Tensor& x,
                                    const at::Tensor& hidden, std::array<bool, 4> output_mask);
 
 }  // namespace rankwise

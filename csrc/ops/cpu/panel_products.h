@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <bit>
 #include <type_traits>
+#include <vector>
 
 #include "adapter.h"
 #include "blocks.h"
@@ -126,12 +127,12 @@ Product<T> no_product(const at::Tensor& left) {
   return {left.narrow(1, 0, 0), {nullptr, 0, 0}};
 }
 
-// A result of base and LoRA: out = base + start + kept(lora factor) + bias.
+// A result of bases and LoRA: out = the bases' sum + start + kept(lora factor) + bias.
 template <typename T, typename F>
 struct Sum {
-  at::Tensor out;  // [tokens, features]
-  Product<T> base;
-  at::Tensor start;    // [tokens, features], beside a base without inner size; undefined for zeros
+  at::Tensor out;                 // [tokens, features]
+  std::vector<Product<T>> bases;  // at least one
+  at::Tensor start;    // [tokens, features], beside bases without inner size; undefined for zeros
   at::Tensor lora;     // [tokens, rank], rows padded to inner_multiple by zeros
   Elements<F> factor;  // [rank, features]
   int64_t rank;
@@ -141,9 +142,18 @@ struct Sum {
   std::vector<Tile> tiles() const;
   // The longest tile's time, in multiplications: reading a weight takes as long as eight.
   int64_t products_of(const std::vector<Tile>& tiles) const {
-    return (tiles[0].row.size + 8) * tiles[0].col.size * std::max(base.left.size(1), rank);
+    int64_t inner = 0;
+    for (const Product<T>& base : bases) inner += base.left.size(1);
+    return (tiles[0].row.size + 8) * tiles[0].col.size * std::max(inner, rank);
   }
   void compute(const Tile& tile) const;
+  // What a tile multiplies by while it is in the core's cache: chunks of the bases' inner sizes, at
+  // least one.
+  struct Part {
+    const Product<T>* base;
+    Range inner;
+  };
+  std::vector<Part> parts(int64_t chunk) const;
   // Writes the start of a block as float32.
   void begin(const Tile& block, Rows<float> sums) const;
 };
@@ -181,6 +191,17 @@ void Sum<T, F>::begin(const Tile& block, Rows<float> sums) const {
 }
 
 template <typename T, typename F>
+std::vector<typename Sum<T, F>::Part> Sum<T, F>::parts(int64_t chunk) const {
+  std::vector<Part> result;
+  for (const Product<T>& base : bases) {
+    const Split chunks(base.left.size(1), chunk);
+    for (int64_t i = 0; i < chunks.count(); ++i) result.push_back({&base, chunks[i]});
+  }
+  if (result.empty()) result.push_back({bases.data(), {0, 0}});
+  return result;
+}
+
+template <typename T, typename F>
 void Sum<T, F>::compute(const Tile& tile) const {
   const MicroKernelUse<T> use_of_kernel;
   const auto [first_col, width] = tile.col;
@@ -192,11 +213,12 @@ void Sum<T, F>::compute(const Tile& tile) const {
   constexpr int64_t few_chunk = in_place ? 2 * sum_run<T> : many_chunk;
   static_assert(!in_place || (many_chunk % sum_run<T> == 0 && few_chunk % sum_run<T> == 0));
   const int64_t chunk = few ? few_chunk : many_chunk;
-  const int64_t inner = base.left.size(1),
-                chunk_count = std::max<int64_t>(Split(inner, chunk).count(), 1);
-  const Split blocks(tile.row.size, block_rows), chunks(inner, chunk);
-  const bool in_one = chunk_count == 1;
-  T* const panel = scratch<T>(Slot::panel, inner_padded<T>(std::min(chunk, inner)) * width);
+  const std::vector<Part> all = parts(chunk);
+  const Split blocks(tile.row.size, block_rows);
+  const bool in_one = all.size() == 1;
+  int64_t longest = 0;
+  for (const Part& part : all) longest = std::max(longest, part.inner.size);
+  T* const panel = scratch<T>(Slot::panel, inner_padded<T>(longest) * width);
   F* const lora_panel = scratch<F>(Slot::lora_panel, inner_padded<F>(rank) * width);
   pack<F>(factor.from(0, first_col), rank, width, lora_panel, width);
   // Sums grow where the result lies if that has their type, else in the thread's memory.
@@ -211,19 +233,20 @@ void Sum<T, F>::compute(const Tile& tile) const {
   const bool masked = kept.active() && rank > 0;
   float* const update = masked ? scratch<float>(Slot::rows, block_rows * width) : nullptr;
   const float* const row = bias.defined() ? bias.const_data_ptr<float>() + first_col : nullptr;
-  const Elements<T> left(base.left);
-  for (int64_t c = 0; c < chunk_count; ++c) {
-    const bool last = c + 1 == chunk_count;
-    const Elements<T> part = base.right.from(chunks[c].start, first_col);
+  for (size_t c = 0; c < all.size(); ++c) {
+    const bool last = c + 1 == all.size();
+    const auto [start_of_part, inner] = all[c].inner;
+    const Elements<T> left(all[c].base->left);
+    const Elements<T> part = all[c].base->right.from(start_of_part, first_col);
     const bool as_it_is = few && part.across == 1;
-    if (!as_it_is) pack<T>(part, chunks[c].size, width, panel, width);
+    if (!as_it_is) pack<T>(part, inner, width, panel, width);
     for (int64_t b = 0; b < blocks.count(); ++b) {
       const int64_t first = tile.row.start + blocks[b].start, count = blocks[b].size;
       T* const to = out.mutable_data_ptr<T>() + first * out.size(1) + first_col;
       float* const sums = sums_of(b, to);
       if (last || in_place) prefetch_rows(to, count, width, out.size(1));  // else storing waits
       if (inner == 0) begin({{first, count}, tile.col}, {sums, stride});
-      multiply_block<T>(count, width, chunks[c].size, &left(first, chunks[c].start), left.down,
+      multiply_block<T>(count, width, inner, &left(first, start_of_part), left.down,
                         as_it_is ? part.data : panel, as_it_is ? part.down : width, sums, stride,
                         /*accumulate=*/c > 0);
       if (!last) continue;

@@ -18,20 +18,17 @@
 #include "adapter.h"
 #include "base_product.h"
 #include "launch.h"
+#include "layer_products.h"
 #include "path.h"
 #include "term_product.h"
 
 namespace rankwise {
-namespace {
 
-// Everything else takes the composite form, which launches nothing for empty results.
 bool kernels_serve(const at::Tensor& input, const at::Tensor& weight, int64_t rank) {
   return input.numel() > 0 && weight.numel() > 0 && rank <= kernels::max_rank &&
          composite_reason(input.scalar_type(), input.device()).empty();
 }
 
-// y = (scaling * gated B^T + bias) + x W0^T, or scaling * gated B^T + (x W0^T + bias) with factors
-// of float32 over 16 bits; rounded after each of the two sums.
 at::Tensor add_output(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& w,
                       const std::optional<at::Tensor>& bias, const at::Tensor& gated) {
   const at::Tensor y = at::empty({x.size(0), w.size(0)}, x.options());
@@ -44,6 +41,23 @@ at::Tensor add_output(const CudaAdapter& adapter, const at::Tensor& x, const at:
   add_base(y, x, w.t());
   return y;
 }
+
+at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
+                          const at::Tensor& dh) {
+  if (!adapter.dropout.active() && joins_term(adapter, dy, w)) {
+    return product_with_term(dy, w, dh, adapter.A, {});
+  }
+  const at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
+  if (adapter.rank() == 0) {
+    multiply_base(dx, dy, w, {});
+    return dx;
+  }
+  expand_input(adapter, dh, dx);
+  add_base(dx, dy, w);
+  return dx;
+}
+
+namespace {
 
 ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor& weight,
                                        const std::optional<at::Tensor>& bias,
@@ -66,22 +80,6 @@ ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = weight.size(0);
   return {y.view(shape), hidden, seed};
-}
-
-// dx = mask(dh A) + dy W0.
-at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
-                          const at::Tensor& dh) {
-  if (!adapter.dropout.active() && joins_term(adapter, dy, w)) {
-    return product_with_term(dy, w, dh, adapter.A, {});
-  }
-  const at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
-  if (adapter.rank() == 0) {
-    multiply_base(dx, dy, w, {});
-    return dx;
-  }
-  expand_input(adapter, dh, dx);
-  add_base(dx, dy, w);
-  return dx;
 }
 
 BackwardResult lora_linear_backward_cuda(const at::Tensor& grad_output, const at::Tensor& input,
