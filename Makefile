@@ -141,6 +141,7 @@ BENCH = cd tests && $(CURDIR)/$(BIN)/python -m bench
 bench: export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
 bench: $(PACKAGE)
 	$(BENCH) layers
+	$(BENCH) group
 	$(BENCH) growth
 	$(BENCH) tree
 	$(BENCH) allocator

@@ -16,6 +16,7 @@ from .computed import not_a_parameter
 from .config import AdapterOptions
 from .devices import FACTORS
 from .first_factors import FIRST, with_first
+from .linear_group import LoRALinearGroup
 from .quantised import is_quantised, over
 from .resized import Rows
 from .sharding import ADD_BEFORE, check_no_dtensor
@@ -28,7 +29,7 @@ _TENSOR_PARALLEL = (
     "not a layer in it"
 )
 
-__all__ = ["AdaLoRALinear", "LoRAEmbedding", "LoRALinear"]
+__all__ = ["AdaLoRALinear", "LoRAEmbedding", "LoRALinear", "LoRALinearGroup"]
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -132,6 +133,8 @@ class LoRALinear(Adapted, nn.Linear):
             dropout_p=self.dropout if self.training else 0.0,
             rank=rank,
         )
+
+    _grouped_forward = forward  # what LoRALinearGroup computes for several layers
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, {self._adapter_repr()}"

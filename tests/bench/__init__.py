@@ -8,6 +8,7 @@ from pathlib import Path
 
 MEASUREMENTS = {
     "layers": "one linear layer with LoRA against the frozen layer, PEFT and other peers",
+    "group": "layers that share their input, one by one and as a group",
     "growth": "how the cost of LoRA grows with rank, tokens, width and number of layers",
     "tree": "applying, saving and loading in models of up to 10,000 layers against PEFT",
     "allocator": "AdaLoRA's allocator against PEFT's",

@@ -7,8 +7,10 @@
 #include <rankwise/checkpoint.h>
 #include <rankwise/cpu_path.h>
 #include <rankwise/directions.h>
+#include <rankwise/linear_group.h>
 #include <rankwise/module_adapters.h>
 #include <rankwise/nn.h>
+#include <rankwise/nn_linear_group.h>
 #include <rankwise/ops.h>
 #include <rankwise/optim.h>
 #include <rankwise/rank_advice.h>
