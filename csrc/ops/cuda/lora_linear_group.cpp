@@ -20,9 +20,9 @@
 namespace rankwise {
 namespace {
 
-bool kernels_serve_all(const at::Tensor& input, const LayerGroup& group) {
+bool kernels_serve(const at::Tensor& input, const LayerGroup& group) {
   return std::all_of(group.layers.begin(), group.layers.end(), [&](const GroupedLinear& layer) {
-    return kernels_serve(input, layer.weight, layer.rank->guard_int(__FILE__, __LINE__));
+    return rankwise::kernels_serve(input, layer.weight, layer.rank->guard_int(__FILE__, __LINE__));
   });
 }
 
@@ -84,7 +84,7 @@ at::Tensor output_of(const CudaAdapter& adapter, const at::Tensor& x, const Grou
 GroupForwardResult group_forward_cuda(const at::Tensor& input, const LayerGroup& group) {
   check_group(input, group);
   const c10::cuda::CUDAGuard guard(input.device());
-  if (!kernels_serve_all(input, group)) return lora_linear_group_forward_composite(input, group);
+  if (!kernels_serve(input, group)) return lora_linear_group_forward_composite(input, group);
   const at::Tensor seed = Dropout(group.dropout_p).draw_seed(input), x = matrix(input);
   const std::vector<at::Tensor> hidden = project(group, x, seed);
   GroupForwardResult result{{}, at::cat(hidden, 1), seed};
@@ -136,7 +136,7 @@ GroupGradients group_backward_cuda(const std::vector<at::Tensor>& grad_outputs,
                                    const GroupMask& output_mask) {
   check_group_backward(grad_outputs, input, group, hidden, seed);
   const c10::cuda::CUDAGuard guard(input.device());
-  if (!kernels_serve_all(input, group)) {
+  if (!kernels_serve(input, group)) {
     return lora_linear_group_backward_composite(grad_outputs, input, group, hidden, seed,
                                                 output_mask);
   }
