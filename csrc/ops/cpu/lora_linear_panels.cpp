@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include "panel_products.h"
+#include "token_sums.h"
 
 namespace rankwise {
 namespace {
