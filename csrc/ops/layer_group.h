@@ -72,8 +72,7 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 // Throws unless all lists have one length > 0. `biases` null in backwards.
 LayerGroup listed(at::TensorList weights, const OptionalTensors* biases, at::TensorList lora_A,
                   at::TensorList lora_B, const OptionalTensors& lora_E,
-                  at::ArrayRef<double> scaling, double dropout_p,
-                  const std::optional<std::vector<c10::SymInt>>& ranks);
+                  at::ArrayRef<double> scaling, double dropout_p, at::OptionalSymIntArrayRef ranks);
 
 // Outputs, hidden, seed.
 Tensors flat(const GroupForwardResult& result);
@@ -88,8 +87,8 @@ Tensors group_forward(const at::Tensor& input, at::TensorList weights,
                       const OptionalTensors& biases, at::TensorList lora_A, at::TensorList lora_B,
                       const OptionalTensors& lora_E, at::ArrayRef<double> scaling, double dropout_p,
                       c10::SymIntArrayRef ranks) {
-  return flat(kernel(
-      input, listed(weights, &biases, lora_A, lora_B, lora_E, scaling, dropout_p, ranks.vec())));
+  return flat(
+      kernel(input, listed(weights, &biases, lora_A, lora_B, lora_E, scaling, dropout_p, ranks)));
 }
 
 template <GroupBackward& kernel>
@@ -98,10 +97,9 @@ Tensors group_backward(at::TensorList grad_outputs, const at::Tensor& input, at:
                        const at::Tensor& hidden, const at::Tensor& seed,
                        at::ArrayRef<double> scaling, double dropout_p, c10::SymIntArrayRef ranks,
                        GroupMask output_mask) {
-  return flat(
-      kernel(grad_outputs.vec(), input,
-             listed(weights, nullptr, lora_A, lora_B, lora_E, scaling, dropout_p, ranks.vec()),
-             hidden, seed, output_mask));
+  return flat(kernel(grad_outputs.vec(), input,
+                     listed(weights, nullptr, lora_A, lora_B, lora_E, scaling, dropout_p, ranks),
+                     hidden, seed, output_mask));
 }
 
 }  // namespace rankwise

@@ -136,10 +136,8 @@ Tensors lora_linear_group_autograd(const at::Tensor& input, at::TensorList weigh
                                    at::TensorList lora_B, const OptionalTensors& lora_E,
                                    at::ArrayRef<double> scaling, double dropout_p,
                                    at::OptionalSymIntArrayRef ranks) {
-  std::optional<std::vector<c10::SymInt>> given;
-  if (ranks) given = ranks->vec();
   const LayerGroup group =
-      listed(weights, &biases, lora_A, lora_B, lora_E, scaling, dropout_p, given);
+      listed(weights, &biases, lora_A, lora_B, lora_E, scaling, dropout_p, ranks);
   variable_list present;
   for (const GroupedLinear& layer : group.layers)
     for (const at::Tensor& tensor : tensors_of(layer))

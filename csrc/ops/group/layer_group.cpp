@@ -62,7 +62,7 @@ void check_group_backward(const std::vector<at::Tensor>& grad_outputs, const at:
 LayerGroup listed(at::TensorList weights, const OptionalTensors* biases, at::TensorList lora_A,
                   at::TensorList lora_B, const OptionalTensors& lora_E,
                   at::ArrayRef<double> scaling, double dropout_p,
-                  const std::optional<std::vector<c10::SymInt>>& ranks) {
+                  at::OptionalSymIntArrayRef ranks) {
   const size_t count = weights.size();
   const auto check_length = [&](const char* name, size_t length) {
     TORCH_CHECK(length == count && count > 0, "lora_linear_group: ", name,

@@ -13,10 +13,8 @@ Tensors lora_linear_group_below_autograd(const at::Tensor& input, at::TensorList
                                          at::TensorList lora_B, const OptionalTensors& lora_E,
                                          at::ArrayRef<double> scaling, double dropout_p,
                                          at::OptionalSymIntArrayRef ranks) {
-  std::optional<std::vector<c10::SymInt>> given;
-  if (ranks) given = ranks->vec();
   return lora_linear_group_forward(
-             input, listed(weights, &biases, lora_A, lora_B, lora_E, scaling, dropout_p, given))
+             input, listed(weights, &biases, lora_A, lora_B, lora_E, scaling, dropout_p, ranks))
       .outputs;
 }
 
