@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -43,6 +43,15 @@ def not_a_parameter(module: nn.Module, name: str) -> str | None:
     kind = type(getattr(module, name)).__name__  # what removing a frozen weight_norm leaves
     way_out = f"layer.{name} = torch.nn.Parameter(layer.{name}, requires_grad=False)"
     return f"{name} is a plain {kind}, not a parameter; set {way_out} first"
+
+
+def tensors_of(module: nn.Module, *names: str) -> list[Tensor | None]:
+    """Of these names, computed or not, for code that each call runs.
+
+    By the dictionary of parameters: an attribute that is asked for takes ten times as long.
+    """
+    own = module._parameters
+    return [own[name] if name in own else getattr(module, name) for name in names]
 
 
 def compute_anew(module: nn.Module) -> None:

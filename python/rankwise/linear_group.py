@@ -10,6 +10,7 @@ from torch.nn.modules import module as torch_module
 
 from . import ops
 from .adapted import Adapted
+from .computed import tensors_of
 
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -86,11 +87,12 @@ def _operands(layer: nn.Module) -> tuple[tuple, float, float, int] | None:
     layer is anything else."""
     if not (_is_forward_alone(layer) and layer.adapter_in_use):
         return None
-    weight, (A, B, rank) = layer._matrix(layer.weight), layer._update()
+    weight, bias, E = tensors_of(layer, "weight", "bias", "lora_E")
+    weight, (A, B, rank) = layer._matrix(weight), layer._update()
     if not (_is_plain(weight) and _is_plain(A)):
         return None
     p = layer.dropout if layer.training else 0.0
-    return (weight, layer.bias, A, B, layer.lora_E), layer.scaling, p, rank
+    return (weight, bias, A, B, E), layer.scaling, p, rank
 
 
 def _is_forward_alone(layer: nn.Module) -> bool:

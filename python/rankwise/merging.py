@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .computed import compute_anew, not_a_parameter
+from .computed import compute_anew, not_a_parameter, tensors_of
 from .config import AdapterOptions
-from .first_factors import FirstFactors, with_first
+from .first_factors import FIRST, FirstFactors, with_first
 from .installed import check_complete
 from .sharding import check_unsharded, kind_without_memory, naming, reshard
 from .tree import AdaptedLayer, Tree, required_layers
@@ -126,7 +126,8 @@ class Mergeable(AdaptedLayer):
 
     def _update(self) -> tuple[Tensor, Tensor, int]:
         """A, B and rank of the active adapter's update, with its first factors."""
-        return with_first(self.lora_first, self.lora_A, self.lora_B, self.rank)
+        A, B = tensors_of(self, "lora_A", "lora_B")
+        return with_first(self._modules[FIRST], A, B, self.rank)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """weight as [out, in], without a copy; its own inverse."""

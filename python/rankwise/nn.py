@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from . import ops
 from .adapted import Adapted, StoredAdapter
-from .computed import not_a_parameter
+from .computed import not_a_parameter, tensors_of
 from .config import AdapterOptions
 from .devices import FACTORS
-from .first_factors import FIRST, with_first
 from .linear_group import LoRALinearGroup
 from .quantised import is_quantised, over
 from .resized import Rows
@@ -119,9 +118,9 @@ class LoRALinear(Adapted, nn.Linear):
         self._check_trainable()
         if not self.adapter_in_use:
             return F.linear(input, self._matrix(self._weight_in_use()), self.bias)
-        weight, bias, A, B, E = _tensors(self, "weight", "bias", *FACTORS)
-        _check_plain(self, input, weight, A)
-        A, B, rank = with_first(self._modules[FIRST], A, B, self.rank)
+        _check_plain(self, input)
+        weight, bias, E = tensors_of(self, "weight", "bias", "lora_E")
+        A, B, rank = self._update()
         return ops.lora_linear(
             input,
             self._matrix(weight),
@@ -233,8 +232,8 @@ class LoRAEmbedding(Adapted, nn.Embedding):
         self._check_trainable()
         if not self.adapter_in_use:
             return F.embedding(input, self._weight_in_use(), self.padding_idx)
-        weight, A, B, E = _tensors(self, "weight", *FACTORS)
-        _check_plain(self, input, weight, A)
+        _check_plain(self, input)
+        weight, A, B, E = tensors_of(self, "weight", *FACTORS)
         return ops.lora_embedding(
             input,
             weight,
@@ -261,19 +260,12 @@ def adapt(module: nn.Module, options: AdapterOptions) -> Adapted:
     return kind._around(module)
 
 
-def _tensors(layer: Adapted, *names: str) -> list[Tensor | None]:
-    """Of these names. By their dictionary: an attribute that is asked for takes ten times as long.
-
-    What is computed, by a parametrization for example, is not in it.
-    """
-    own = layer._parameters
-    return [own[name] if name in own else getattr(layer, name) for name in names]
-
-
-def _check_plain(layer: Adapted, input: Tensor, weight: Tensor, factor: Tensor) -> None:
+def _check_plain(layer: Adapted, input: Tensor) -> None:
     """Refuses DTensors, for which the operators have no rule of sharding."""
     if torch.compiler.is_compiling():
         return
+    own = layer._parameters
+    weight, factor = own.get("weight"), own.get("lora_A")
     if type(input) in _PLAIN and type(weight) in _PLAIN and type(factor) in _PLAIN:
         return  # the common case
     held = {"input": input, "weight": weight, "lora_A": factor}
