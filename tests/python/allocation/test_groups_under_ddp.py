@@ -128,4 +128,4 @@ def test_accelerates_launcher():
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split().count("done") == WORLD, result.stdout + result.stderr
+    assert result.stdout.count("done") == WORLD, result.stdout + result.stderr
