@@ -4,19 +4,25 @@
 #include <ATen/OpMathType.h>
 
 #include <numeric>
+#include <string>
 
 #include "../kernels/allocation/progress.h"
 
 namespace rankwise {
 namespace {
 
+// What an argument is, for messages.
+std::string described(const at::Tensor& tensor) {
+  return c10::str(tensor.sizes(), " of ", tensor.scalar_type(), " on ", tensor.device(),
+                  tensor.is_contiguous() ? "" : ", not contiguous");
+}
+
 void check_like(const char* what, const at::Tensor& tensor, const at::Tensor& parameter,
                 at::ScalarType dtype) {
   TORCH_CHECK(tensor.sizes() == parameter.sizes() && tensor.scalar_type() == dtype &&
                   tensor.is_contiguous() && tensor.device() == parameter.device(),
               "importance: ", what, " must be contiguous ", parameter.sizes(), " of ", dtype,
-              " on ", parameter.device(), ", got ", tensor.sizes(), " of ", tensor.scalar_type(),
-              " on ", tensor.device());
+              " on ", parameter.device(), ", got ", described(tensor));
 }
 
 int64_t directions(const char* op, at::IntArrayRef ranks) {
@@ -30,7 +36,7 @@ void check_directions(const char* op, const char* what, const at::Tensor& tensor
   TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.dim() == 1 &&
                   tensor.numel() == directions(op, ranks),
               op, ": ", what, " must be a contiguous vector of ", directions(op, ranks), " ", dtype,
-              ", got ", tensor.sizes(), " of ", tensor.scalar_type());
+              ", got ", described(tensor));
 }
 
 }  // namespace
@@ -74,15 +80,14 @@ void check_progress(const char* op, const at::Tensor& progress) {
   constexpr int64_t size = sizeof(kernels::Progress) / sizeof(int64_t);
   TORCH_CHECK(
       progress.scalar_type() == at::kLong && progress.is_contiguous() && progress.numel() == size,
-      op, ": progress must be ", size, " contiguous int64, got ", progress.numel(), " of ",
-      progress.scalar_type());
+      op, ": progress must be ", size, " contiguous int64, got ", described(progress));
 }
 
 void check_schedule_step(const at::Tensor& progress, const at::Tensor& budgets) {
   check_progress("schedule_step", progress);
   TORCH_CHECK(budgets.scalar_type() == at::kLong && budgets.is_contiguous() && budgets.numel() > 0,
               "schedule_step: budgets must be contiguous int64, at least one, got ",
-              budgets.numel(), " of ", budgets.scalar_type());
+              described(budgets));
 }
 
 void check_triplet_selection(const at::Tensor& kept, const at::Tensor& scores,
@@ -119,8 +124,8 @@ void check_choice(const at::Tensor& choices, const at::Tensor& summaries,
                   choices.dim() == 2 && choices.size(1) == width &&
                   summaries.sizes() == at::IntArrayRef({choices.size(0), 4}),
               "record_choice: choices must be contiguous int64 [rows, ", width,
-              "] and summaries float64 [rows, 4], got ", choices.sizes(), " of ",
-              choices.scalar_type(), " and ", summaries.sizes(), " of ", summaries.scalar_type());
+              "] and summaries float64 [rows, 4], got ", described(choices), " and ",
+              described(summaries));
 }
 
 }  // namespace rankwise

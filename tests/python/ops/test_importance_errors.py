@@ -105,7 +105,9 @@ def test_a_list_of_a_step(name, named, place):
 
 @pytest.mark.parametrize("name", ["parameters", "gradients", "sensitivity", "uncertainty"])
 def test_a_list_of_a_step_with_one_apart(name):
-    refuses("must be contiguous [3, 7]", step, **{name: [apart(factors()[0]), *factors()[1:]]})
+    values = [apart(factors()[0]), *factors()[1:]]
+    wanted = "must be contiguous [3, 7] of Float on cpu, got [3, 7] of Float on cpu, not contiguous"
+    refuses(wanted, step, **{name: values})
 
 
 def test_ranks():
