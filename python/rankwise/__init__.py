@@ -26,6 +26,7 @@ from .parameters import parameter_groups, print_trainable_parameters
 from .plain import unload
 from .rank_history import RankHistory
 from .report import health_check, summary
+from .shared_inputs import share_inputs
 from .spectral import RankQuestion, SpectralAllocator, SpectralConfig
 from .sweep_grid import rank_grid
 from .sweeping import Sweep, sweep
@@ -69,6 +70,7 @@ __all__ = [
     "rank_grid",
     "save_adapter",
     "save_checkpoint",
+    "share_inputs",
     "summary",
     "sweep",
     "unload",

@@ -65,6 +65,7 @@ class Adapted(Directed, Unloadable):
         self._become_mergeable(transposed)
         self.adapters = nn.ModuleDict().train(self.training)
         self._plain_state: str | None = None
+        self.shared_input = None  # SharedInput: share_inputs
         self.register_load_state_dict_post_hook(_forgive_missing_adapters)
         self._clear_active()
 

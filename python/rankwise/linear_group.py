@@ -58,15 +58,20 @@ class LoRALinearGroup:
 
     def __call__(self, input: Tensor) -> list[Tensor]:
         """The layers' outputs [..., out_features] for an input [..., in_features], in order."""
-        operands = self._together(input)
+        outputs = self.together(input)
+        return [layer(input) for layer in self.layers] if outputs is None else outputs
+
+    def together(self, input: Tensor) -> list[Tensor] | None:
+        """The outputs from one call; None where the layers are to be called one by one."""
+        operands = self._operands(input)
         if operands is None:
-            return [layer(input) for layer in self.layers]
+            return None
         tensors, scaling, dropouts, ranks = zip(*operands, strict=True)
         lists = map(list, zip(*tensors, strict=True))
         options = dict(scaling=list(scaling), dropout_p=dropouts[0], ranks=list(ranks))
         return ops.lora_linear_group(input, *lists, **options)
 
-    def _together(self, input: Tensor) -> list[tuple] | None:
+    def _operands(self, input: Tensor) -> list[tuple] | None:
         """The layers' operands; None where they are to be called one by one."""
         if torch.compiler.is_compiling() or not _is_plain(input):
             return None

@@ -22,6 +22,7 @@ _ATTRIBUTES = (
     "options",
     "rank",
     "directions",
+    "shared_input",
 )
 _HIDDEN = ("_unmerged", "_plain_state", "_plain_class")
 _OF_LINEAR = ("in_features", "out_features")

@@ -1,8 +1,9 @@
-# Three layers of one input: called one by one, and as a LoRALinearGroup.
-"""Times forward and backward of q, k and v over one input, one by one and as a group."""
+# Three layers of one input: one by one, as a LoRALinearGroup, and one by one with share_inputs.
+"""Times forward and backward of q, k and v over one input: one by one, as a group, and shared."""
 
 from __future__ import annotations
 
+import copy
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -19,20 +20,26 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def contenders(tokens: int, width: int, rank: int, dtype: torch.dtype) -> dict[str, Callable]:
-    layers = [rw.nn.LoRALinear(width, width, rank=rank, dtype=dtype) for _ in range(3)]
+    attention = nn.ModuleDict(
+        {name: rw.nn.LoRALinear(width, width, rank=rank, dtype=dtype) for name in ("q", "k", "v")}
+    )
+    layers = list(attention.values())
     for layer in layers:
         nn.init.normal_(layer.lora_B, std=0.02)
+    shared = copy.deepcopy(attention)
+    rw.share_inputs(shared)
     x = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
     dy = [torch.randn(tokens, width, dtype=dtype) for _ in layers]
-    inputs = [x, *(p for layer in layers for p in (layer.lora_A, layer.lora_B))]
     group = rw.nn.LoRALinearGroup(layers)
 
-    def both(call: Callable[[], list[Tensor]]) -> Callable[[], None]:
+    def both(of: nn.ModuleDict, call: Callable[[], list[Tensor]]) -> Callable[[], None]:
+        inputs = [x, *(p for p in of.parameters() if p.requires_grad)]
         return lambda: torch.autograd.grad(call(), inputs, dy)
 
     return {
-        "one by one": both(lambda: [layer(x) for layer in layers]),
-        "as a group": both(lambda: group(x)),
+        "one by one": both(attention, lambda: [layer(x) for layer in layers]),
+        "as a group": both(attention, lambda: group(x)),
+        "share_inputs": both(shared, lambda: [layer(x) for layer in shared.values()]),
     }
 
 
