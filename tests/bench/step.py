@@ -19,9 +19,10 @@ from rich.table import Table
 from .adalora_phases import PHASES
 from .adalora_phases import RANK as ADALORA_RANK
 from .measurement import Measurement, names
-from .step_contenders import RANK, Step, adalora_steps, frozen, lora_steps, our_lora, peft_lora
+from .step_contenders import RANK, adalora_steps, frozen, lora_steps, our_lora, peft_lora
 from .step_tasks import TASKS, Task
 from .timing import Samples, as_json, console, sampled, table, timings
+from .training_step import Step
 
 DROPOUT = 0.1
 WITH_DROPOUT = f"LoRA, dropout {DROPOUT}"

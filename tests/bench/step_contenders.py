@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 import rankwise as rw
 from rankwise.integrations.peft import accelerate
 
 from .adalora_phases import PENALTY, PHASES, enter_final, our_config, peft_config
 from .step_tasks import Task
+from .training_step import Step, optimizer_of, shared
 
 RANK = 8
 FACTORS = ("lora_A", "lora_B", "lora_E")
@@ -24,35 +23,9 @@ FACTORS = ("lora_A", "lora_B", "lora_E")
 TOLERANCE = 2e-5
 
 
-@dataclass(frozen=True)
-class Step:
-    """loss() is what is minimised; after() what follows the optimizer's step."""
-
-    model: nn.Module
-    loss: Callable[[], Tensor]
-    optimizer: AdamW
-    after: Callable[[], object] = lambda: None
-    allocator: rw.RankAllocator | None = None
-
-    def __call__(self) -> None:
-        self.loss().backward()
-        self.optimizer.step()
-        self.after()
-        self.optimizer.zero_grad()
-
-
-def _shared(model: nn.Module) -> nn.Module:
-    """A copy of the modules over the same parameters."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def _optimizer(model: nn.Module) -> AdamW:
-    return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-
 def frozen(task: Task) -> Callable[[], None]:
     """Forward, and backward to the embedded tokens: the cost of the base alone."""
-    model = _shared(task.model).requires_grad_(False)
+    model = shared(task.model).requires_grad_(False)
     embedded = task.embedded.clone().requires_grad_()
     inputs = {k: v for k, v in task.inputs.items() if k != "input_ids"}
     inputs["inputs_embeds"] = embedded
@@ -60,9 +33,11 @@ def frozen(task: Task) -> Callable[[], None]:
 
 
 def _peft_step(task: Task, config: LoraConfig, after=lambda model: None) -> Step:
-    model = get_peft_model(_shared(task.model), config)
+    model = get_peft_model(shared(task.model), config)
     forward = model.base_model  # as PEFT's classes of tasks do; PeftModel leaves the penalty out
-    return Step(model, lambda: forward(**task.inputs).loss, _optimizer(model), lambda: after(model))
+    return Step(
+        model, lambda: forward(**task.inputs).loss, optimizer_of(model), lambda: after(model)
+    )
 
 
 def peft_lora(task: Task, dropout: float = 0.0) -> Step:
@@ -78,8 +53,8 @@ def our_lora(task: Task, dropout: float = 0.0, rank: int = RANK, **options) -> S
         rank=rank, alpha=2 * rank, dropout=dropout, target_modules=task.targets,
         modules_to_save=task.whole, **options,
     )  # fmt: skip
-    model = rw.apply_lora(_shared(task.model), config)
-    return Step(model, lambda: model(**task.inputs).loss, _optimizer(model))
+    model = rw.apply_lora(shared(task.model), config)
+    return Step(model, lambda: model(**task.inputs).loss, optimizer_of(model))
 
 
 def peft_adalora(task: Task, phase: str) -> Step:
@@ -90,8 +65,8 @@ def peft_adalora(task: Task, phase: str) -> Step:
 
 def our_adalora(task: Task, phase: str) -> Step:
     config = our_config(phase, target_modules=task.targets, modules_to_save=task.whole)
-    model = rw.apply_lora(_shared(task.model), config)
-    allocator, optimizer = rw.RankAllocator(model, config), _optimizer(model)
+    model = rw.apply_lora(shared(task.model), config)
+    allocator, optimizer = rw.RankAllocator(model, config), optimizer_of(model)
 
     def loss() -> Tensor:
         return model(**task.inputs).loss + PENALTY * allocator.orthogonality_penalty("mean_norm")
