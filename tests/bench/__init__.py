@@ -13,11 +13,13 @@ MEASUREMENTS = {
     "tree": "applying, saving and loading in models of up to 10,000 layers against PEFT",
     "allocator": "AdaLoRA's allocator against PEFT's",
     "step": "whole training steps of pretrained models against PEFT's",
+    "llama_step": "whole training steps of a Llama-shaped model, time and memory, against PEFT's",
     "latency": "inference of MiniLM with LoRA, bottlenecks and prefixes",
     "footprint": "files, optimizer state and peak memory against training all weights",
     "overhead": "what the Python of a layer costs beside its operator",
     "host": "instructions that a small call costs beside its matrix products",
     "layers_cuda": "one linear layer with LoRA on a GPU against the frozen layer and its peers",
+    "kernels": "the kernels that one linear layer runs on a GPU, each by its time",
 }
 ROOT = Path(__file__).resolve().parents[2]
 
