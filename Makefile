@@ -11,7 +11,8 @@ FORMATTED_CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu')
 FORMATTED_PY := setup.py python tests examples tools
 
 .PHONY: demo bench test test-cpp test-python peft-tests check lint fuzz sanitize sanitize-memory \
-	sanitize-threads coverage proofs soak kills processes supply format gpu gpu-headers clean
+	sanitize-threads coverage proofs soak kills processes supply format gpu \
+	gpu-build gpu-test gpu-measure gpu-headers clean
 
 demo: $(PACKAGE)
 	$(BIN)/python examples/sentiment/demo.py
@@ -153,8 +154,21 @@ bench: $(PACKAGE)
 	$(BENCH) host
 
 # On a machine with a GPU, with the python3 that has its torch; no network, no virtual environment.
+# The three parts of gpu alone: gpu-build, gpu-test and gpu-measure. ARCHITECTURE=90 builds for a
+# machine to which build/gpu/site is then taken.
+GPU = cd tools && $(PYTHON) -m gpu
+
 gpu:
-	$(PYTHON) tools/gpu.py
+	$(GPU) all
+
+gpu-build:
+	$(GPU) build $(if $(ARCHITECTURE),--architecture $(ARCHITECTURE))
+
+gpu-test:
+	$(GPU) test
+
+gpu-measure:
+	$(GPU) measure
 
 # For a GPU machine without nlohmann-json: build/headers is to be taken there.
 gpu-headers: $(VENV)/.ready

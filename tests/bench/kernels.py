@@ -33,12 +33,12 @@ CASES = {
     ],
 }
 TURNS = 4  # copies of all tensors, which no cache holds
-TEMPLATE = re.compile(r"^(?:void )?(?:\w+::|\(anonymous namespace\)::)*")
+NAMESPACE = re.compile(r"(?:\w+|\(anonymous namespace\))::")
 
 
 def short(name: str) -> str:
-    """Without namespaces, result and arguments: what is left tells kernels apart."""
-    return TEMPLATE.sub("", name.split("(anonymous namespace)::")[-1] or name)[:60]
+    """Without result and namespaces, and cut: what is left tells kernels apart."""
+    return NAMESPACE.sub("", name.removeprefix("void "))[:60]
 
 
 def of_device(events: Iterable, device: str, calls: int) -> list[dict]:
@@ -50,7 +50,8 @@ def of_device(events: Iterable, device: str, calls: int) -> list[dict]:
         elif device == "cpu" and event.name.startswith(("aten::", "rankwise::")):
             times[event.name].append(event.self_cpu_time_total)
     rows = [
-        {"kernel": name, "microseconds": sum(found) / calls, "count": len(found) / calls}
+        {"kernel": name, "short": short(name)}
+        | {"microseconds": sum(found) / calls, "count": len(found) / calls}
         for name, found in times.items()
     ]
     return sorted(rows, key=lambda row: -row["microseconds"])
@@ -83,7 +84,7 @@ def table(title: str, rows: list[dict]) -> Table:
         result.add_column(column, justify="right")
     for row in rows:
         microseconds, count = f"{row['microseconds']:.1f}", f"{row['count']:.1f}"
-        result.add_row(short(row["kernel"]), microseconds, count)
+        result.add_row(row["short"], microseconds, count)
     return result
 
 

@@ -209,21 +209,23 @@ def passes() -> Iterator[tuple[str, Problem]]:
 PROBLEMS: dict[str, Problem] = dict([*layers(), *passes()])
 
 
-def serves(problem: Problem) -> bool:
-    like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+def serves(problem: Problem, device: str = "cuda") -> bool:
+    like = torch.empty(0, dtype=torch.bfloat16, device=device)
     return not problem.path or rw.ops.path(like, (*WIDE, 5)) == problem.path
 
 
-def main(after: str | None) -> int:
+def main(after: str | None, device: str = "cuda") -> int:
+    """Says which problem begins and ends, so that a reader of the log knows whose an error is."""
     failed, names = 0, list(PROBLEMS)
     for name in names[names.index(after) + 1 :] if after else names:
-        if not serves(PROBLEMS[name]):
+        if not serves(PROBLEMS[name], device):
             print(f"left out {name}: it needs {PROBLEMS[name].path}", flush=True)
             continue
         print(f"begin {name}", flush=True)
         try:
-            PROBLEMS[name].run("cuda")
-            torch.cuda.synchronize()
+            PROBLEMS[name].run(device)
+            if device == "cuda":
+                torch.cuda.synchronize()
         except torch.AcceleratorError:
             traceback.print_exc()
             os._exit(1)  # what would still be freed meets the same error

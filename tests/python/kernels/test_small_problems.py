@@ -10,7 +10,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(ROOT / "tests" / "python" / "cuda"))
 
-from small_problems import PROBLEMS  # noqa: E402
+import small_problems  # noqa: E402
+from small_problems import PROBLEMS, Problem  # noqa: E402
 
 KERNEL = re.compile(
     r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\("
@@ -56,3 +57,55 @@ def test_problems_run(name):
     found = tensors(PROBLEMS[name].run("cpu"))
     assert found and all(t.isfinite().all() for t in found if t.is_floating_point())
     assert any(t.any() for t in found)
+
+
+def raises(error: Exception) -> Problem:
+    def run(device: str) -> None:
+        raise error
+
+    return Problem(run, frozenset())
+
+
+@pytest.fixture
+def four(monkeypatch):
+    """Problems of which the second fails, the third loses the device, and one wants another."""
+    good = Problem(lambda device: torch.ones(1), frozenset())
+    problems = {
+        "good": good,
+        "fails": raises(ValueError("of the second")),
+        "loses": raises(torch.AcceleratorError("an illegal memory access")),
+        "elsewhere": Problem(good.run, frozenset(), path="cuda (sm_90a)"),
+        "last": good,
+    }
+    monkeypatch.setattr(small_problems, "PROBLEMS", problems)
+
+    def ends(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(small_problems.os, "_exit", ends)
+
+
+def test_a_process_ends_with_its_device_alone(four, capsys):
+    with pytest.raises(SystemExit) as end:
+        small_problems.main(None, "cpu")
+    assert end.value.code == 1
+    captured = capsys.readouterr()
+    said = ["begin good", "end good", "begin fails", "end fails", "begin loses"]
+    assert captured.out.splitlines() == said
+    assert "of the second" in captured.err and "an illegal memory access" in captured.err
+
+
+def test_the_problems_behind_one_are_run(four, capsys):
+    assert small_problems.main("loses", "cpu") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "left out elsewhere: it needs cuda (sm_90a)",
+        "begin last",
+        "end last",
+        "all problems have begun",
+    ]
+
+
+def test_a_failure_is_the_status(four, capsys):
+    del small_problems.PROBLEMS["loses"]
+    assert small_problems.main(None, "cpu") == 1
+    assert "all problems have begun" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bench import group, kernels, llama_contenders, llama_step
 from bench.__main__ import main
+from gpu import measure
 from torch.autograd import DeviceType
 
 
@@ -28,6 +29,9 @@ def test_a_llama_step_has_time_and_memory_of_all_contenders(tmp_path, capsys):
         assert f"{title}: one step of Llama tiny, 2 x 16 tokens" in printed
         assert part["steps"]["frozen"]["ratio"] == 1.0
         assert min(part["peak bytes"].values()) > 2**10
+    (rows,) = measure.rows({"llama_step": found}).values()
+    assert len(rows) == 1 + sum(2 + len(makers) for makers, _ in llama_step.PARTS.values())
+    assert rows[2].startswith("  frozen ") and " 1.000 of frozen (1.000 .. 1.000)" in rows[2]
 
 
 def test_parts_for_which_no_time_is_left_are_named(tmp_path, monkeypatch):
@@ -76,8 +80,11 @@ def test_a_contender_that_fails_is_left_out(task):
 
 def test_a_group_has_the_frozen_layers_beside(tmp_path, monkeypatch):
     monkeypatch.setitem(group.SHAPES, "cpu", ((8, 16, 2),))
-    for found in results("group", tmp_path):
-        assert found["rows"].keys() == {"one by one", "as a group", "frozen"}
+    found = results("group", tmp_path)
+    for each in found:
+        assert each["rows"].keys() == {"one by one", "as a group", "frozen"}
+    (rows,) = measure.rows({"group": found}).values()
+    assert len(rows) == 2 and rows[0].startswith("8 x 16 x 16, rank 2, float32: one by one ")
 
 
 def test_kernels_of_a_layer(tmp_path):
@@ -86,6 +93,23 @@ def test_kernels_of_a_layer(tmp_path):
     assert found["cases"][0]["contender"] == "frozen"
     assert not any(row["kernel"].startswith("rankwise::") for row in found["cases"][0]["kernels"])
     assert ours["rankwise::_lora_linear_forward"] == ours["rankwise::_lora_linear_backward"] == 1
+    (rows,) = measure.rows({"kernels": found}).values()
+    assert rows[0].startswith("frozen, 64, 48 -> 32, r 4, bfloat16, p 0.1: ") and len(rows) == 9
+
+
+def test_layers_have_a_row_each():
+    def timed(ratio: float) -> dict:
+        return {"ratio": ratio, "median": 0.5}
+
+    case = dict(tokens=8, n_in=4, n_out=2, rank=1, dtype="bfloat16", dropout=0.1)
+    both = {"frozen": timed(1), "PEFT": timed(1.75), "rankwise": timed(1.254)}
+    row = {"case": case, "both": both, "graph": {"rankwise": timed(1.2)}}
+    found = {"cases": [row], "host": {"rankwise": 422.4}, "unfinished": ["another"]}
+    assert measure.layer_rows(found) == [
+        "8, 4 -> 2, r 1, bfloat16, p 0.1: frozen 500 us; PEFT 1.75/-; rankwise 1.25/1.20",
+        "host us: rankwise 422",
+        "no time was left for another",
+    ]
 
 
 def test_times_of_kernels_are_those_of_one_call():
@@ -94,8 +118,8 @@ def test_times_of_kernels_are_those_of_one_call():
 
     events = [event("a", 3.0), event("b", 40.0), event("a", 5.0), event("aten::mm", 9, "CPU")]
     assert kernels.of_device(events, "cuda", calls=2) == [
-        {"kernel": "b", "microseconds": 20.0, "count": 0.5},
-        {"kernel": "a", "microseconds": 4.0, "count": 1.0},
+        {"kernel": "b", "short": "b", "microseconds": 20.0, "count": 0.5},
+        {"kernel": "a", "short": "a", "microseconds": 4.0, "count": 1.0},
     ]
 
 
@@ -106,8 +130,8 @@ def test_times_of_kernels_are_those_of_one_call():
         ("void at::native::elementwise<4>(int)", "elementwise<4>(int)"),
         (
             "void rankwise::kernels::(anonymous namespace)::expand<rankwise::kernels::Types<float>"
-            ", 16>(int)",
-            "expand<rankwise::kernels::Types<float>, 16>(int)",
+            ", 16, rankwise::kernels::(anonymous namespace)::Masked>(int)",
+            "expand<Types<float>, 16, Masked>(int)",
         ),
     ],
 )

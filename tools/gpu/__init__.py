@@ -1,0 +1,1 @@
+# make gpu: builds for the GPU at hand, tests and checks memory there, and measures.
