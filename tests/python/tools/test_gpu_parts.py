@@ -8,6 +8,7 @@ from gpu import measure, sanitizer, test
 
 XML = """<testsuites><testsuite tests="4" failures="1" errors="1" skipped="1">
 <testcase classname="cuda.test_a" name="good"/>
+<testcase classname="cuda.test_a" name="skips"><skipped message="this device is another"/></testcase>
 <testcase classname="cuda.test_a" name="bad"><failure message="assert 1 == 2&#10;more">x</failure></testcase>
 <testcase classname="" name="cuda/test_b.py::lost"><error message="worker 'gw1' crashed"/></testcase>
 </testsuite></testsuites>"""  # noqa: E501
@@ -20,16 +21,23 @@ def test_failures_are_named(tmp_path):
         "cuda.test_a.bad": "assert 1 == 2",
         ".cuda/test_b.py::lost": "worker 'gw1' crashed",
     }
-    assert found == {"tests": 4, "failures": 1, "errors": 1, "skipped": 1, "failed": failed}
+    assert found == {"tests": 4, "failures": 1, "errors": 1, "skipped": 1} | {
+        "failed": failed,
+        "skips": {"this device is another": 1},
+    }
     rows = test.rows({"device tests": found})
     assert rows[0] == "device tests: 4 tests, 1 failures, 1 errors, 1 skipped"
-    assert rows[1] == "cuda.test_a.bad: assert 1 == 2"
+    assert rows[1] == "  skipped 1: this device is another"
+    assert rows[2] == "cuda.test_a.bad: assert 1 == 2"
 
 
-def test_tests_are_run_by_workers_that_nothing_stops(tmp_path):
-    command = test.pytest_command(["a"], tmp_path / "x.xml")
-    assert {"-n", "12", "--dist=load", "--maxfail=0", "--file-limit=90"} <= set(command)
-    assert not {"-x", "--exitfirst"} & set(command)
+def test_tests_are_run_by_workers_that_nothing_stops(runner, stages):
+    test.test(stages, 120)
+    device, *_, others = (set(command) for name, command, _ in runner.commands if "tests" in name)
+    assert {"-n", "12", "--dist=load", "tests/python/cuda", "--file-limit=64"} <= device
+    assert {"-n", "12", "tests/python", "--ignore=tests/python/cuda"} <= others
+    assert not {"-x", "--exitfirst", "--maxfail=1"} & (device | others)
+    assert [name for name in runner.names if "tests" in name] == ["device_tests", "other_tests"]
 
 
 def test_a_stopped_run_of_tests_has_no_counts(runner, stages, monkeypatch):
@@ -40,8 +48,27 @@ def test_a_stopped_run_of_tests_has_no_counts(runner, stages, monkeypatch):
     assert found["tests"] == 0
     assert [stage.result for stage in stages.done] == [
         "stopped after 30 s",
-        "failed: 0 of 0 were skipped",
+        "failed: none has a result",
     ]
+
+
+@pytest.mark.parametrize(
+    "reason, result",
+    [
+        ("this device is another", []),
+        ("no CUDA side", ["failed: skipped: no CUDA side"]),
+    ],
+)
+def test_what_hides_behind_a_skip_is_a_failure(reason, result, runner, stages, monkeypatch):
+    def writes(command, log, limit, env):
+        (stages.output / "device_tests.xml").write_text(
+            XML.replace("this device is another", reason)
+        )
+        return 0
+
+    stages._run = writes
+    test.device_tests(stages, {}, 30)
+    assert [stage.result for stage in stages.done[1:]] == result
 
 
 LOG = """========= COMPUTE-SANITIZER
