@@ -21,6 +21,8 @@ def main(given: Sequence[str]) -> None:
     results = module.MEASUREMENT(options)
     report = {"measurement": name, "options": vars(options), "results": results}
     write_json(options.json or options.output / f"{name}.json", report)
+    if isinstance(results, dict) and results.get("failed"):
+        sys.exit(f"failed: {', '.join(results['failed'])}")
 
 
 def entry() -> ArgumentParser:

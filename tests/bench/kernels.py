@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from .contenders import CONTENDERS, Case, Tensors
-from .measurement import Measurement, number
+from .measurement import Measurement, kept, number
 from .timing import console
 from .timing_cuda import rotating
 
@@ -89,17 +89,18 @@ def table(title: str, rows: list[dict]) -> Table:
 
 
 def run(options: Namespace) -> dict:
-    begin, found, unfinished = time.monotonic(), [], []
+    begin, found, unfinished, failed = time.monotonic(), [], [], {}
     for case in CASES[options.device]:
         if time.monotonic() - begin > options.limit:
             unfinished.append(str(case))
             console.print(f"no time was left for {case}")
             continue
         for contender in ("frozen", "rankwise"):
-            rows = profiled(case, contender, options.device, options.repeats)
-            console.print(table(f"{contender}: {case}", rows))
-            found.append({"case": vars(case), "contender": contender, "kernels": rows})
-    return {"cases": found, "unfinished": unfinished}
+            with kept(failed, f"{contender}: {case}"):
+                rows = profiled(case, contender, options.device, options.repeats)
+                console.print(table(f"{contender}: {case}", rows))
+                found.append({"case": vars(case), "contender": contender, "kernels": rows})
+    return {"cases": found, "unfinished": unfinished, "failed": failed}
 
 
 MEASUREMENT = Measurement(

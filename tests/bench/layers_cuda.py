@@ -1,7 +1,8 @@
 # One linear layer with LoRA on a GPU: all contenders against the frozen layer.
 """Times forward, the whole step, and the step replayed from a graph; writes JSON and a table.
 
-A case is timed only after its results were found at least as exact as PEFT's (contenders.check).
+A case is timed only after its results were found at least as exact as PEFT's (contenders.check);
+one that is not is named, and the program fails once the others are measured.
 The first shapes come first in each rank, and a case for which no time is left is named. Compiled
 PEFT, whose compilation takes longer than all else of a case, is timed at rank 16 of those alone,
 all in bfloat16.
@@ -20,7 +21,7 @@ import torch
 from .contenders import Case, Layer, Tensors, check
 from .contenders_cuda import CUDA_CONTENDERS, suited
 from .layers_goals import overview
-from .measurement import Measurement, number
+from .measurement import Measurement, kept, number, reason
 from .memory import saved_bytes
 from .timing import as_json, console, paired
 from .timing_cuda import (
@@ -70,19 +71,22 @@ def compiles(case: Case) -> bool:
 def run(options: Namespace) -> dict[str, object]:
     begin = time.monotonic()
     warm_up()
-    results, unfinished = [], []
+    results, unfinished, failed = [], [], {}
     for case in cases(options.shapes, options.ranks):
         if time.monotonic() - begin > options.limit:
             unfinished.append(str(case))
             continue
-        check(case, "cuda")
-        compiled = options.compiled and compiles(case)
-        names = [n for n in suited(case) if "compiled" not in n or compiled]
-        results.append(measure(case, names, options.repeats))
-        for name, reason in results[-1]["left out"].items():
-            console.print(f"{case}: {name} left out: {reason}")
+        with kept(failed, case):
+            check(case, "cuda")
+            compiled = options.compiled and compiles(case)
+            names = [n for n in suited(case) if "compiled" not in n or compiled]
+            results.append(measure(case, names, options.repeats))
+            for name, why in results[-1]["left out"].items():
+                console.print(f"{case}: {name} left out: {why}")
     console.print(overview(results, CUDA_CONTENDERS))
-    report = {"cases": results, "host": host_times(), "unfinished": unfinished}
+    report = {"cases": results, "host": {}, "unfinished": unfinished, "failed": failed}
+    with kept(failed, "host"):
+        report["host"] = host_times()
     console.print("host microseconds, forward and backward:", report["host"])
     for case in unfinished:
         console.print(f"no time was left for {case}")
@@ -118,7 +122,7 @@ def measure(case: Case, names: list[str], repeats: int) -> dict:
         try:
             return make()
         except Exception as error:  # noqa: BLE001
-            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            left_out[name] = reason(error)
             if name in ("frozen", "rankwise"):
                 raise
             return None

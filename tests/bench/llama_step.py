@@ -17,7 +17,7 @@ from dataclasses import asdict
 from rich.table import Table
 
 from .llama_contenders import ADALORA, LORA, SIZES, Step, Task, check, frozen
-from .measurement import Measurement, names, number
+from .measurement import Measurement, kept, names, number, reason
 from .memory import peak_bytes as peak_bytes_of_cpu
 from .timing import Timing, as_json, console, milliseconds, paired
 from .timing_cuda import device_milliseconds
@@ -45,7 +45,7 @@ def measure(task: Task, makers: Makers, dropout: float, repeats: int) -> dict:
             if dropout == 0:
                 check({n: steps[n] for n in (next(iter(steps)), name)})
         except Exception as error:  # noqa: BLE001
-            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            left_out[name] = reason(error)
             steps.pop(name, None)
             if name.startswith("rankwise"):
                 raise
@@ -79,19 +79,21 @@ def run(options: Namespace) -> dict:
     name = options.size or ("1b" if options.device == "cuda" else "tiny")
     size = SIZES[name]
     task = Task.of(size, options.device)
-    report: dict = {"size": {"name": name} | asdict(size), "parts": {}, "unfinished": []}
+    report: dict = {"size": {"name": name} | asdict(size), "parts": {}}
+    report |= {"unfinished": [], "failed": {}}
     for title in options.parts:
         if time.monotonic() - begin > options.limit:
             report["unfinished"].append(title)
             console.print(f"no time was left for {title}")
             continue
         makers, dropout = PARTS[title]
-        found = measure(task, makers, dropout, options.repeats)
-        report["parts"][title] = found
-        batch = f"{size.batch} x {size.length} tokens"
-        console.print(table(f"{title}: one step of Llama {name}, {batch}", found))
-        for contender, reason in found["left out"].items():
-            console.print(f"{contender} left out: {reason}")
+        with kept(report["failed"], title):
+            found = measure(task, makers, dropout, options.repeats)
+            report["parts"][title] = found
+            batch = f"{size.batch} x {size.length} tokens"
+            console.print(table(f"{title}: one step of Llama {name}, {batch}", found))
+            for contender, why in found["left out"].items():
+                console.print(f"{contender} left out: {why}")
     return report
 
 

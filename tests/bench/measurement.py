@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import random
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,23 @@ def names(choices: Sequence[str], default: Sequence[str], help: str) -> dict[str
     """Keywords of add_argument for one or more of `choices`."""
     help = f"{help}: {', '.join(choices)} (default {' '.join(default)})"
     return {"nargs": "+", "choices": choices, "default": default, "metavar": "NAME", "help": help}
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+@contextmanager
+def kept(failed: dict[str, str], what: object) -> Iterator[None]:
+    """Keeps why `what` failed, so that the rest is measured.
+
+    Where a measurement's results have a "failed" that is not empty, the program fails at its end.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        failed[str(what)] = reason(error)
+        print(f"{what} failed: {failed[str(what)]}", flush=True)
 
 
 @dataclass(frozen=True)

@@ -147,4 +147,5 @@ def _times(rows: dict) -> str:
 
 
 def _unfinished(found: dict) -> list[str]:
-    return [f"no time was left for {what}" for what in found["unfinished"]]
+    failed = [f"failed: {what}: {why}" for what, why in found["failed"].items()]
+    return failed + [f"no time was left for {what}" for what in found["unfinished"]]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench import group, kernels, llama_contenders, llama_step
+from bench import group, kernels, layers_cuda, llama_contenders, llama_step
 from bench.__main__ import main
 from gpu import measure
 from torch.autograd import DeviceType
@@ -78,6 +78,34 @@ def test_a_contender_that_fails_is_left_out(task):
     assert frozen_alone["left out"] == {"PEFT": "MemoryError: no room"}
 
 
+def test_a_part_that_fails_leaves_the_others_and_the_program_fails(tmp_path, monkeypatch):
+    def fails(task, dropout):
+        raise ValueError
+
+    monkeypatch.setitem(llama_step.PARTS, "LoRA", ({"rankwise": fails}, 0.0))
+    with pytest.raises(SystemExit, match="failed: LoRA"):
+        results("llama_step", tmp_path, "--parts", "LoRA", "AdaLoRA")
+    found = json.loads((tmp_path / "llama_step.json").read_text())["results"]
+    assert found["failed"] == {"LoRA": "ValueError: "} and list(found["parts"]) == ["AdaLoRA"]
+
+
+def test_layers_that_are_not_exact_are_named(tmp_path, monkeypatch):
+    def check(case, device):
+        assert case.dropout, "error of y\nis large"
+
+    row = {"left out": {}, "both": {}, "case": vars(layers_cuda.cases(1, 1)[0])}
+    monkeypatch.setattr(layers_cuda, "warm_up", lambda: None)
+    monkeypatch.setattr(layers_cuda, "check", check)
+    monkeypatch.setattr(layers_cuda, "measure", lambda *given: row)
+    monkeypatch.setattr(layers_cuda, "host_times", dict)
+    given = ["layers_cuda", "--shapes", "1", "--ranks", "1", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit, match="failed: 8192, 4096 -> 4096, r 16, bfloat16, dropout 0, "):
+        main(given)
+    found = json.loads((tmp_path / "layers_cuda.json").read_text())["results"]
+    assert len(found["cases"]) == len(found["failed"]) == 2
+    assert set(found["failed"].values()) == {"AssertionError: error of y"}
+
+
 def test_a_group_has_the_frozen_layers_beside(tmp_path, monkeypatch):
     monkeypatch.setitem(group.SHAPES, "cpu", ((8, 16, 2),))
     found = results("group", tmp_path)
@@ -105,9 +133,11 @@ def test_layers_have_a_row_each():
     both = {"frozen": timed(1), "PEFT": timed(1.75), "rankwise": timed(1.254)}
     row = {"case": case, "both": both, "graph": {"rankwise": timed(1.2)}}
     found = {"cases": [row], "host": {"rankwise": 422.4}, "unfinished": ["another"]}
+    found["failed"] = {"one more": "AssertionError: error of y"}
     assert measure.layer_rows(found) == [
         "8, 4 -> 2, r 1, bfloat16, p 0.1: frozen 500 us; PEFT 1.75/-; rankwise 1.25/1.20",
         "host us: rankwise 422",
+        "failed: one more: AssertionError: error of y",
         "no time was left for another",
     ]
 
