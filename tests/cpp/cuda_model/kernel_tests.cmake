@@ -31,7 +31,7 @@ function(rankwise_kernel_test path)
   add_executable(${name} ${path}.cpp ${kernels})
   rankwise_kernel_target(${name})
   target_link_libraries(${name} PRIVATE cuda_model GTest::gmock GTest::gtest_main)
-  gtest_discover_tests(${name} TEST_PREFIX ${path}. DISCOVERY_TIMEOUT 60)
+  add_test(NAME ${path} COMMAND ${name})
 endfunction()
 
 if(cuda_headers)
