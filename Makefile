@@ -1,5 +1,5 @@
-# The doors: make demo | test | peft-tests | check | fuzz | sanitize | coverage | proofs | supply | bench |
-# gpu | format.
+# The doors: make demo | test | peft-tests | check | fuzz | sanitize | coverage | mutate | proofs | supply |
+# bench | gpu | format.
 # All but gpu happens in .venv; see docs/architecture.md.
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ FORMATTED_CPP := $(shell git ls-files '*.cpp' '*.h' '*.cu')
 FORMATTED_PY := setup.py python tests examples tools
 
 .PHONY: demo bench test test-cpp test-python peft-tests check lint fuzz sanitize sanitize-memory \
-	sanitize-threads coverage proofs soak kills processes supply format gpu \
+	sanitize-threads coverage mutate proofs soak kills processes supply format gpu \
 	gpu-build gpu-test gpu-measure gpu-headers clean
 
 demo: $(PACKAGE)
@@ -119,6 +119,12 @@ coverage: $(VENV)/.ready
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage json -q -o $(COVERAGE)/python.json
 	$(BIN)/python tools/coverage_table.py $(COVERAGE)/cpp.json $(COVERAGE)/python.json
+
+# Small faults in the sources, of which the tests must notice 90 %: a sample, some hours. MUTATE has
+# options: --sample 0 for all, --part reader, --language cpp, --seed 1.
+mutate: $(PACKAGE)
+	tools/system_packages.sh test
+	$(BIN)/python tools/mutate.py $(MUTATE)
 
 # What takes too long for the tests; docs/proofs.md has what each shows, and what was found.
 proofs: soak kills processes
