@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import sys
 from collections import Counter
@@ -134,6 +135,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=25, help="of a part; 0 for all")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
     explained, wrong = explanations(SURVIVORS), []
     for language in arguments.language:
         journal = Journal(OUTPUT / f"{language}.jsonl")

@@ -126,7 +126,7 @@ def _changes(node: Node, language: str) -> Iterator[tuple[int, int, str]]:
     if kind in OPERATIONS:
         for sign in _signs(node):
             other = SWAPPED.get(sign.text.decode())
-            if other and not (other == "-" and '"' in text):  # texts are added, not subtracted
+            if other and not ('"' in text and other in ("-", "-=")):  # texts are added alone
                 yield sign.start_byte, sign.end_byte, other
     elif kind in ("true", "false"):
         yield node.start_byte, node.end_byte, SWAPPED[text]

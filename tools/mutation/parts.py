@@ -40,10 +40,10 @@ _FOLDERS = (
     "files/test_hostile_folders.py", "files/test_unsavable_modules.py",
 )  # fmt: skip
 _ATTACHED = (
-    "allocation/test_allocator_attach.py", "allocation/test_one_allocator.py",
-    "allocation/test_attached_once.py", "allocation/test_allocator_callbacks.py",
-    "allocation/test_allocator_state_errors.py", "allocation/test_allocator_resume.py",
-    "allocation/test_spectral_allocator.py", "allocation/test_allocator_groups.py",
+    "allocation/test_allocator_attach.py", "allocation/test_allocator_callbacks.py",
+    "allocation/test_attached_once.py", "allocation/test_one_allocator.py",
+    "allocation/test_allocator_state_errors.py", "allocation/test_allocator_budget.py",
+    "allocation/test_rank_rules.py", "allocation/test_allocator_resume.py",
 )  # fmt: skip
 
 PARTS: Mapping[str, Part] = {
@@ -71,8 +71,8 @@ PARTS: Mapping[str, Part] = {
         "python/rankwise/allocator.py": _ATTACHED,
         "python/rankwise/attachment.py": _ATTACHED,
         "python/rankwise/allocated.py": (
-            *_ATTACHED, "allocation/test_allocator_masks.py", "allocation/test_allocator_shrink.py",
-            "allocation/test_allocator_sharded.py",
+            *_ATTACHED[:-1], "allocation/test_allocator_masks.py",
+            "allocation/test_allocator_shrink.py", "allocation/test_allocator_sharded.py",
         ),
         "python/rankwise/allocation.py": (
             "allocation/test_adalora_errors.py", "allocation/test_allocator_budget.py",

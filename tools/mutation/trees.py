@@ -8,9 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,36 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .mutants import Mutant
+from .processes import Outcome, run, run_pytest
 
-MEMORY = 8 << 30  # bytes of data that a test may hold: a mutant may ask for any
 BINARIES = ("lib", "include", "share", "_C*.so")  # of the package, built from C++
 BUILD_LIMIT = 600.0  # seconds
 BIN = Path(sys.executable).parent
 
 Command = tuple[object, ...]
-
-
-def run(command: Command, limit: float, **how) -> tuple[str, str]:
-    """("passed", "failed" or "timeout", output) of a command, which may take `limit` seconds."""
-    process = subprocess.Popen(
-        [str(part) for part in command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY)), **how,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        output = ""
-    else:
-        return ("failed" if process.returncode else "passed"), output
-    finally:
-        # Also what it started and left behind.
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
-    return "timeout", output
 
 
 @dataclass
@@ -107,15 +82,15 @@ class Tree:
         """The C++ programs, the first Python file, and the others in one process."""
         python = [f"tests/python/{test}" for test in tests if test.endswith(".py")]
         programs = [test.replace("/", "_") for test in tests if not test.endswith(".py")]
-        pytest = (str(BIN / "python"), "-m", "pytest", "-x")
         return [
             *((str(self.programs / program), "--gtest_fail_fast") for program in programs),
-            *((*pytest, *files) for files in (python[:1], python[1:]) if files),
+            *(("pytest", "-x", *files) for files in (python[:1], python[1:]) if files),
         ]
 
-    def _run(self, command: Command, limit: float) -> tuple[str, str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
-        return run(command, limit, cwd=self.checkout, env=environment)
+    def _run(self, command: Command, limit: float) -> Outcome:
+        if command[0] == "pytest":
+            return run_pytest(command[1:], limit, self.checkout, self.environment)
+        return run(command, limit, cwd=self.checkout, env={**os.environ, **self.environment})
 
     def _check(self, command: Command, limit: float) -> None:
         outcome, output = self._run(command, limit)

@@ -13,7 +13,8 @@ sys.path.append(str(ROOT / "tools"))
 from mutate import SURVIVORS, Journal, explanations, in_random_order, judge, try_part  # noqa: E402
 from mutation.mutants import mutants_of  # noqa: E402
 from mutation.parts import PARTS  # noqa: E402
-from mutation.trees import Tree, run  # noqa: E402
+from mutation.processes import run  # noqa: E402
+from mutation.trees import Tree  # noqa: E402
 
 
 def changes(file: str, source: str) -> list[tuple[str, str]]:
