@@ -11,10 +11,12 @@ stale: its mutant is killed, or is no more.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
 import random
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,7 +24,7 @@ from pathlib import Path
 
 from mutation.mutants import Mutant, language_of, mutants_of
 from mutation.parts import PARTS, Part
-from mutation.trees import Tree, cpp_tree, python_tree
+from mutation.trees import Tree, cpp_tree, python_tree, source_of
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +49,10 @@ def in_random_order(mutants: Iterable[Mutant], seed: int) -> list[Mutant]:
 
 
 class Journal:
-    """What became of mutants, a JSON object a line; killed ones and invalid ones stay so."""
+    """What became of mutants, a JSON object a line.
+
+    It counts as long as their file is the same, and for survivors their tests.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -55,25 +60,35 @@ class Journal:
         lines = path.read_text().splitlines() if path.exists() else []
         self._known = {self._key(entry): entry for entry in map(json.loads, lines)}
 
-    def outcome(self, mutant: Mutant, source: bytes) -> str | None:
-        entry = self._known.get(self._key(self._entry(mutant, source)))
-        return entry["outcome"] if entry and entry["outcome"] != "survived" else None
+    def outcome(self, mutant: Mutant, source: str, tests: str) -> str | None:
+        """Of a mutant of this source under these tests, by their digests; None if not known."""
+        known = self._known.get(self._key(self._entry(mutant, source)))
+        if known is None or (known["outcome"] == "survived" and known["tests"] != tests):
+            return None
+        return known["outcome"]
 
-    def add(self, mutant: Mutant, source: bytes, outcome: str, by: str) -> None:
-        entry = {**self._entry(mutant, source), "outcome": outcome, "by": by}
+    def add(self, mutant: Mutant, source: str, tests: str, outcome: str, by: str) -> None:
+        entry = self._entry(mutant, source) | {"tests": tests, "outcome": outcome, "by": by}
         self._known[self._key(entry)] = entry
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
     @staticmethod
-    def _entry(mutant: Mutant, source: bytes) -> dict:
-        digest = hashlib.sha256(source).hexdigest()
+    def _entry(mutant: Mutant, source: str) -> dict:
         names = dict(zip(NAME, mutant.name, strict=True))
-        return {**names, "start": mutant.start, "source": digest}
+        return {**names, "start": mutant.start, "text": mutant.text, "source": source}
 
     @staticmethod
     def _key(entry: dict) -> tuple:
-        return tuple(entry[key] for key in (*NAME, "start", "source"))
+        return tuple(entry[key] for key in ("file", "start", "text", "source"))
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """Of the names and contents of files."""
+    whole = hashlib.sha256()
+    for path in paths:
+        whole.update(f"{path.name} ".encode() + path.read_bytes())
+    return whole.hexdigest()[:16]
 
 
 def try_part(
@@ -86,11 +101,15 @@ def try_part(
         while rest and (missing := wanted - len(outcomes)) > 0:
             chosen, rest = rest[:missing], rest[missing:]
             for mutant in sorted(chosen, key=lambda m: (m.file, m.start)):  # one file after another
-                source = (tree.checkout / mutant.file).read_bytes()
-                outcome = journal.outcome(mutant, source)
+                tests = part[mutant.file]
+                digests = (
+                    digest([tree.checkout / mutant.file]),
+                    digest(tree.checkout / source_of(test) for test in tests),
+                )
+                outcome = journal.outcome(mutant, *digests)
                 if outcome is None:
-                    outcome, by = tree.try_out(mutant, part[mutant.file])
-                    journal.add(mutant, source, outcome, by)
+                    outcome, by = tree.try_out(mutant, tests)
+                    journal.add(mutant, *digests, outcome, by)
                 if outcome != "invalid":
                     outcomes[mutant] = outcome
                     bar.update()
@@ -136,16 +155,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started ends too
     explained, wrong = explanations(SURVIVORS), []
     for language in arguments.language:
         journal = Journal(OUTPUT / f"{language}.jsonl")
+        alone = (OUTPUT / f"{language}.lock").open("w")
+        fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError where another runs
         parts = {
             name: {f: tests for f, tests in part.items() if language_of(f) == language}
             for name, part in PARTS.items()
         }
         if language == "cpp":
-            tests = {t for part in parts.values() for tests in part.values() for t in tests}
-            tree = cpp_tree(ROOT, OUTPUT / "cpp", sorted(tests))
+            tree = cpp_tree(ROOT, OUTPUT / "cpp")
         else:
             tree = python_tree(ROOT, OUTPUT / "python")
         for name in arguments.part:

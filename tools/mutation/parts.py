@@ -43,7 +43,8 @@ _ATTACHED = (
     "allocation/test_allocator_attach.py", "allocation/test_allocator_callbacks.py",
     "allocation/test_attached_once.py", "allocation/test_one_allocator.py",
     "allocation/test_allocator_state_errors.py", "allocation/test_allocator_budget.py",
-    "allocation/test_rank_rules.py", "allocation/test_allocator_resume.py",
+    "allocation/test_rank_rules.py", "allocation/test_states_of_moved_directions.py",
+    "allocation/test_allocator_resume.py",
 )  # fmt: skip
 
 PARTS: Mapping[str, Part] = {
@@ -71,13 +72,14 @@ PARTS: Mapping[str, Part] = {
         "python/rankwise/allocator.py": _ATTACHED,
         "python/rankwise/attachment.py": _ATTACHED,
         "python/rankwise/allocated.py": (
-            *_ATTACHED[:-1], "allocation/test_allocator_masks.py",
-            "allocation/test_allocator_shrink.py", "allocation/test_allocator_sharded.py",
+            "allocation/test_one_allocator.py", "allocation/test_averaged_models.py",
+            "allocation/test_attached_once.py", "allocation/test_allocator_shrink.py",
+            "allocation/test_allocator_sharded.py", "allocation/test_allocators_under_fsdp.py",
         ),
         "python/rankwise/allocation.py": (
             "allocation/test_adalora_errors.py", "allocation/test_allocator_budget.py",
             "allocation/test_allocator_masks.py", "allocation/test_orthogonality_penalty.py",
-            "allocation/test_allocator_state_errors.py", "allocation/test_allocator_shrink.py",
+            "allocation/test_allocator_shrink.py", "allocation/test_allocators_under_fsdp.py",
         ),
         "python/rankwise/process_group.py": (
             "allocation/test_allocator_groups.py", "allocation/test_allocator_processes.py",
@@ -94,12 +96,14 @@ PARTS: Mapping[str, Part] = {
         "csrc/allocation/rank_allocator_progress.cpp": _RANK_ALLOCATOR,
         "csrc/ops/cpu/progress.cpp": ("ops/importance_test", *_RANK_ALLOCATOR),
         "python/rankwise/config.py": (
-            "allocation/test_adalora_errors.py", "nn/test_layer_init.py",
-            "model/test_model_target_errors.py", "model/test_model_targets.py",
+            "model/test_config_defaults.py", "allocation/test_adalora_errors.py",
+            "nn/test_layer_init.py", "model/test_model_target_errors.py",
+            "model/test_model_targets.py",
             "allocation/test_allocator_budget.py", "model/test_model_factor_dtypes.py",
             "files/test_adalora_schedule.py", "allocation/test_allocator_attach.py",
         ),
         "python/rankwise/spectral.py": (
+            "model/test_config_defaults.py",
             "allocation/test_spectral_errors.py", "allocation/test_spectral_allocator.py",
             "allocation/test_spectral_probes.py", "allocation/test_rank_rules.py",
         ),

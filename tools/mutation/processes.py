@@ -8,8 +8,8 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -29,11 +29,12 @@ def run(command: Sequence[object], limit: float, **how) -> Outcome:
             [str(part) for part in command], stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_limit_memory, **how,
         )  # fmt: skip
-        try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            pass
-        return _outcome(process.poll(), process.pid, output)
+        with _ended(process.pid):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(limit)
+            status = process.returncode
+        process.wait()
+        return _outcome(status, output)
 
 
 def run_pytest(
@@ -46,8 +47,10 @@ def run_pytest(
         arguments = (list(options), str(folder), dict(environment), place)
         process = _FORKS.Process(target=_pytest, args=arguments)
         process.start()
-        process.join(limit)
-        return _outcome(process.exitcode, process.pid, output)
+        with _ended(process.pid):
+            process.join(limit)
+            status = process.exitcode
+        return _outcome(status, output)
 
 
 def _pytest(options: list[str], folder: str, environment: dict[str, str], output: str) -> None:
@@ -69,9 +72,17 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
 
 
-def _outcome(status: int | None, session: int, output) -> Outcome:
-    with suppress(ProcessLookupError):
-        os.killpg(session, signal.SIGKILL)
+@contextmanager
+def _ended(session: int) -> Iterator[None]:
+    """Ends a session after the block, whatever ends that."""
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(session, signal.SIGKILL)
+
+
+def _outcome(status: int | None, output) -> Outcome:
     output.seek(0)
     text = output.read().decode(errors="replace")
     return {None: "timeout", 0: "passed"}.get(status, "failed"), text

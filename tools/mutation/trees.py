@@ -20,7 +20,8 @@ from .mutants import Mutant
 from .processes import Outcome, run, run_pytest
 
 BINARIES = ("lib", "include", "share", "_C*.so")  # of the package, built from C++
-BUILD_LIMIT = 600.0  # seconds
+BUILD_LIMIT = 3600.0  # seconds
+TEST_LIMIT = 600.0  # of tests whose usual time is not known
 BIN = Path(sys.executable).parent
 
 Command = tuple[object, ...]
@@ -49,41 +50,49 @@ class Tree:
         """What became of a mutant, and what a test said to it.
 
         "killed", "survived", or "invalid": it does not compile.
+
+        Raises:
+            RuntimeError: the test that killed it does not pass without it.
         """
-        commands = self.commands(tests)
-        for command in commands:
-            if command not in self._usual:
-                self._usual[command] = self.usual_time(command)
         file = self.sources / mutant.file
         original = file.read_bytes()
         file.write_bytes(mutant.applied(original))
         try:
-            for command in self.build:
-                if self._run(command, BUILD_LIMIT)[0] != "passed":
+            for step in self.build:
+                if self._run(step, BUILD_LIMIT)[0] != "passed":
                     return "invalid", ""
-            for command in commands:
-                outcome, output = self._run(command, 20 + 3 * self._usual[command])
-                if outcome != "passed":
-                    failures = re.findall(r"^(?:FAILED|ERROR|\[  FAILED  \]) .+", output, re.M)
-                    return "killed", (failures or [f"{outcome}: {command[-1]}"])[0]
+            killer, said = self._first_failure(tests)
         finally:
             file.write_bytes(original)
-        return "survived", ""
+        if killer is None:
+            return "survived", ""
+        if killer not in self._usual:
+            for step in self.build:
+                self._check(step)
+            started = time.monotonic()
+            self._check(killer)
+            self._usual[killer] = time.monotonic() - started
+        return "killed", said
 
-    def usual_time(self, command: Command) -> float:
-        """Seconds that tests take without a mutant; RuntimeError where they do not pass."""
-        for step in self.build:
-            self._check(step, BUILD_LIMIT)
-        started = time.monotonic()
-        self._check(command, BUILD_LIMIT)
-        return time.monotonic() - started
+    def _first_failure(self, tests: Sequence[str]) -> tuple[Command | None, str]:
+        """The command that does not pass, if one does not, and what it said."""
+        for command in self.commands(tests):
+            if command[0] != "pytest":
+                self._check(("cmake", "--build", self.programs, "--target", command[0].name))
+            usual, started = self._usual.get(command), time.monotonic()
+            outcome, output = self._run(command, TEST_LIMIT if usual is None else 20 + 3 * usual)
+            if outcome != "passed":
+                failures = re.findall(r"^(?:FAILED|ERROR|\[  FAILED  \]) .+", output, re.M)
+                return command, (failures or [f"{outcome}: {command[-1]}"])[0]
+            self._usual.setdefault(command, time.monotonic() - started)
+        return None, ""
 
     def commands(self, tests: Sequence[str]) -> list[Command]:
         """The C++ programs, the first Python file, and the others in one process."""
-        python = [f"tests/python/{test}" for test in tests if test.endswith(".py")]
+        python = [source_of(test) for test in tests if test.endswith(".py")]
         programs = [test.replace("/", "_") for test in tests if not test.endswith(".py")]
         return [
-            *((str(self.programs / program), "--gtest_fail_fast") for program in programs),
+            *((self.programs / program, "--gtest_fail_fast") for program in programs),
             *(("pytest", "-x", *files) for files in (python[:1], python[1:]) if files),
         ]
 
@@ -92,10 +101,15 @@ class Tree:
             return run_pytest(command[1:], limit, self.checkout, self.environment)
         return run(command, limit, cwd=self.checkout, env={**os.environ, **self.environment})
 
-    def _check(self, command: Command, limit: float) -> None:
-        outcome, output = self._run(command, limit)
+    def _check(self, command: Command) -> None:
+        outcome, output = self._run(command, BUILD_LIMIT)
         if outcome != "passed":
             raise RuntimeError(f"without a mutant {outcome}: {command}\n{output[-3000:]}")
+
+
+def source_of(test: str) -> str:
+    """The file of a test, from the checkout."""
+    return f"tests/python/{test}" if test.endswith(".py") else f"tests/cpp/{test}.cpp"
 
 
 def python_tree(checkout: Path, folder: Path) -> Tree:
@@ -112,8 +126,11 @@ def python_tree(checkout: Path, folder: Path) -> Tree:
     return Tree(folder, checkout, environment=environment)
 
 
-def cpp_tree(checkout: Path, folder: Path, tests: Sequence[str]) -> Tree:
-    """The library, for the host alone and not optimised, the binding and these tests' programs."""
+def cpp_tree(checkout: Path, folder: Path) -> Tree:
+    """The library, for the host alone and not optimised, the binding, and the C++ tests.
+
+    A test's program is built where it is first needed.
+    """
     sources = ("CMakeLists.txt", "pyproject.toml", "csrc", "tests/cpp", "tests/fuzz")
     copy_sources(checkout, folder, (*sources, "python/rankwise"))
     package, library, programs = (folder / name for name in ("python", "library", "programs"))
@@ -122,27 +139,21 @@ def cpp_tree(checkout: Path, folder: Path, tests: Sequence[str]) -> Tree:
         "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0",
         f"-DLibTorch_ROOT={torch}", f"-DRANKWISE_PYTHON={BIN / 'python'}",
     )  # fmt: skip
-    tree = Tree(
-        folder, checkout, programs=programs,
-        environment={"PYTHONPATH": str(package), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"},
-        build=[
-            ("cmake", "--build", library, "--", "-j", "2"),
-            ("cmake", "--install", library),
-        ],
-    )  # fmt: skip
-    tree._check(
+    build = [("cmake", "--build", library, "-j", "2"), ("cmake", "--install", library)]
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    environment = {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1", "PATH": path}
+    tree = Tree(folder, checkout, build, programs, environment)
+    for command in (
         ("cmake", "-S", folder, "-B", library, *settings, "-DRANKWISE_WITH_CUDA=off",
          "-DRANKWISE_WITH_PYTHON=ON", f"-DPython_EXECUTABLE={BIN / 'python'}",
-         f"-DCMAKE_INSTALL_PREFIX={package / 'rankwise'}"), BUILD_LIMIT,
-    )  # fmt: skip
-    targets = [test.replace("/", "_") for test in tests if not test.endswith(".py")]
-    for command in (
-        *tree.build,
+         f"-DCMAKE_INSTALL_PREFIX={package / 'rankwise'}"),
+        *build,
         ("cmake", "-S", folder / "tests" / "cpp", "-B", programs, *settings,
-         f"-DCMAKE_PREFIX_PATH={package / 'rankwise'}", "-Dcuda_headers=OFF"),
-        ("cmake", "--build", programs, "-j", "2", "--target", *targets),
+         f"-DCMAKE_PREFIX_PATH={package / 'rankwise'}", "-Dcuda_headers=OFF",
+         "-DCMAKE_LINK_DEPENDS_NO_SHARED=ON",
+         "-DCMAKE_GTEST_DISCOVER_TESTS_DISCOVERY_MODE=PRE_TEST"),
     ):  # fmt: skip
-        tree._check(command, limit=3600)
+        tree._check(command)
     return tree
 
 

@@ -183,6 +183,13 @@ def test_nested_inputs():
     torch.testing.assert_close([y.values() for y in outputs], attention.alone(x.values()))
 
 
+def test_sparse_inputs():
+    attention, x = Attention(), example()[0].relu()
+    outputs, count = grouped(attention, x.to_sparse())
+    assert count == 0
+    torch.testing.assert_close(outputs, attention.alone(x))
+
+
 def test_what_became_of_the_layers_counts():
     attention, x = Attention(), example()
     with torch.no_grad():

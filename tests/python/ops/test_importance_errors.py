@@ -25,8 +25,11 @@ def factors():
     return [zeros(3, 7), zeros(5, 3), zeros(3, 1)]
 
 
+LISTS = ("parameters", "gradients", "sensitivity", "uncertainty")
+
+
 def step(**changed):
-    lists = {name: factors() for name in ("parameters", "gradients", "sensitivity", "uncertainty")}
+    lists = {name: factors() for name in LISTS}
     values = lists | {"ranks": [3], "beta1": 0.85, "beta2": 0.8, "score": True}
     return OPS._importance_step_(**values | changed)
 
@@ -103,7 +106,7 @@ def test_a_list_of_a_step(name, named, place):
         refuses("there must be 3 parameters, gradients and", step, **{name: shorter})
 
 
-@pytest.mark.parametrize("name", ["parameters", "gradients", "sensitivity", "uncertainty"])
+@pytest.mark.parametrize("name", LISTS)
 def test_a_list_of_a_step_with_one_apart(name):
     values = [apart(factors()[0]), *factors()[1:]]
     wanted = "must be contiguous [3, 7] of Float on cpu, got [3, 7] of Float on cpu, not contiguous"
@@ -115,6 +118,14 @@ def test_ranks():
         refuses("importance: a rank must be from 0 to 3, got", step, ranks=wrong)
     for op in (select, mask, record):
         refuses("ranks must be at least 0, got [4, -1]", op, ranks=[4, -1])
+
+
+def test_the_rank_of_a_later_adapter():
+    smaller = [zeros(2, 4), zeros(6, 2), zeros(2, 1)]
+    two = {name: factors() + smaller for name in LISTS}
+    step(**two, ranks=[3, 2])
+    with pytest.raises(RuntimeError, match="a rank must be from 0 to 2, got 3"):
+        step(**two, ranks=[3, 3])
 
 
 def test_averages_of_half_precision_are_float32():

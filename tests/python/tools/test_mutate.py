@@ -151,8 +151,14 @@ def test_a_run_goes_on_where_it_stopped(small, tmp_path):
         return [*try_part({FILE: TESTS}, mutants, 2, small, Journal(path), "small").values()]
 
     assert outcomes() == ["survived", "killed"]
-    (small.checkout / "tests/python/test_small.py").write_text("def test(): pass\n")
+    noted = path.read_text()
+    assert outcomes() == ["survived", "killed"] and path.read_text() == noted
+    test = small.checkout / "tests/python/test_small.py"
+    test.write_text(SMALL_TEST + "def test_printed(capsys):\n    test_small()\n")
     assert outcomes() == ["survived", "killed"]
+    assert path.read_text().count("survived") == 2  # tried again
+    assert path.read_text().count("killed") == 1
+    test.write_text("def test():\n    pass\n")
     for folder in (small.checkout, small.sources):
         (folder / FILE).write_text("# another file\n" + SMALL)
     assert outcomes() == ["survived", "survived"]
