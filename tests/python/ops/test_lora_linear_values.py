@@ -170,3 +170,13 @@ def test_bfloat16_results_keep_subnormals_infinities_and_nans(n_out):
         zeros, zeros.new_ones(n_out, 8), bias, zeros, zeros.new_ones(n_out, 3), scaling=1.0
     )
     torch.testing.assert_close(y, bias.expand(3, -1), rtol=0, atol=0, equal_nan=True)
+
+
+def test_all_takes_part_where_nothing_is_said():
+    x, weight, A, B = (torch.randn(*size) for size in ((5, 4), (3, 4), (2, 4), (3, 2)))
+    base = x @ weight.t()
+    wanted = base + 2 * (x @ A.t() @ B.t())
+    torch.testing.assert_close(rankwise.ops.lora_linear(x, weight, None, A, B, scaling=2.0), wanted)
+    (y,) = rankwise.ops.lora_linear_group(x, [weight], [None], [A], [B], [None], scaling=[2.0])
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(rankwise.ops.lora_update(base, x, A, B, scaling=2.0), wanted)
