@@ -68,7 +68,7 @@ class Attachment:
             warnings.warn(
                 "allocator: an optimizer stepped twice before another that was attached with "
                 "it: the allocator waits until all have stepped",
-                stacklevel=2,
+                stacklevel=4,  # who called the optimizer's step()
             )
 
 

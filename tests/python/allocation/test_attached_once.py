@@ -170,6 +170,7 @@ def test_one_of_two_that_never_steps_is_warned_of():
     with pytest.warns(UserWarning, match="stepped twice before another") as caught:
         train(model, first, range(1, 5))
     assert len(caught) == 1 and allocator.steps == 0
+    assert caught[0].filename == train.__code__.co_filename, "it points at who stepped"
 
 
 def test_an_optimizer_from_before_the_adapters():
