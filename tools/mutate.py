@@ -103,7 +103,7 @@ def try_part(
             for mutant in sorted(chosen, key=lambda m: (m.file, m.start)):  # one file after another
                 tests = part[mutant.file]
                 digests = (
-                    digest([tree.checkout / mutant.file]),
+                    digest([tree.sources / mutant.file]),
                     digest(tree.checkout / source_of(test) for test in tests),
                 )
                 outcome = journal.outcome(mutant, *digests)
@@ -171,7 +171,8 @@ def main() -> int:
             tree = python_tree(ROOT, OUTPUT / "python")
         for name in arguments.part:
             part, title = parts[name], f"{name}, {language}"
-            mutants = [m for file in part for m in mutants_of(file, (ROOT / file).read_bytes())]
+            sources = {file: (tree.sources / file).read_bytes() for file in part}
+            mutants = [m for file in part for m in mutants_of(file, sources[file])]
             own = {key: why for key, why in explained.items() if key[0] in part}
             order = in_random_order(mutants, arguments.seed)
             outcomes = try_part(part, order, arguments.sample, tree, journal, title)
