@@ -34,11 +34,11 @@ _TENSORS = (
     "files/test_hostile_folders.py",
 )  # fmt: skip
 _FOLDERS = (
-    "files/test_peft_folders.py", "files/test_refused_folders.py", "files/test_adalora_folders.py",
+    "files/test_peft_folders.py", "model/test_model_replaced.py",
+    "files/test_refused_folders.py", "files/test_adalora_folders.py",
     "files/test_refused_adalora.py", "files/test_adalora_schedule.py", "files/test_base_weights.py",
     "files/test_export_lora.py", "files/test_wrapped_folders.py", "files/test_meta_folders.py",
     "files/test_hostile_folders.py", "files/test_unsavable_modules.py",
-    "model/test_model_replaced.py",
 )  # fmt: skip
 _ATTACHED = (
     "allocation/test_allocator_attach.py", "allocation/test_allocator_callbacks.py",

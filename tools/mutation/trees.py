@@ -150,8 +150,7 @@ def cpp_tree(checkout: Path, folder: Path) -> Tree:
         *build,
         ("cmake", "-S", folder / "tests" / "cpp", "-B", programs, *settings,
          f"-DCMAKE_PREFIX_PATH={package / 'rankwise'}", "-Dcuda_headers=OFF",
-         "-DCMAKE_LINK_DEPENDS_NO_SHARED=ON",
-         "-DCMAKE_GTEST_DISCOVER_TESTS_DISCOVERY_MODE=PRE_TEST"),
+         "-DCMAKE_LINK_DEPENDS_NO_SHARED=ON"),
     ):  # fmt: skip
         tree._check(command)
     return tree

@@ -44,6 +44,20 @@ TEST(RankAllocator, ShrinkingKeepsTheFunction) {
   EXPECT_LT((net.forward(x) - shrunk).abs().max().item<double>(), 1e-12);
 }
 
+TEST(RankAllocator, AFreezeByHandIsInTheHistory) {
+  Net net;
+  AdamW optimizer(net.parameters, torch::optim::AdamWOptions(1e-2));
+  RankAllocator allocator(net.adapters(), options());
+  allocator.attach(optimizer);
+  for (int64_t i = 0; i < 4; ++i) train_step(net, optimizer, allocator, i);
+  const size_t before = allocator.history().size();
+  ASSERT_GT(allocator.budget(), 4);
+  allocator.freeze();
+  ASSERT_EQ(allocator.history().size(), before + 1);
+  EXPECT_EQ(allocator.history().back().budget, 4);
+  EXPECT_EQ(allocator.history().back().ranks, net.ranks);
+}
+
 TEST(RankAllocator, ResumesWithTheSameBits) {
   for (const int64_t stop : {1, 2, 3, 7, 8, 9, 11}) {
     Net whole, half, resumed;
