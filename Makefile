@@ -95,7 +95,8 @@ sanitize-threads: $(VENV)/.ready
 		--gtest_filter='*ARaceIsReported'
 
 # What the tests run of csrc and python/rankwise; fails under the goals. Without CUDA: host code alone.
-# -O0: lines and branches are the source's own. A test that is killed writes no counts.
+# -O0: lines and branches are the source's own. What is killed writes no counts: so without pytest's
+# workers, which pytest-xdist kills where they take more than ten seconds to end.
 COVERAGE := $(CURDIR)/build/coverage
 COVERAGE_BUILD := -G Ninja -DCMAKE_BUILD_TYPE=Debug -DRANKWISE_PYTHON=$(CURDIR)/$(BIN)/python \
 	-DCMAKE_CXX_FLAGS_DEBUG="--coverage -fprofile-update=atomic -O0"
@@ -113,9 +114,8 @@ coverage: $(VENV)/.ready
 	$(BIN)/cmake --build $(COVERAGE)/tests -j 2
 	find $(COVERAGE) -name '*.gcda' -delete && $(BIN)/python -m coverage erase
 	$(BIN)/ctest --test-dir $(COVERAGE)/tests --output-on-failure -j 2
-	PYTHONPATH=$(COVERAGE)/python $(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile
-	$(BIN)/gcovr --filter csrc/ --exclude-throw-branches --merge-lines -j 2 \
-		--json-summary $(COVERAGE)/cpp.json $(COVERAGE)
+	PYTHONPATH=$(COVERAGE)/python $(BIN)/python -m coverage run -m pytest -p no:xdist
+	$(BIN)/python tools/gcov_counts.py $(COVERAGE) csrc > $(COVERAGE)/cpp.json
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage json -q -o $(COVERAGE)/python.json
 	$(BIN)/python tools/coverage_table.py $(COVERAGE)/cpp.json $(COVERAGE)/python.json

@@ -1,4 +1,4 @@
-"""make coverage: what gcovr and coverage.py counted, and the files with the most lines not run.
+"""make coverage: what gcov and coverage.py counted, and the files with the most lines not run.
 
 Fails where less of csrc is run than the goals say.
 """
@@ -37,8 +37,8 @@ class Counts:
         return "  ".join((f"{self.name:50}", *parts))
 
 
-def of_gcovr(path: Path) -> tuple[Counts, list[Counts]]:
-    """The whole and its files, from gcovr's JSON summary."""
+def of_gcov(path: Path) -> tuple[Counts, list[Counts]]:
+    """The whole and its files, from gcov_counts.py's JSON."""
 
     def counts(name: str, entry: dict) -> Counts:
         keys = ("line_total", "line_covered", "branch_total", "branch_covered")
@@ -65,7 +65,7 @@ def of_coverage(path: Path) -> tuple[Counts, list[Counts]]:
 
 
 def main(cpp: str, python: str) -> int:
-    csrc, cpp_files = of_gcovr(Path(cpp))
+    csrc, cpp_files = of_gcov(Path(cpp))
     whole, python_files = of_coverage(Path(python))
     for total, files in ((csrc, cpp_files), (whole, python_files)):
         print(total.row())

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def of_gcovr(lines: int, branches: int) -> dict:
-    """An entry of gcovr's summary, of 200 lines and 100 branches."""
+def of_gcov(lines: int, branches: int) -> dict:
+    """An entry of gcov_counts.py's, of 200 lines and 100 branches."""
     return {
         "line_total": 200, "line_covered": lines, "branch_total": 100, "branch_covered": branches
     }  # fmt: skip
@@ -25,11 +25,11 @@ def of_coverage(lines: int) -> dict:
 
 def table(folder: Path, lines: int, branches: int) -> subprocess.CompletedProcess:
     files = [
-        {"filename": "csrc/io/a.cpp", **of_gcovr(200, 100)},
-        {"filename": "csrc/io/b.cpp", **of_gcovr(150, 1)},
+        {"filename": "csrc/io/a.cpp", **of_gcov(200, 100)},
+        {"filename": "csrc/io/b.cpp", **of_gcov(150, 1)},
     ]
     cpp, python = folder / "cpp.json", folder / "python.json"
-    cpp.write_text(json.dumps({**of_gcovr(lines, branches), "files": files}))
+    cpp.write_text(json.dumps({**of_gcov(lines, branches), "files": files}))
     modules = {"/any/rankwise/ops.py": {"summary": of_coverage(45)}}
     python.write_text(json.dumps({"totals": of_coverage(45), "files": modules}))
     command = [sys.executable, ROOT / "tools" / "coverage_table.py", cpp, python]
