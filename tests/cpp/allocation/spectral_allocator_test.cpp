@@ -192,6 +192,19 @@ TEST(SpectralAllocator, RefusesWhatCannotBe) {
               HasSubstr("must be at least 20, what min_rank 1 needs, got 19"));
   EXPECT_THAT(made(options().initial_budget(39)),
               HasSubstr("initial_budget must be at least what the first ranks cost, 40, got 39"));
+  EXPECT_THAT(made(options().final_budget(41)),
+              HasSubstr("final_budget must be at most what the first ranks cost, 40, got 41"));
+  EXPECT_THAT(made(options().initial_budget(50).final_budget(51)),
+              HasSubstr("final_budget must be at most initial_budget 50, got 51"));
+  EXPECT_THAT(made(options().sensitivity_weight(-1)),
+              HasSubstr("sensitivity_weight must be at least 0, got -1"));
+  EXPECT_THAT(made(options().beta(-0.1)), HasSubstr("beta must be in [0, 1), got -0.1"));
+  EXPECT_THAT(made(options().exchange({.hysteresis = 1})),
+              HasSubstr("hysteresis must be in [0, 1), got 1"));
+  EXPECT_THAT(made(options().exchange({.threshold = -1})),
+              HasSubstr("threshold must be at least 0, got -1"));
+  EXPECT_THAT(made(options().exchange({.kth_least = 0})),
+              HasSubstr("kth_least must be at least 1, got 0"));
   EXPECT_THAT(error_of([] {
                 Adapters wide({{6, 2, 3, 3}});
                 SpectralAllocator allocator(wide.list(), options());
@@ -222,6 +235,41 @@ TEST(SpectralAllocator, RefusesAnOptimizersStateThatCannotFollow) {
               HasSubstr("the optimizer's state of 'm0' cannot follow"));
   EXPECT_TRUE(adapters.A[0].equal(before));
   EXPECT_EQ(allocator.steps(), 0);
+}
+
+TEST(SpectralAllocator, RefusesMomentsOfAnotherShape) {
+  Adapters adapters({{6, 6, 3, 3}});
+  SpectralAllocator allocator(adapters.list(),
+                              options().rule([](const auto&) { return std::vector<int64_t>{2}; }));
+  adapters.set_gradients(0, torch::randn({6, 6}, torch::kDouble));
+  const at::Tensor before = adapters.A[0].detach().clone();
+  for (const bool second : {false, true}) {
+    const auto moments = [&](const at::Tensor& factor) {
+      Moments like;
+      like.first = {second ? at::zeros_like(factor) : at::zeros({3})};
+      like.second = {at::zeros({3})};
+      return std::optional(like);
+    };
+    EXPECT_THAT(error_of([&] { allocator.step({.moments_of = moments}); }),
+                HasSubstr("optimizer state must be [3, 6] like the parameter, got [3]"));
+  }
+  EXPECT_TRUE(adapters.A[0].equal(before));
+  EXPECT_EQ(allocator.steps(), 0);
+}
+
+TEST(SpectralAllocator, FactorsThatAreNotFiniteAreNamedAndNothingIsChanged) {
+  for (const bool in_A : {true, false}) {
+    Adapters adapters({{6, 6, 3, 5}, {6, 6, 3, 5}});
+    SpectralAllocator allocator(adapters.list(), options());
+    for (size_t m = 0; m < 2; ++m) adapters.set_gradients(m, torch::randn({6, 6}, torch::kDouble));
+    const at::Tensor factor = in_A ? adapters.A[1] : adapters.B[1];
+    factor.detach()[0][0] = std::numeric_limits<double>::infinity();
+    const at::Tensor before = adapters.A[0].detach().clone();
+    EXPECT_THAT(error_of([&] { allocator.step(); }),
+                HasSubstr("the factors of 'm1' are infinite or NaN at step 1"));
+    EXPECT_TRUE(adapters.A[0].equal(before));
+    EXPECT_THAT(adapters.ranks, ElementsAre(3, 3));
+  }
 }
 
 TEST(SpectralAllocator, LayersOfAModelFollowAndSaveWhatTheyKept) {

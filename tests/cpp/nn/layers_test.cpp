@@ -238,4 +238,16 @@ TEST(Layers, WrongOptions) {
               HasSubstr("max_norm"));
 }
 
+TEST(Layers, PaddingWithinTheTable) {
+  const auto error = [](int64_t index) {
+    return message_of<std::invalid_argument>(
+        [&] { LoRAEmbedding layer(LoRAEmbeddingOptions(4, 2).padding_idx(index)); });
+  };
+  EXPECT_EQ(error(4), "LoRAEmbedding: padding_idx must be from -4 to 3, got 4");
+  EXPECT_EQ(error(-5), "LoRAEmbedding: padding_idx must be from -4 to 3, got -5");
+  const LoRAEmbedding last(LoRAEmbeddingOptions(4, 2).padding_idx(-1));
+  EXPECT_TRUE(last->weight[3].eq(0).all().item<bool>());
+  EXPECT_TRUE(last->weight.narrow(0, 0, 3).ne(0).all().item<bool>());
+}
+
 }  // namespace
