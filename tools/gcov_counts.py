@@ -1,7 +1,8 @@
 """make coverage: which lines and branches of csrc ran, from g++'s counts, as JSON.
 
 A branch is a way that the source decides on. What a call adds (to return, or to leave by an
-exception) is none, nor what g++ puts on lines without a name, as destructors behind a brace.
+exception) is none, nor what g++ puts on lines without a name, as destructors behind a brace, and
+on those of static variables, as their locks.
 gcovr leaves out only the exceptional way of a call, and of those alone that ran.
 """
 
@@ -64,8 +65,9 @@ def lines_of(notes: list[Path], sources: Path) -> dict[str, dict[int, Line]]:
             name = str(path.relative_to(sources.parent))
             text = path.read_text().splitlines()
             for line in file["lines"]:
-                named = any(c.isalnum() for c in text[line["line_number"] - 1])
-                ways = decided(line["branches"]) if named else ()
+                source = text[line["line_number"] - 1].strip()
+                decides = any(map(str.isalnum, source)) and not source.startswith("static ")
+                ways = decided(line["branches"]) if decides else ()
                 files[name][line["line_number"]].add(line["count"], ways)
     return files
 
