@@ -123,6 +123,17 @@ TEST(AtomicDirectoryFaults, AnInterruptedWriteGoesOn) {
   EXPECT_EQ(load(folder.path()), new_set);
 }
 
+TEST(AtomicDirectoryFaults, AnInterruptedReadGoesOnAndAFailedOneNamesTheFile) {
+  const TemporaryFolder folder;
+  save(folder.path(), old_set);
+  system_calls::fail_read(EINTR);
+  EXPECT_EQ(load(folder.path()), old_set);
+  system_calls::fail_read(EIO);
+  EXPECT_EQ(message_of<FileError>([&] { load(folder.path()); }),
+            (folder.path() / "model").string() + ": cannot read: Input/output error");
+  EXPECT_EQ(load(folder.path()), old_set);
+}
+
 TEST(AtomicDirectoryFaults, AFileSystemWithoutSyncsOfFoldersIsEnough) {
   const TemporaryFolder folder;
   system_calls::fail_at(16, EINVAL);

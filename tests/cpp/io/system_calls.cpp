@@ -16,6 +16,7 @@ bool counting = false;
 std::vector<std::string> calls;
 size_t fault_at = 0;  // 0: no fault
 int fault_error = 0;  // 0: the process ends
+int read_error = 0;   // 0: no fault
 
 std::string awaited_name;
 std::function<void()> awaited_action;
@@ -61,6 +62,10 @@ std::vector<std::string> stop() {
   return std::move(calls);
 }
 
+void fail_read(int error) {
+  read_error = error;
+}
+
 void before_open(const std::string& name, std::function<void()> action) {
   awaited_name = name;
   awaited_action = std::move(action);
@@ -73,6 +78,11 @@ extern "C" {
 ssize_t write(int descriptor, const void* bytes, size_t count) {
   const auto half = [&] { ::syscall(SYS_write, descriptor, bytes, count / 2); };
   return fault("write", half) ? -1 : ::syscall(SYS_write, descriptor, bytes, count);
+}
+
+ssize_t pread(int descriptor, void* bytes, size_t count, off_t offset) {
+  errno = std::exchange(read_error, 0);
+  return errno != 0 ? -1 : ::syscall(SYS_pread64, descriptor, bytes, count, offset);
 }
 
 int fsync(int descriptor) {

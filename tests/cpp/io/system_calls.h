@@ -19,6 +19,9 @@ void fail_at(int at, int error);
 /// Back to normal. Returns the names of the calls since kill_at or fail_at.
 std::vector<std::string> stop();
 
+/// The next read from a file fails with `error`.
+void fail_read(int error);
+
 /// Runs `action` once, before a file of this name is opened for reading the next time.
 void before_open(const std::string& name, std::function<void()> action);
 
