@@ -136,6 +136,16 @@ TEST(RankBudget, NoChoiceOfDirectionsHasALargerSumWhereAllCostTheSame) {
   }
 }
 
+TEST(RankBudget, WhatIsRefused) {
+  const std::vector<RankRoom> rooms = {{2, 1, 4}, {3, 1, 4}};
+  EXPECT_EQ(message_of<std::invalid_argument>([&] { in_proportion({1}, rooms, 9); }),
+            "in_proportion: rooms must be 1 like the scores, got 2");
+  EXPECT_EQ(message_of<std::invalid_argument>([&] {
+              best_directions({{1}, {1}}, rooms, 4);
+            }),
+            "best_directions: budget must be at least 5, which the lowest ranks cost, got 4");
+}
+
 RankEvidence matrices(const std::vector<double>& scores) {
   RankEvidence evidence;
   for (size_t i = 0; i < scores.size(); ++i)
@@ -166,6 +176,13 @@ TEST(RankAdvice, WhatIsRefused) {
   EXPECT_THAT(message(two, {.budget = 99, .min_rank = 3, .max_rank = 2}), HasSubstr("max_rank"));
   EXPECT_THAT(message(matrices({std::nan("")}), {.budget = 99}), HasSubstr("'m0' must be finite"));
   EXPECT_THAT(message({}, {.budget = 99}), HasSubstr("at least one matrix"));
+  RankEvidence sizeless = two;
+  sizeless.matrices[0].out = -1;
+  EXPECT_THAT(message(sizeless, {.budget = 99}), HasSubstr("'m0' must have a size [out, in]"));
+  sizeless.matrices[0].out = 4;
+  sizeless.matrices[1].scores = {1, 1};
+  EXPECT_THAT(message(sizeless, {.budget = 99}), HasSubstr("'m1' must be one, got 2"));
+  EXPECT_THAT(message(two, {.mean_rank = INFINITY}), HasSubstr("mean_rank must be a number > 0"));
   RankEvidence rising = two;
   rising.of_directions = true;
   rising.matrices[1].scores = {1, 2};
