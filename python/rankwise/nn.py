@@ -115,14 +115,14 @@ class LoRALinear(Adapted, nn.Linear):
         return self.in_features, self.out_features
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_trainable()
-        if not self.adapter_in_use:
-            return F.linear(input, self._matrix(self._weight_in_use()), self.bias)
-        _check_plain(self, input)
         if self.shared_input is not None:
             output = self.shared_input.output_of(self, input)
             if output is not None:
                 return output
+        self._check_trainable()
+        if not self.adapter_in_use:
+            return F.linear(input, self._matrix(self._weight_in_use()), self.bias)
+        _check_plain(self, input)
         weight, bias, E = tensors_of(self, "weight", "bias", "lora_E")
         A, B, rank = self._update()
         return ops.lora_linear(

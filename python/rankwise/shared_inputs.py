@@ -43,7 +43,10 @@ class _Waiting:
         """A layer's output, once, if it would compute the same now."""
         if input is not self.input or input._version != self.version:
             return None
-        if _modes(input) != self.modes or not _same(_state(layer), self.states[index]):
+        if _modes(input.device.type) != self.modes:
+            return None
+        (tensors, values), (now, values_now) = self.states[index], _state(layer)
+        if values != values_now or not all(map(operator.is_, tensors, now)):
             return None
         return self.outputs.pop(index, None)
 
@@ -69,7 +72,7 @@ class SharedInput:
         if self.apart or torch.compiler.is_compiling() or input.is_inference():
             return None
         layers = self._group.layers
-        index = next((i for i, own in enumerate(layers) if own is layer), None)
+        index = next((i for i in range(len(layers)) if layers[i] is layer), None)
         if index is None:  # a copy that shares the layer's attributes, as DataParallel's replicas
             return None
         waiting, self._waiting = self._waiting, None
@@ -93,7 +96,8 @@ class SharedInput:
         others = dict(enumerate(outputs))
         output = others.pop(index)
         states = [_state(own) for own in layers]
-        self._waiting = _Waiting(input, input._version, _modes(input), states, others)
+        modes = _modes(input.device.type)
+        self._waiting = _Waiting(input, input._version, modes, states, others)
         return output
 
     def __getstate__(self) -> dict:
@@ -157,9 +161,8 @@ def _candidates(
                 yield members
 
 
-def _modes(input: Tensor) -> tuple:
+def _modes(device: str) -> tuple:
     """What outputs depend on beside their operands."""
-    device = input.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return torch.is_grad_enabled(), autocast
 
@@ -167,18 +170,17 @@ def _modes(input: Tensor) -> tuple:
 def _has_own_tensors(layer: Adapted) -> bool:
     """Whether nothing else computes the tensors of _state(), and changes of them are counted."""
     own = layer._parameters
-    there = all(own.get(name) is not None for name in ("weight", "lora_A", "lora_B"))
-    return there and not any(t.is_inference() for t in own.values() if t is not None)
+    if own.get("weight") is None or own.get("lora_A") is None or own.get("lora_B") is None:
+        return False
+    return not any(tensor is not None and tensor.is_inference() for tensor in own.values())
 
 
-def _state(layer: Adapted) -> tuple:
-    """What its product depends on."""
+def _state(layer: Adapted) -> tuple[tuple, list]:
+    """What its output depends on: by identity, and by value."""
+    tensors = tuple(layer._parameters.values())
     first = layer._modules[FIRST]
-    tensors = (*layer._parameters.values(), *(first._buffers.values() if first else ()))
-    versions = [None if t is None or t.is_inference() else t._version for t in tensors]
-    return tensors, (versions, layer.rank, layer.scaling, layer.training and layer.dropout)
-
-
-def _same(state: tuple, other: tuple) -> bool:
-    alike = len(state[0]) == len(other[0]) and all(map(operator.is_, state[0], other[0]))
-    return alike and state[1] == other[1]
+    if first is not None:
+        tensors += tuple(first._buffers.values())
+    values = [None if tensor is None else tensor._version for tensor in tensors]
+    values += (layer.rank, layer.training, layer.adapters_enabled)
+    return (*tensors, layer.options), values
