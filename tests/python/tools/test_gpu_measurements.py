@@ -110,7 +110,7 @@ def test_a_group_has_the_frozen_layers_beside(tmp_path, monkeypatch):
     monkeypatch.setitem(group.SHAPES, "cpu", ((8, 16, 2),))
     found = results("group", tmp_path)
     for each in found:
-        assert each["rows"].keys() == {"one by one", "as a group", "frozen"}
+        assert each["rows"].keys() == {"one by one", "as a group", "share_inputs", "frozen"}
     (rows,) = measure.rows({"group": found}).values()
     assert len(rows) == 2 and rows[0].startswith("8 x 16 x 16, rank 2, float32: one by one ")
 
