@@ -4,27 +4,15 @@ from __future__ import annotations
 import copy
 
 import torch
+from group_calls import GroupCalls
 from small_models import randomise
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankwise as rw
 
-OP = torch.ops.rankwise._lora_linear_group_forward.default
-
-
-class Counted(TorchDispatchMode):
-    """How often layers are computed together."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is OP
-        return function(*args, **(kwargs or {}))
-
 
 def count(call) -> int:
-    with Counted() as counted:
+    with GroupCalls() as counted:
         call()
     return counted.count
 

@@ -7,24 +7,12 @@ import threading
 
 import pytest
 import torch
+from group_calls import GroupCalls
 from layer_cases import IN, make, randomise
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rankwise as rw
-
-OP = torch.ops.rankwise._lora_linear_group_forward.default
-
-
-class Counted(TorchDispatchMode):
-    """How often layers are computed as a group."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is OP
-        return function(*args, **(kwargs or {}))
 
 
 class Attention(nn.Module):
@@ -50,7 +38,7 @@ def gradients(outputs: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]
 
 
 def grouped(attention: Attention, x: Tensor) -> tuple[list[Tensor], int]:
-    with Counted() as counted:
+    with GroupCalls() as counted:
         return attention.group(x), counted.count
 
 
