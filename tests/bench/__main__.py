@@ -21,8 +21,11 @@ def main(given: Sequence[str]) -> None:
     results = module.MEASUREMENT(options)
     report = {"measurement": name, "options": vars(options), "results": results}
     write_json(options.json or options.output / f"{name}.json", report)
-    if isinstance(results, dict) and results.get("failed"):
-        sys.exit(f"failed: {', '.join(results['failed'])}")
+    told = results if isinstance(results, dict) else {}
+    for what in told.get("unfinished", ()):
+        print(f"no time was left for {what}")
+    if told.get("failed"):
+        sys.exit(f"failed: {', '.join(told['failed'])}")
 
 
 def entry() -> ArgumentParser:

@@ -25,7 +25,7 @@ from transformers import BertConfig, BertModel
 import rankwise as rw
 
 from .adalora_phases import PHASES, RANK, enter_final, our_config, peft_config
-from .measurement import Measurement, names
+from .measurement import Measurement, device_option, names
 from .timing import as_json, console, milliseconds, paired, table
 from .timing_cuda import device_milliseconds
 
@@ -156,8 +156,6 @@ MEASUREMENT = Measurement(
     quick={"repeats": 5, "models": ["MiniLM-L6"]},
     arguments={
         "--models": names([*BERTS, LLAMA], list(BERTS), "whose linear layers have adapters"),
-        "--device": dict(
-            choices=("cpu", "cuda"), default="cpu", help="of all tensors (default %(default)s)"
-        ),
+        "--device": device_option(),
     },
 )

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import rankwise as rw
 
-from .measurement import Measurement
+from .measurement import Measurement, device_option
 from .timing import as_json, console, milliseconds, paired, table
 from .timing_cuda import device_milliseconds
 
@@ -70,9 +70,5 @@ MEASUREMENT = Measurement(
     run,
     repeats=100,
     quick={"repeats": 10},
-    arguments={
-        "--device": dict(
-            choices=("cpu", "cuda"), default="cpu", help="of all tensors (default %(default)s)"
-        )
-    },
+    arguments={"--device": device_option()},
 )

@@ -7,7 +7,6 @@ A time is that of the device alone: no gaps, no host.
 from __future__ import annotations
 
 import re
-import time
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from .contenders import CONTENDERS, Case, Tensors
-from .measurement import Measurement, kept, number
+from .measurement import Measurement, device_option, kept, number, within
 from .timing import console
 from .timing_cuda import rotating
 
@@ -89,12 +88,8 @@ def table(title: str, rows: list[dict]) -> Table:
 
 
 def run(options: Namespace) -> dict:
-    begin, found, unfinished, failed = time.monotonic(), [], [], {}
-    for case in CASES[options.device]:
-        if time.monotonic() - begin > options.limit:
-            unfinished.append(str(case))
-            console.print(f"no time was left for {case}")
-            continue
+    found, unfinished, failed = [], [], {}
+    for case in within(options.limit, CASES[options.device], unfinished):
         for contender in ("frozen", "rankwise"):
             with kept(failed, f"{contender}: {case}"):
                 rows = profiled(case, contender, options.device, options.repeats)
@@ -108,9 +103,7 @@ MEASUREMENT = Measurement(
     repeats=6,
     quick={"repeats": 2},
     arguments={
-        "--device": dict(
-            choices=("cpu", "cuda"), default="cuda", help="of all tensors (default %(default)s)"
-        ),
+        "--device": device_option("cuda"),
         "--limit": number(3000, "seconds after which no case begins"),
     },
 )

@@ -21,7 +21,7 @@ import torch
 from .contenders import Case, Layer, Tensors, check
 from .contenders_cuda import CUDA_CONTENDERS, suited
 from .layers_goals import overview
-from .measurement import Measurement, kept, number, reason
+from .measurement import Measurement, kept, number, reason, within
 from .memory import saved_bytes
 from .timing import as_json, console, paired
 from .timing_cuda import (
@@ -69,13 +69,10 @@ def compiles(case: Case) -> bool:
 
 
 def run(options: Namespace) -> dict[str, object]:
-    begin = time.monotonic()
-    warm_up()
     results, unfinished, failed = [], [], {}
-    for case in cases(options.shapes, options.ranks):
-        if time.monotonic() - begin > options.limit:
-            unfinished.append(str(case))
-            continue
+    begun = within(options.limit, cases(options.shapes, options.ranks), unfinished)
+    warm_up()
+    for case in begun:
         with kept(failed, case):
             check(case, "cuda")
             compiled = options.compiled and compiles(case)
@@ -88,8 +85,6 @@ def run(options: Namespace) -> dict[str, object]:
     with kept(failed, "host"):
         report["host"] = host_times()
     console.print("host microseconds, forward and backward:", report["host"])
-    for case in unfinished:
-        console.print(f"no time was left for {case}")
     return report
 
 

@@ -9,7 +9,6 @@ they are timed after their gradients without dropout were found to be PEFT's.
 
 from __future__ import annotations
 
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from dataclasses import asdict
 from rich.table import Table
 
 from .llama_contenders import ADALORA, LORA, SIZES, Step, Task, check, frozen
-from .measurement import Measurement, kept, names, number, reason
+from .measurement import Measurement, device_option, kept, names, number, reason, within
 from .memory import peak_bytes as peak_bytes_of_cpu
 from .timing import Timing, as_json, console, milliseconds, paired
 from .timing_cuda import device_milliseconds
@@ -75,17 +74,14 @@ def table(title: str, found: dict) -> Table:
 
 
 def run(options: Namespace) -> dict:
-    begin = time.monotonic()
+    unfinished: list[str] = []
+    parts = within(options.limit, options.parts, unfinished)
     name = options.size or ("1b" if options.device == "cuda" else "tiny")
     size = SIZES[name]
     task = Task.of(size, options.device)
     report: dict = {"size": {"name": name} | asdict(size), "parts": {}}
-    report |= {"unfinished": [], "failed": {}}
-    for title in options.parts:
-        if time.monotonic() - begin > options.limit:
-            report["unfinished"].append(title)
-            console.print(f"no time was left for {title}")
-            continue
+    report |= {"unfinished": unfinished, "failed": {}}
+    for title in parts:
         makers, dropout = PARTS[title]
         with kept(report["failed"], title):
             found = measure(task, makers, dropout, options.repeats)
@@ -103,9 +99,7 @@ MEASUREMENT = Measurement(
     quick={"repeats": 3, "parts": list(PARTS)[:2]},
     arguments={
         "--size": dict(choices=SIZES, help="of the model (default tiny, on a GPU 1b)"),
-        "--device": dict(
-            choices=("cpu", "cuda"), default="cpu", help="of all tensors (default %(default)s)"
-        ),
+        "--device": device_option(),
         "--parts": names(list(PARTS), list(PARTS), "what is trained"),
         "--limit": number(3000, "seconds after which no part begins"),
     },

@@ -2,17 +2,20 @@
 from __future__ import annotations
 
 import random
+import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from . import ROOT
 
 OUTPUT = ROOT / "build" / "bench"
+T = TypeVar("T")
 
 
 def number(default: int, help: str, least: int = 1) -> dict[str, object]:
@@ -31,6 +34,29 @@ def names(choices: Sequence[str], default: Sequence[str], help: str) -> dict[str
     """Keywords of add_argument for one or more of `choices`."""
     help = f"{help}: {', '.join(choices)} (default {' '.join(default)})"
     return {"nargs": "+", "choices": choices, "default": default, "metavar": "NAME", "help": help}
+
+
+def device_option(default: str = "cpu") -> dict[str, object]:
+    """Keywords of add_argument for where a measurement runs."""
+    help = "of all tensors (default %(default)s)"
+    return {"choices": ("cpu", "cuda"), "default": default, "help": help}
+
+
+def within(seconds: float, cases: Iterable[T], unfinished: list[str]) -> Iterator[T]:
+    """The cases that are asked for in the `seconds` from now on; the others' names are kept.
+
+    Where a measurement's results have an "unfinished", the program names what is in it at its end.
+    """
+    end = time.monotonic() + seconds
+
+    def begun() -> Iterator[T]:
+        for case in cases:
+            if time.monotonic() > end:
+                unfinished.append(str(case))
+            else:
+                yield case
+
+    return begun()
 
 
 def reason(error: Exception) -> str:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench import group, kernels, layers_cuda, llama_contenders, llama_step
+from bench import group, kernels, layers_cuda, llama_contenders, llama_step, measurement
 from bench.__main__ import main
 from gpu import measure
 from torch.autograd import DeviceType
@@ -36,7 +36,7 @@ def test_a_llama_step_has_time_and_memory_of_all_contenders(tmp_path, capsys):
 
 def test_parts_for_which_no_time_is_left_are_named(tmp_path, monkeypatch):
     now = iter([0.0, 5.0, 11.0, 12.0])
-    monkeypatch.setattr(llama_step.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(measurement.time, "monotonic", lambda: next(now))
     monkeypatch.setattr(llama_step, "measure", lambda *given: {"left out": {}})
     monkeypatch.setattr(llama_step, "table", lambda title, found: title)
     found = results("llama_step", tmp_path, "--limit", "10")
