@@ -43,7 +43,7 @@ class _Waiting:
         """A layer's output, once, if it would compute the same now."""
         if input is not self.input or input._version != self.version:
             return None
-        if _modes(input.device.type) != self.modes:
+        if _modes(input) != self.modes:
             return None
         (tensors, values), (now, values_now) = self.states[index], _state(layer)
         if values != values_now or not all(map(operator.is_, tensors, now)):
@@ -96,8 +96,7 @@ class SharedInput:
         others = dict(enumerate(outputs))
         output = others.pop(index)
         states = [_state(own) for own in layers]
-        modes = _modes(input.device.type)
-        self._waiting = _Waiting(input, input._version, modes, states, others)
+        self._waiting = _Waiting(input, input._version, _modes(input), states, others)
         return output
 
     def __getstate__(self) -> dict:
@@ -119,9 +118,8 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] = NAMES) -> li
     for their layers, so the first call holds what the three would hold. Nothing is taken that a
     layer would compute otherwise by then: for another input, after a change in place of the input
     or of a parameter, in another mode of autograd or autocast. Where that happens twice in
-    succession, as in a cross-attention, the layers are apart for good. They are
-    called one by one too under torch.compile and torch.inference_mode, and where LoRALinearGroup
-    does so.
+    succession, as in a cross-attention, the layers are apart for good. They are called one by one
+    too under torch.compile and torch.inference_mode, and where LoRALinearGroup does so.
 
     Args:
         model: with adapters.
@@ -161,8 +159,9 @@ def _candidates(
                 yield members
 
 
-def _modes(device: str) -> tuple:
+def _modes(input: Tensor) -> tuple:
     """What outputs depend on beside their operands."""
+    device = input.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return torch.is_grad_enabled(), autocast
 
