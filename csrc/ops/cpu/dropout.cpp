@@ -211,17 +211,19 @@ void dropout_copy(const at::Tensor& src, const at::Tensor& dst, BlockOrigin orig
   std::vector<uint64_t> memory(rows * words);
   const Rows<uint64_t> bits{memory.data(), words};
   draw_kept(seed, threshold, origin, rows, cols, bits);
-  const auto copy_rows = [&]<typename From, typename To>() -> void {
+  const auto copy_to = [&]<typename From, typename To>() -> void {
     copy_kept<From, To>({src.const_data_ptr<From>(), src.stride(0)}, bits, rows, cols,
                         {dst.mutable_data_ptr<To>(), dst.stride(0)});
   };
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, src.scalar_type(), "dropout_copy", [&] {
+  const auto copy_rows = [&]<typename From>() -> void {
     if (dst.scalar_type() == src.scalar_type()) {
-      copy_rows.template operator()<scalar_t, scalar_t>();
-    } else if constexpr (sizeof(scalar_t) == 2) {
-      copy_rows.template operator()<scalar_t, float>();
+      copy_to.template operator()<From, From>();
+    } else if constexpr (sizeof(From) == 2) {
+      copy_to.template operator()<From, float>();
     }
-  });
+  };
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, src.scalar_type(), "dropout_copy",
+                                  [&] { copy_rows.template operator()<scalar_t>(); });
 }
 
 }  // namespace rankwise
