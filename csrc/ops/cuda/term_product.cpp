@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../../kernels/hopper/linear_product.h"
+#include "../../kernels/hopper/split_term.h"
 #include "../checks.h"
 #include "launch.h"
 
@@ -24,13 +25,16 @@ bool lies_well(const at::Tensor& rows) {
          reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % bytes_between == 0;
 }
 
+// A matrix of so many rows and columns that lies well, to be written.
+at::Tensor well_lying(int64_t rows, int64_t cols, const at::TensorOptions& options) {
+  const auto step = bytes_between / static_cast<int64_t>(options.dtype().itemsize());
+  return at::empty({rows, (cols + step - 1) / step * step}, options).narrow(1, 0, cols);
+}
+
 // A skinny matrix, copied where it does not lie well.
 at::Tensor well_lying(const at::Tensor& skinny) {
   if (lies_well(skinny)) return skinny;
-  const int64_t step = bytes_between / static_cast<int64_t>(skinny.element_size());
-  const int64_t stride = (skinny.size(1) + step - 1) / step * step;
-  const at::Tensor copy = at::empty({skinny.size(0), stride}, skinny.options());
-  return copy.narrow(1, 0, skinny.size(1)).copy_(skinny);
+  return well_lying(skinny.size(0), skinny.size(1), skinny.options()).copy_(skinny);
 }
 
 kernels::Operand operand(const at::Tensor& rows) {
@@ -67,6 +71,44 @@ bool asked_for() {
   return asked;
 }
 
+// Directions of the term in the product. Float32 factors have three parts of bfloat16
+// (split_term.h), which has their range; float16 has not. 0: the product takes no such term.
+int64_t directions(int64_t rank, kernels::Type factors, kernels::Type product) {
+  using kernels::Type;
+  if (product == Type::float32) return 0;
+  if (factors == product) return rank;
+  return product == Type::bfloat16 ? kernels::split_parts * rank : 0;
+}
+
+// The term's matrices as the product reads them: `right` [directions, cols] or, not by row,
+// [cols, directions].
+struct Tail {
+  at::Tensor left, right;
+};
+
+Tail split(const at::Tensor& left, const at::Tensor& right, bool by_row) {
+  const at::TensorOptions options = left.options().dtype(at::kBFloat16);
+  const int64_t rank = left.size(1), all = kernels::split_parts * rank;
+  const Tail parts{
+      well_lying(left.size(0), all, options),
+      by_row ? well_lying(all, right.size(1), options) : well_lying(right.size(0), all, options)};
+  const auto matrix = [](const at::Tensor& from, const at::Tensor& to, int64_t part_stride) {
+    return kernels::SplitMatrix{from.size(0),   from.size(1),   from.const_data_ptr<float>(),
+                                from.stride(0), from.stride(1), to.mutable_data_ptr(),
+                                to.stride(0),   part_stride};
+  };
+  const int64_t right_part = by_row ? rank * parts.right.stride(0) : rank;
+  check_launch(kernels::launch_split_term(
+      matrix(left, parts.left, rank), matrix(right, parts.right, right_part), current_stream()));
+  return parts;
+}
+
+Tail tail_of(const at::Tensor& left, const at::Tensor& right, bool by_row) {
+  const at::Tensor as_read = by_row ? right : right.t();
+  if (left.scalar_type() == at::kFloat) return split(left, as_read, by_row);
+  return {well_lying(left), well_lying(as_read)};
+}
+
 }  // namespace
 
 bool takes_term(c10::DeviceIndex device, const ProductSizes& sizes) {
@@ -74,8 +116,8 @@ bool takes_term(c10::DeviceIndex device, const ProductSizes& sizes) {
 }
 
 bool joins_term(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right) {
-  if (left.scalar_type() == at::kFloat || adapter.type() != kernel_type(left)) return false;
-  const ProductSizes sizes{left.size(0), right.size(1), left.size(1), adapter.rank()};
+  const ProductSizes sizes{left.size(0), right.size(1), left.size(1),
+                           directions(adapter.rank(), adapter.type(), kernel_type(left))};
   return takes_term(left.get_device(), sizes) && lies_well(left) &&
          (lies_well(right) || lies_well(right.t()));
 }
@@ -85,8 +127,7 @@ at::Tensor product_with_term(const at::Tensor& left, const at::Tensor& right,
                              const std::optional<at::Tensor>& bias_view) {
   const at::Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
   const bool by_row = lies_well(right);
-  const at::Tensor tail_left = well_lying(term_left);
-  const at::Tensor tail_right = well_lying(by_row ? term_right : term_right.t());
+  const Tail tail = tail_of(term_left, term_right, by_row);
   at::Tensor bias;
   if (has(bias_view)) {
     bias = bias_view->contiguous();
@@ -96,13 +137,13 @@ at::Tensor product_with_term(const at::Tensor& left, const at::Tensor& right,
   const kernels::LinearProduct problem{out.size(0),
                                        out.size(1),
                                        left.size(1),
-                                       term_left.size(1),
+                                       tail.left.size(1),
                                        kernel_type(out),
                                        by_row,
                                        operand(left),
                                        operand(by_row ? right : right.t()),
-                                       operand(tail_left),
-                                       operand(tail_right),
+                                       operand(tail.left),
+                                       operand(tail.right),
                                        bias.defined() ? bias.const_data_ptr() : nullptr,
                                        out.mutable_data_ptr(),
                                        out.stride(0),

@@ -20,7 +20,8 @@ bool takes_term(c10::DeviceIndex device, const ProductSizes& sizes);
 bool joins_term(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right);
 
 // left right + term_left term_right + bias, [rows, cols]: sums in float32, rounded once, on the
-// current stream. term_left [rows, rank], term_right [rank, cols], bias [cols], all of one dtype.
+// current stream. term_left [rows, rank], term_right [rank, cols], bias [cols], all of one dtype;
+// for left of bfloat16 the term may be of float32 (kernels/hopper/split_term.h).
 // The same shapes and strides give the same bits.
 at::Tensor product_with_term(const at::Tensor& left, const at::Tensor& right,
                              const at::Tensor& term_left, const at::Tensor& term_right,

@@ -180,9 +180,10 @@ def layers() -> Iterator[tuple[str, Problem]]:
         of_table = {"gather", "expand", "finish_rows", "finish_columns", "gate_gradient"} | once
         run = partial(embedding, name, indices)
         yield f"embedding {name}", Problem(run, frozenset(of_table | {"column_sums"}))
-        if base is factor and base is not torch.float32:
+        split = {"split_term"} if base is not factor else set()
+        if base is torch.bfloat16 or base is factor is torch.float16:
             for gate, wanted in ((True, "xABE"), (False, "xAB")):
-                joined = linear_kernels(name, 5, gate) - {"expand"} | {"linear_product"}
+                joined = linear_kernels(name, 5, gate) - {"expand"} | {"linear_product"} | split
                 run = partial(linear, name, WIDE, 5, gate, wanted)
                 title = f"joined {name}{' gated' if gate else ''}"
                 yield title, Problem(run, frozenset(joined), path="cuda (sm_90a)")

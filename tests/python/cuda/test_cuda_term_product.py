@@ -9,16 +9,17 @@ from rankwise.ops import lora_linear, path
 TOKENS, WIDTH = 8192, 1024  # 256 tiles
 
 
-def operands(dtype, rank, tokens=TOKENS, gate=False):
+def operands(dtype, rank, tokens=TOKENS, gate=False, factors=None):
     generator = torch.Generator(DEVICE).manual_seed(rank)
 
-    def normal(*shape, scale=1.0):
+    def normal(*shape, scale=1.0, of=dtype):
         values = torch.randn(*shape, device=DEVICE, generator=generator) * scale
-        return values.to(dtype).requires_grad_()
+        return values.to(of).requires_grad_()
 
-    x, A, B = normal(tokens, WIDTH), normal(rank, WIDTH, scale=0.03), normal(WIDTH, rank)
-    W, bias = normal(WIDTH, WIDTH, scale=0.03), normal(WIDTH)
-    E = normal(rank, 1) if gate else None
+    own = factors or dtype
+    x, A = normal(tokens, WIDTH), normal(rank, WIDTH, scale=0.03, of=own)
+    B, W, bias = normal(WIDTH, rank, of=own), normal(WIDTH, WIDTH, scale=0.03), normal(WIDTH)
+    E = normal(rank, 1, of=own) if gate else None
     return x, W, bias, A, B, E
 
 
@@ -64,6 +65,19 @@ def test_values(dtype, rank, gate):
     tensors = operands(dtype, rank, gate=gate)
     step = 2**-8 if dtype is torch.bfloat16 else 2**-11
     for got, want in zip(results(tensors), expected(tensors), strict=True):
+        error = (got.double() - want).norm() / want.norm()
+        assert error <= step, (got.shape, error)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("rank", [1, 16, 85])
+def test_float32_factors_over_bfloat16(rank, gate):
+    """y and dx are rounded once; gradients of factors are float32's."""
+    needs_it()
+    tensors = operands(torch.bfloat16, rank, gate=gate, factors=torch.float32)
+    assert "split_term" in kernels(lambda: results(tensors))
+    for got, want in zip(results(tensors), expected(tensors), strict=True):
+        step = 2**-8 if got.dtype is torch.bfloat16 else 2**-12
         error = (got.double() - want).norm() / want.norm()
         assert error <= step, (got.shape, error)
 

@@ -18,7 +18,7 @@ from rankwise._library import library
 
 ARCHITECTURES = {"sm_80", "sm_90"}  # RANKWISE_CUDA_ARCHITECTURES
 # kernel -> the one architecture it is for.
-ALONE = {"linear_product": "sm_90a"}
+ALONE = {"linear_product": "sm_90a", "split_term": "sm_90a"}
 
 # kernel -> (instances, most registers of a thread, most bytes of static shared memory). Registers:
 # 128 let two blocks of 256 threads run on one multiprocessor.
@@ -45,6 +45,7 @@ PLAN = {
     "record_choice": (1, 64, 8832),
     "row_products": (20, 128, 0),
     "schedule_step": (1, 32, 0),
+    "split_term": (1, 32, 0),
     "spend_budget": (1, 40, 4616),
     "sum_of_terms": (2, 40, 2048),
 }
