@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Plan<Types, rank_tile>::threads, 2)
   const int64_t all = (m.rows - first_row + P::row_tile - 1) / P::row_tile;
   const int count = static_cast<int>(all < chunk_tiles ? all : chunk_tiles);
   const uint64_t seed = dropout.threshold > 0 ? static_cast<uint64_t>(*dropout.seed) : 0;
-  const uint32_t limit = (dropout.threshold << 16) - 1;
+  const uint32_t limit = dropout_limit(dropout.threshold);
 
   const auto row_of = [&](int tile) {
     return first_row + static_cast<int64_t>(tile) * P::row_tile;

@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(Plan<Types, rank_tile>::threads,
     } else {
       result.take(sums, scale, source);
       if constexpr (masked) {
-        if (source.dropout.threshold > 0) result.drop(seed, (source.dropout.threshold << 16) - 1);
+        if (source.dropout.threshold > 0)
+          result.drop(seed, dropout_limit(source.dropout.threshold));
       }
       result.write(out);
     }

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Plan<Types, rank_tile, by_column>::threads, 2)
   const int64_t all = (m.cols - first_col + P::col_tile - 1) / P::col_tile;
   const int count = static_cast<int>(all < chunk_tiles ? all : chunk_tiles);
   const uint64_t seed = dropout.threshold > 0 ? static_cast<uint64_t>(*dropout.seed) : 0;
-  const uint32_t limit = (dropout.threshold << 16) - 1;
+  const uint32_t limit = dropout_limit(dropout.threshold);
 
   const auto factor_part = [&](int tile) -> Part<typename P::Factor> {
     const int64_t col = first_col + static_cast<int64_t>(tile) * P::col_tile;

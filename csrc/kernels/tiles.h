@@ -37,21 +37,11 @@ __device__ inline int clamped(int64_t value, int limit) {
   return value < 0 ? 0 : value < limit ? static_cast<int>(value) : limit;
 }
 
-// A pair of 16-bit numbers, those below a threshold set to zero; limit = (threshold << 16) - 1.
+// A pair of 16-bit numbers, those below a threshold set to zero; `limit` is dropout_limit()'s.
 __device__ inline uint32_t drop_pair(uint32_t pair, uint32_t numbers, uint32_t limit) {
   const uint32_t high = numbers > limit ? 0xFFFF0000u : 0u;
   const uint32_t low = numbers << 16 > limit ? 0xFFFFu : 0u;
   return pair & (high | low);
-}
-
-// Bit i is set when number i is not below the threshold.
-__device__ inline uint32_t kept_in_block(const Philox& numbers, uint32_t limit) {
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < piece; ++i) {
-    bits |= static_cast<uint32_t>(dropout_number(numbers, i) << 16 > limit) << i;
-  }
-  return bits;
 }
 
 // Bit i is set when element index + i is kept.

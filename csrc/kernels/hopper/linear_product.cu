@@ -4,6 +4,7 @@
 //   warpgroup 0       one thread: loads operands into the ring of stages      load_operands.h
 //   warpgroups 1, 2   multiply what is there, 64 rows each                    multiply_operands.h
 //                     and write the tile                                      store_result.h
+#include "drop_sums.h"
 #include "linear_product.h"
 #include "load_operands.h"
 #include "multiply_operands.h"
@@ -30,7 +31,7 @@ __device__ inline void prepare(const ProductArguments& p, const SharedTiles& sha
   barrier_init_fence();
 }
 
-template <typename T, bool right_by_row>
+template <typename T, bool right_by_row, bool dropped>
 __device__ inline void multiply_tiles(const ProductArguments& p, const SharedTiles& shared,
                                       uint32_t group) {
   // Equal in all lanes, which the compiler is to know.
@@ -39,17 +40,25 @@ __device__ inline void multiply_tiles(const ProductArguments& p, const SharedTil
   Ring ring;
   float sums[sums_each];
   for (int tile = blockIdx.x; tile < p.tiles_down * p.tiles_across; tile += gridDim.x) {
-    const TilePlace place = place_of(p, tile);
-    const uint32_t last = start_tile<T, right_by_row>(p, shared, group, ring, sums);
+    const TilePlace of_block = place_of(p, tile);
+    const TilePlace place{of_block.row + first_row, of_block.col};
+    TileProducts<T, right_by_row> products(shared, group, ring, sums);
+    if constexpr (dropped) {
+      products.start_term(p);
+      products.finish();
+      drop_sums(p, place, sums);
+    }
+    products.start_product(p);
+    if constexpr (!dropped) products.start_term(p);
     uint32_t bias[column_pairs];
     load_bias(bias, p, place.col);
-    finish_tile(shared, last, sums);
-    store_result<T>(p, shared, group * 4 + warp, {place.row + first_row, place.col}, sums, bias);
+    products.finish();
+    store_result<T>(p, shared, group * 4 + warp, place, sums, bias);
   }
   if (threadIdx.x % 32 == 0) wait_for_stores<0>();
 }
 
-template <typename T, bool right_by_row>
+template <typename T, bool right_by_row, bool dropped>
 __global__ void __launch_bounds__(product_threads, 1)
     linear_product(const __grid_constant__ ProductArguments p) {
   const SharedTiles shared = SharedTiles::of_block();
@@ -61,12 +70,16 @@ __global__ void __launch_bounds__(product_threads, 1)
     give_registers<loading_registers>();
     if (threadIdx.x == 0) {
       let_next_kernel_start();
-      load_operands<right_by_row>(p, shared);
+      load_operands<right_by_row, dropped>(p, shared);
     }
   } else {
     take_registers<multiplying_registers>();
-    multiply_tiles<T, right_by_row>(p, shared, group - 1);
+    multiply_tiles<T, right_by_row, dropped>(p, shared, group - 1);
   }
+}
+
+bool drops(const LinearProduct& p) {
+  return p.rank > 0 && p.dropout.threshold > 0;
 }
 
 template <typename T>
@@ -74,8 +87,11 @@ int launch_typed(const LinearProduct& problem, const ProductArguments& arguments
   const int tiles = arguments.tiles_down * arguments.tiles_across;
   const auto blocks =
       static_cast<unsigned>(tiles < problem.multiprocessors ? tiles : problem.multiprocessors);
-  return launch_early(problem.right_by_row ? linear_product<T, true> : linear_product<T, false>,
-                      blocks, product_threads, product_shared_bytes, stream, arguments);
+  const auto launch = [&](auto kernel) {
+    return launch_early(kernel, blocks, product_threads, product_shared_bytes, stream, arguments);
+  };
+  if (!problem.right_by_row) return launch(linear_product<T, false, false>);
+  return launch(drops(problem) ? linear_product<T, true, true> : linear_product<T, true, false>);
 }
 
 int make_maps(ProductArguments& arguments, const LinearProduct& p) {
@@ -121,7 +137,7 @@ bool takes(const LinearProduct& p) {
       p.rank == 0 || (lies_well(p.tail_left, p.rank) && right_lies_well(p.tail_right, p.rank));
   return sizes && p.type != Type::float32 && tail && lies_well(p.left, p.depth) &&
          right_lies_well(p.right, p.depth) && lies_well({p.bias, 0}, 0) &&
-         lies_well({p.out, p.out_stride}, p.cols);
+         (p.right_by_row || !drops(p)) && lies_well({p.out, p.out_stride}, p.cols);
 }
 
 int launch_linear_product(const LinearProduct& problem, void* stream) {
@@ -130,6 +146,7 @@ int launch_linear_product(const LinearProduct& problem, void* stream) {
   const int error = make_maps(arguments, problem);
   if (error) return error;
   arguments.bias = problem.bias;
+  arguments.dropout = problem.dropout;
   arguments.rows = static_cast<int>(problem.rows);
   arguments.cols = static_cast<int>(problem.cols);
   arguments.depth_blocks = divide_up(problem.depth, tile_depth);

@@ -5,7 +5,7 @@
 //
 //   forward   y  = x W^T + (s) B^T + bias:  right and tail_right by column, W [cols, depth] and
 //                                           B [cols, rank] as they lie in memory
-//   gradient  dx = dy W + dh A:             by row, W [depth, cols] and A [rank, cols]
+//   gradient  dx = dy W + mask(dh A):       by row, W [depth, cols] and A [rank, cols]
 //
 // One dtype of 16 bits; products are exact, sums float32 on the tensor core, the result is rounded
 // once. The order of sums depends on the shape alone: the same input gives the same bits.
@@ -38,7 +38,8 @@ struct LinearProduct {
   const void* bias;  // [cols], or null
   void* out;         // written, [rows, cols]
   int64_t out_stride;
-  int multiprocessors;  // of the device: one block each
+  int multiprocessors;       // of the device: one block each
+  DropoutMask dropout = {};  // of the term, as of a matrix like `out`; for right_by_row
 };
 
 // Whether the launcher takes the problem.

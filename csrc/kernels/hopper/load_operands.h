@@ -1,5 +1,5 @@
 // Brings the operands of all of a block's tiles, one thread's work: for each tile the blocks of 64
-// along the depth, then those along the rank.
+// along the depth, then those along the rank; a term that is dropped from comes first.
 //
 //   this thread                     copy engine              multiplying warps
 //   wait(empty[i]) <------------------------------------------ arrive(empty[i]), 8 warps
@@ -32,16 +32,18 @@ __device__ inline void load_block(const TensorMap& left, const TensorMap& right,
   }
 }
 
-template <bool right_by_row>
+template <bool right_by_row, bool tail_first>
 __device__ inline void load_operands(const ProductArguments& p, const SharedTiles& shared) {
   const int tiles = p.tiles_down * p.tiles_across, blocks = p.depth_blocks + p.tail_blocks();
+  const int first_of_second = tail_first ? p.tail_blocks() : p.depth_blocks;
   Ring ring;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const TilePlace place = place_of(p, tile);
     for (int block = 0; block < blocks; ++block) {
-      const bool tail = block >= p.depth_blocks;
+      const bool second = block >= first_of_second, tail = second != tail_first;
       load_block<right_by_row>(tail ? p.tail_left : p.left, tail ? p.tail_right : p.right, shared,
-                               ring, place, (tail ? block - p.depth_blocks : block) * tile_depth);
+                               ring, place,
+                               (second ? block - first_of_second : block) * tile_depth);
       ring.advance();
     }
   }

@@ -1,6 +1,7 @@
 // Multiplies what load_operands.h brings: a warpgroup's 64 rows of a tile, in its registers.
 //
-//   sums = sum over blocks of left block times right block, the tail's blocks last
+//   sums = sum over blocks of left block times right block; a term that is dropped from comes first
+//          and is finished for that (drop_sums.h), else it comes last
 //
 //   block i      wait(full[i]); start its 4 products
 //   block i - 1  is done when at most one group of products is under way: arrive(empty[i - 1])
@@ -11,8 +12,6 @@
 #include "product_tiles.h"
 
 namespace rankwise::kernels {
-
-constexpr int sums_each = group_rows * tile_cols / warpgroup;  // of a thread
 
 // The warpgroup's operands in a stage, as wgmma takes them.
 struct Operands {
@@ -45,46 +44,59 @@ __device__ inline void release(const SharedTiles& shared, uint32_t stage) {
   if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty(stage));
 }
 
-// Starts all products of a tile. The last group is still under way; its stage is returned.
+// A tile's products in the order in which they are started.
 template <typename T, bool right_by_row>
-__device__ inline uint32_t start_tile(const ProductArguments& p, const SharedTiles& shared,
-                                      uint32_t group, Ring& ring, float (&sums)[sums_each]) {
-  uint32_t before = 0;
-  for (int block = 0; block < p.depth_blocks; ++block) {
-    barrier_wait(shared.full(ring.stage), ring.parity);
-    start_products<T, right_by_row, 4>(sums, operands_of<right_by_row>(shared, ring.stage, group),
-                                       block > 0);
-    products_wait<1>();
-    if (block > 0) release(shared, before);
-    before = ring.stage;
-    ring.advance();
-  }
-  for (int steps = p.tail_steps; steps > 0; steps -= 4) {
-    barrier_wait(shared.full(ring.stage), ring.parity);
-    const Operands from = operands_of<right_by_row>(shared, ring.stage, group);
-    if (steps >= 4) {
-      start_products<T, right_by_row, 4>(sums, from, true);
-    } else if (steps == 3) {
-      start_products<T, right_by_row, 3>(sums, from, true);
-    } else if (steps == 2) {
-      start_products<T, right_by_row, 2>(sums, from, true);
-    } else {
-      start_products<T, right_by_row, 1>(sums, from, true);
-    }
-    products_wait<1>();
-    release(shared, before);
-    before = ring.stage;
-    ring.advance();
-  }
-  return before;
-}
+class TileProducts {
+ public:
+  __device__ TileProducts(const SharedTiles& shared, uint32_t group, Ring& ring,
+                          float (&sums)[sums_each])
+      : shared_(shared), group_(group), ring_(ring), sums_(sums) {}
 
-// The sums are there.
-__device__ inline void finish_tile(const SharedTiles& shared, uint32_t last_stage,
-                                   float (&sums)[sums_each]) {
-  products_wait<0>();
-  pin(sums);
-  release(shared, last_stage);
-}
+  __device__ void start_product(const ProductArguments& p) {
+    for (int block = 0; block < p.depth_blocks; ++block) start<4>();
+  }
+
+  __device__ void start_term(const ProductArguments& p) {
+    for (int steps = p.tail_steps; steps > 0; steps -= 4) {
+      if (steps >= 4) {
+        start<4>();
+      } else if (steps == 3) {
+        start<3>();
+      } else if (steps == 2) {
+        start<2>();
+      } else {
+        start<1>();
+      }
+    }
+  }
+
+  // The sums of what was started are there; further products are added to them.
+  __device__ void finish() {
+    products_wait<0>();
+    pin(sums_);
+    if (under_way_) release(shared_, before_);
+    under_way_ = false;
+  }
+
+ private:
+  template <int steps>
+  __device__ void start() {
+    barrier_wait(shared_.full(ring_.stage), ring_.parity);
+    start_products<T, right_by_row, steps>(
+        sums_, operands_of<right_by_row>(shared_, ring_.stage, group_), begun_);
+    products_wait<1>();
+    if (under_way_) release(shared_, before_);
+    begun_ = under_way_ = true;
+    before_ = ring_.stage;
+    ring_.advance();
+  }
+
+  const SharedTiles& shared_;
+  const uint32_t group_;
+  Ring& ring_;
+  float (&sums_)[sums_each];
+  bool begun_ = false, under_way_ = false;
+  uint32_t before_ = 0;  // the stage of the last group
+};
 
 }  // namespace rankwise::kernels

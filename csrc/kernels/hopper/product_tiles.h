@@ -2,6 +2,7 @@
 // memory.
 #pragma once
 
+#include "../lora_linear.h"
 #include "instructions.h"
 #include "tile.h"
 
@@ -9,7 +10,8 @@ namespace rankwise::kernels {
 
 struct ProductArguments {
   TensorMap left, right, tail_left, tail_right, out;
-  const void* bias;  // or null
+  const void* bias;     // or null
+  DropoutMask dropout;  // of the term
   int rows, cols;
   int depth_blocks;  // of 64
   int tail_steps;    // of 16: ceil(rank / 16)
@@ -34,6 +36,8 @@ __device__ inline TilePlace place_of(const ProductArguments& p, int i) {
   const int across = i % in_band / down;
   return {(first + i % in_band % down) * tile_rows, across * tile_cols};
 }
+
+constexpr int sums_each = group_rows * tile_cols / warpgroup;  // of a thread
 
 // Addresses of a block's shared memory (tile.h).
 struct SharedTiles {

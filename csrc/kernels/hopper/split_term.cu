@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(split_threads) split_term(SplitMatrix left, Sp
   int64_t i = static_cast<int64_t>(blockIdx.x) * split_threads + threadIdx.x;
   const bool of_left = i < left.rows * left.cols;
   if (!of_left) i -= left.rows * left.cols;
-  const SplitMatrix& m = of_left ? left : right;
+  const SplitMatrix m = of_left ? left : right;
   const int64_t row = i / m.cols, col = i % m.cols;
   if (row >= m.rows) return;
   const Split value(m.from[row * m.row_stride + col * m.col_stride]);

@@ -44,8 +44,8 @@ at::Tensor add_output(const CudaAdapter& adapter, const at::Tensor& x, const at:
 
 at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
                           const at::Tensor& dh) {
-  if (!adapter.dropout.active() && joins_term(adapter, dy, w)) {
-    return product_with_term(dy, w, dh, adapter.A, {});
+  if (joins_term(adapter, dy, w, adapter.dropout.active())) {
+    return product_with_term(dy, w, dh, adapter.A, {}, adapter.mask());
   }
   const at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
   if (adapter.rank() == 0) {

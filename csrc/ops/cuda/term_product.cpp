@@ -115,16 +115,18 @@ bool takes_term(c10::DeviceIndex device, const ProductSizes& sizes) {
   return asked_for() && sums_take_the_term(product_device(device), sizes);
 }
 
-bool joins_term(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right) {
+bool joins_term(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right,
+                bool masked) {
   const ProductSizes sizes{left.size(0), right.size(1), left.size(1),
                            directions(adapter.rank(), adapter.type(), kernel_type(left))};
   return takes_term(left.get_device(), sizes) && lies_well(left) &&
-         (lies_well(right) || lies_well(right.t()));
+         (lies_well(right) || (!masked && lies_well(right.t())));
 }
 
 at::Tensor product_with_term(const at::Tensor& left, const at::Tensor& right,
                              const at::Tensor& term_left, const at::Tensor& term_right,
-                             const std::optional<at::Tensor>& bias_view) {
+                             const std::optional<at::Tensor>& bias_view,
+                             const kernels::DropoutMask& mask) {
   const at::Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
   const bool by_row = lies_well(right);
   const Tail tail = tail_of(term_left, term_right, by_row);
@@ -147,7 +149,8 @@ at::Tensor product_with_term(const at::Tensor& left, const at::Tensor& right,
                                        bias.defined() ? bias.const_data_ptr() : nullptr,
                                        out.mutable_data_ptr(),
                                        out.stride(0),
-                                       product_device(out.get_device()).multiprocessors};
+                                       product_device(out.get_device()).multiprocessors,
+                                       mask};
   check_launch(kernels::launch_linear_product(problem, current_stream()));
   return out;
 }

@@ -72,7 +72,7 @@ def linear(name: str, sizes: tuple, rank: int, gate: bool, wanted: str, device: 
     for letter, leaf in leaves.items():
         if leaf is not None and letter not in wanted:
             leaf.requires_grad_(False)
-    p = 0.3 if gate and sizes != WIDE else 0.0
+    p = 0.3 if gate else 0.0
     y = rw.ops.lora_linear(x, W, bias if gate else None, A, B, E, scaling=0.5, dropout_p=p)
     return with_gradients(y, [leaves[letter] for letter in wanted])
 

@@ -13,6 +13,7 @@ struct ProductCase {
   int64_t rows, cols, depth, rank;
   bool right_by_row, bias = true;
   int multiprocessors = 2;
+  uint32_t threshold = 0;  // of the term's dropout
 };
 
 // Operands of a case, their rows further apart than they are long; the memory between is poison.
@@ -21,6 +22,8 @@ struct Product {
   ProductCase c;
   std::mt19937 generator{5};
   Matrix<T> left, right, tail_left, tail_right, bias, out;
+  cuda_model::DeviceArray<int64_t> seed{std::vector<int64_t>{-7}};
+  std::vector<double> kept;
 
   explicit Product(const ProductCase& of)
       : c(of),
@@ -29,7 +32,8 @@ struct Product {
         tail_left(Matrix<T>::random(c.rows, c.rank, generator, {padding(c.rank)})),
         tail_right(random_right(c.rank)),
         bias(Matrix<T>::random(1, c.cols, generator)),
-        out(c.rows, c.cols, {16}) {
+        out(c.rows, c.cols, {16}),
+        kept(keep_mask(c.rows, c.cols, static_cast<uint64_t>(seed[0]), c.threshold)) {
     cuda_model::set_tensor_core(cuda_model::sm_90_tensor_core);
   }
   ~Product() { cuda_model::set_tensor_core(cuda_model::sm_80_tensor_core); }
@@ -58,7 +62,8 @@ struct Product {
             c.bias ? bias.data() : nullptr,
             out.data(),
             out.stride,
-            c.multiprocessors};
+            c.multiprocessors,
+            {seed.data(), c.threshold}};
   }
 
   void everything() { ASSERT_EQ(launch_linear_product(problem(), nullptr), 0); }
@@ -72,7 +77,7 @@ struct Product {
       }
     };
     add(left, right, c.depth);
-    add(tail_left, tail_right, c.rank);
+    if (kept[i * c.cols + j] != 0) add(tail_left, tail_right, c.rank);
     if (c.bias) sum.add(bias.at(0, j));
     return sum;
   }

@@ -29,11 +29,36 @@ TYPED_TEST(LinearProductOf, IsTheSumOfBothProductsAndTheBias) {
   }
 }
 
+TYPED_TEST(LinearProductOf, DropsFromTheTermAlone) {
+  cuda_model::set_schedule({});
+  for (const uint32_t threshold : {1u, 6554u, 32768u, 65536u}) {
+    for (const int64_t rank : {5, 80}) {
+      Product<TypeParam> product({300, 296, 136, rank, true, false, 2, threshold});
+      product.everything();
+      expect_close<TypeParam>("out", product.out, 136 + rank,
+                              [&](int64_t i, int64_t j) { return product.expected(i, j); });
+    }
+  }
+}
+
+// Zero, and not zero times what it was.
+TEST(LinearProduct, WhatIsDroppedOfAnInfiniteTermIsZero) {
+  cuda_model::set_schedule({});
+  Product<__half> product({70, 264, 72, 3, true, false, 2, 20000});
+  product.tail_left.set(65, 1, INFINITY);
+  product.everything();
+  for (int64_t j = 0; j < 264; ++j) {
+    ASSERT_EQ(std::isinf(product.out.written(65, j)), product.kept[65 * 264 + j] != 0) << j;
+  }
+}
+
 TEST(LinearProduct, HasTheSameBitsUnderEverySchedule) {
   for (const bool right_by_row : {false, true}) {
     expect_same_bits_under_every_schedule<Product<__nv_bfloat16>>(
         Case{300, 264, 72, 17, right_by_row});
   }
+  expect_same_bits_under_every_schedule<Product<__nv_bfloat16>>(
+      Case{300, 264, 72, 17, true, false, 2, 6554});
 }
 
 // A block that goes through several tiles gives each the bits of a block of its own.
@@ -82,6 +107,7 @@ TEST(LinearProduct, RefusesWhatTheCopyEngineCannotRead) {
   EXPECT_TRUE(refused([](LinearProduct& p) { p.tail_left.stride = 3; }));
   EXPECT_TRUE(refused([](LinearProduct& p) { p.out_stride = 20; }));
   EXPECT_TRUE(refused([](LinearProduct& p) { p.right.stride = 0; }));
+  EXPECT_TRUE(refused([](LinearProduct& p) { p.dropout.threshold = 1; }));  // by column
   EXPECT_TRUE(refused(
       [](LinearProduct& p) { p.right.data = static_cast<const __half*>(p.right.data) + 1; }));
 }
