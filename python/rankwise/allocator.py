@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from .installed import check_complete
 from .process_group import DEFAULT, check_group, gatherer, present
 from .sharding import reshard
 from .tree import Tree, enclosing
+from .warned import warn
 from .wrappers import without_wrappers
 
 
@@ -135,10 +135,9 @@ class Allocator:
         """
         if self._attached and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 "step: the allocator is attached to an optimizer, which runs it too: with both its "
-                "schedule runs at double speed",
-                stacklevel=2,
+                "schedule runs at double speed"
             )
         self._run(self._core.step, round_of(optimizer, *others))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 
 from .gathered import Gathered
 from .sharding import is_sharded, whole
+from .warned import warn
 
 # Optimizer -> its found_inf in this round, None where it has none.
 Round = dict[Optimizer, Tensor | None]
@@ -65,10 +65,9 @@ class Attachment:
         self._round = {}
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 "allocator: an optimizer stepped twice before another that was attached with "
-                "it: the allocator waits until all have stepped",
-                stacklevel=4,  # who called the optimizer's step()
+                "it: the allocator waits until all have stepped"
             )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -33,6 +32,7 @@ from .model_adapters import ModelAdapters
 from .prepared import install_adapter, prepare_adapter
 from .sharding import mesh_of, reshard, shared_outcome
 from .tree import Tree
+from .warned import warn
 
 FileError = library.FileError
 HINTS = 20  # tensors whose nearest module an error names: each is looked for among all modules
@@ -126,10 +126,9 @@ def export_lora(
     tensors = folded.tensors | {key: slot.value() for key, slot in saved.items()}
     write_folder(directory, library.AdapterFile(folded.config, tensors, beside or {}), mesh)
     if whole:
-        warnings.warn(
+        warn(
             f"export_lora: the folder has modules trained whole ({', '.join(whole)}), which PEFT "
-            "reads; vLLM and llama.cpp's conversion stop there",
-            stacklevel=2,
+            "reads; vLLM and llama.cpp's conversion stop there"
         )
 
 
@@ -267,9 +266,7 @@ def _check(
         elif torch.promote_types(wanted.dtype, got.dtype) != wanted.dtype:
             problems.append(f"{key}: {got.dtype} would be rounded to the model's {wanted.dtype}")
         elif wanted.dtype != got.dtype:
-            warnings.warn(
-                f"load_adapter: {key} is {got.dtype} and becomes {wanted.dtype}", stacklevel=3
-            )
+            warn(f"load_adapter: {key} is {got.dtype} and becomes {wanted.dtype}")
     for path, adapter in adapters.items():
         stored = settings.scaling(path)
         if not math.isclose(stored, adapter.options.scaling):  # AdaLoRA's is stored rounded

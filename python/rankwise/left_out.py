@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
 from .nn import is_adaptable
 from .tree import AdaptedLayer, Tree
+from .warned import warn
 
 # Layers that nobody takes for linear ones: tables, filters and scales.
 _NOT_LINEAR = (
@@ -42,10 +42,9 @@ def warn_of_left_out(
         if count >= _LEAST_SHARE * candidates
     ]
     if lines:
-        warnings.warn(
+        warn(
             '"all-linear" adapts linear layers; these weights get no adapter (percent of the '
-            "model's parameters): " + "; ".join(lines),
-            stacklevel=4,
+            "model's parameters): " + "; ".join(lines)
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from .first_factors import FIRST, FirstFactors, with_first
 from .installed import check_complete
 from .sharding import check_unsharded, kind_without_memory, naming, reshard
 from .tree import AdaptedLayer, Tree, required_layers
+from .warned import warn
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Mergeable(AdaptedLayer):
             ValueError: the weight or a factor is sharded; nothing is changed.
         """
         if self.merged:
-            warnings.warn("merge: the layer is merged already; nothing was done", stacklevel=2)
+            warn("merge: the layer is merged already; nothing was done")
             return None
         if self.adapter is None:
             raise RuntimeError("merge: no adapter is active")
@@ -111,7 +111,7 @@ class Mergeable(AdaptedLayer):
             RuntimeError: ``weight`` has come to be computed by something; nothing is changed.
         """
         if not self.merged:
-            warnings.warn("unmerge: the layer is not merged; nothing was done", stacklevel=2)
+            warn("unmerge: the layer is not merged; nothing was done")
             return
         self.check_own_weight("unmerge")
         with all_or_none([self]):
@@ -194,7 +194,7 @@ def merge(model: nn.Module) -> dict[str, MergeReport]:
         raise RuntimeError("merge: no adapter is active")
     layers = {name: layer for name, layer in layers.items() if not layer.merged}
     if not layers:
-        warnings.warn("merge: the model is merged already; nothing was done", stacklevel=2)
+        warn("merge: the model is merged already; nothing was done")
         return reports
     check_own_weights("merge", layers)
     with all_or_none(every.values()):
@@ -230,7 +230,7 @@ def unmerge(model: nn.Module) -> None:
     every = required_layers(model)
     layers = {name: layer for name, layer in every.items() if layer.merged}
     if not layers:
-        warnings.warn("unmerge: the model is not merged; nothing was done", stacklevel=2)
+        warn("unmerge: the model is not merged; nothing was done")
     check_own_weights("unmerge", layers)
     with all_or_none(every.values()):
         for layer in every.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from .places import WholeCopy, WholePlace, note_place
 from .quantised import keep_differentiable
 from .targets import ALL_LINEAR, find_targets, named
 from .tree import Tree
+from .warned import warn
 from .whole import check_apart, check_owners, find_whole
 
 Plan = tuple[dict[str, AdapterOptions], dict[str, torch.dtype | None]]
@@ -140,11 +140,7 @@ def _warn_of_lower_ranks(
         if adapter.options.rank < options[path].rank
     ]
     if lower:
-        warnings.warn(
-            f"layers with a side smaller than the rank begin with that: {', '.join(lower)}",
-            UserWarning,
-            stacklevel=4,
-        )
+        warn(f"layers with a side smaller than the rank begin with that: {', '.join(lower)}")
 
 
 def install_adapter(state: ModelAdapters, name: str, prepared: PreparedAdapter) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from functools import cache
 
 from torch import Tensor, nn
 
 from . import ops
 from .adapted import Adapted
+from .warned import warn
 
 # Exact classes, known by name to import nothing: {module: classes}.
 _CLASSES = {
@@ -43,13 +43,11 @@ def keep_differentiable(model: nn.Module) -> None:
                 changed += 1
             layer.support_avx512bf16_for_cpu = False
     if changed:
-        warnings.warn(
+        warn(
             f"{changed} 4-bit layers were in bitsandbytes' layout for inference on this CPU, as a "
             "forward pass in eval() leaves them, and had their scales rounded to bfloat16; they "
             "have the layout for training again, but not the digits: load the model anew for an "
-            "adapter over its exact weights",
-            UserWarning,
-            stacklevel=4,
+            "adapter over its exact weights"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from .allocator import Allocator
 from .config import AdapterOptions, TargetConfig, _is_integer, _is_real, _require
 from .directions import Directions
 from .process_group import DEFAULT
+from .warned import warn
 
 RankQuestion = library.RankQuestion
 SCORES = ("normalised", "literal")
@@ -225,11 +225,10 @@ class SpectralAllocator(Allocator):
     def _changed(self) -> None:
         if self._adapters.averaged and not self._said_averaged:
             self._said_averaged = True
-            warnings.warn(
+            warn(
                 "SpectralAllocator: a copy of the model is an average of it (EMA, SWA), and ranks "
                 "have moved: its factors are averages of different directions from now on. Begin "
-                "the average anew after the last event",
-                stacklevel=2,
+                "the average anew after the last event"
             )
 
     _said_averaged = False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from peft import AdaLoraConfig
 from peft.tuners import adalora
@@ -12,6 +10,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from ...allocation import RankAllocator
 from ...config import AdaLoRAConfig
 from ...devices import FACTORS
+from ...warned import warn
 from .allocated import LayerFactors
 
 # AdaLoRAConfig's names and PEFT's.
@@ -67,10 +66,9 @@ class PeftRankAllocator(RankAllocator):
         if self._attached:
             if not self._said_attached:
                 self._said_attached = True
-                warnings.warn(
+                warn(
                     "update_and_allocate: the allocator is attached to an optimizer, which runs "
-                    "it; calls by hand do nothing",
-                    stacklevel=3,
+                    "it; calls by hand do nothing"
                 )
             return
         step = min(int(global_step), self.config.total_steps - self.config.final_steps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 
 from torch import nn
 from transformers.trainer_callback import CallbackHandler
@@ -14,6 +13,7 @@ from ...file_config import adalora_config
 from ...measures import measures
 from ...rank_history import FILE as HISTORY
 from ...rank_history import RankHistory
+from ...warned import warn
 from .allocator_state import carry, read, take, write
 from .checkpoints import AdapterCallback, check_whole_parameters, checkpoint_folder
 
@@ -107,10 +107,9 @@ class AdaLoRACallback(AdapterCallback):
         if stored is not None:  # of the model that was loaded before this event
             self.allocator.load_state_dict(stored)
         elif not self.allocator.frozen:
-            warnings.warn(
+            warn(
                 f"AdaLoRACallback: training ended at step {self.allocator.steps}, before the "
-                "schedule chose the final directions; allocator.freeze(None) does",
-                stacklevel=2,
+                "schedule chose the final directions; allocator.freeze(None) does"
             )
         if hasattr(self.allocator, "finish"):  # of a PEFT model
             self.allocator.finish()
@@ -148,10 +147,9 @@ class AdaLoRACallback(AdapterCallback):
                 f"the AdaLoRAConfig total_steps={max_steps}"
             )
         if total < max_steps:
-            warnings.warn(
+            warn(
                 f"AdaLoRACallback: the schedule ends at total_steps {total}; the Trainer's steps "
-                f"up to {max_steps} train with the final ranks",
-                stacklevel=2,
+                f"up to {max_steps} train with the final ranks"
             )
 
     def _restore(self, args, state, carried: dict | None) -> None:

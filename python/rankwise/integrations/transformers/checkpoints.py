@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ...files import export_lora, save_adapter
 from ...first_factors import FIRST
 from ...model_adapters import ModelAdapters
 from ...tree import adapted_layers
+from ...warned import warn
 from ...wrappers import unwrapped
 
 _FIRST = (f"{FIRST}.lora_A", f"{FIRST}.lora_B")
@@ -86,11 +86,10 @@ def warn_of_missing_gradients(model: nn.Module) -> None:
     without = [name for name, parameter in trained.items() if parameter.grad is None]
     if without:
         more = f" and {len(without) - 3} more" if len(without) > 3 else ""
-        warnings.warn(
+        warn(
             f"no gradient reached {', '.join(without[:3])}{more}: what computes the loss does not "
             "call these modules (a fused output layer multiplies by lm_head.weight by itself); "
-            "leave them out of target_modules",
-            stacklevel=2,
+            "leave them out of target_modules"
         )
 
 
