@@ -43,9 +43,9 @@ _FOLDERS = (
 _ATTACHED = (
     "allocation/test_allocator_attach.py", "allocation/test_allocator_callbacks.py",
     "allocation/test_attached_once.py", "allocation/test_one_allocator.py",
-    "allocation/test_allocator_state_errors.py", "allocation/test_allocator_budget.py",
-    "allocation/test_rank_rules.py", "allocation/test_states_of_moved_directions.py",
-    "allocation/test_allocator_resume.py",
+    "allocation/test_averaged_models.py", "allocation/test_allocator_state_errors.py",
+    "allocation/test_allocator_budget.py", "allocation/test_rank_rules.py",
+    "allocation/test_states_of_moved_directions.py", "allocation/test_allocator_resume.py",
 )  # fmt: skip
 
 PARTS: Mapping[str, Part] = {
@@ -148,7 +148,7 @@ PARTS: Mapping[str, Part] = {
             "ops/test_lora_linear_errors.py", "ops/test_lora_linear_values.py",
             "ops/test_lora_embedding.py", "ops/test_lora_linear_group.py",
             "ops/test_lora_update.py", "ops/test_merged_weight.py", "ops/test_nested_tensors.py",
-            "ops/test_cpu_paths.py",
+            "ops/test_cpu_paths.py", "ops/test_dropout_mask.py",
         ),
         "python/rankwise/linear_group.py": ("nn/test_linear_group.py",),
     },

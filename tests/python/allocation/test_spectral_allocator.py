@@ -260,10 +260,20 @@ def test_an_average_of_the_model_is_told_of():
     averaged = torch.optim.swa_utils.AveragedModel(model)
     optimizer = torch.optim.AdamW(trained(model), 0.02)
     allocator.attach(optimizer)
-    with pytest.warns(UserWarning, match="Begin the average anew after the last event"):
+    with pytest.warns(UserWarning, match="Begin the average anew after the last event") as told:
         for step in range(20):
             train(model, optimizer, [step])
             averaged.update_parameters(model)
+    assert len(told) == 1
+
+
+def test_nothing_is_told_where_there_is_no_average(recwarn):
+    model, allocator = spectral()
+    optimizer = torch.optim.AdamW(trained(model), 0.02)
+    allocator.attach(optimizer)
+    before = allocator.ranks
+    train(model, optimizer, range(20))
+    assert allocator.ranks != before and not recwarn.list
 
 
 def test_one_allocator_for_an_adapter():

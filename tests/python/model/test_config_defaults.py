@@ -1,7 +1,9 @@
 # What a configuration means that leaves an option out: earlier programs depend on it.
 import peft
+import pytest
 
 import rankwise as rw
+from rankwise.config import AdapterOptions
 
 SHARED = dict(
     exclude_modules=None, rank_pattern={}, alpha_pattern={}, modules_to_save=(), dropout=0.0,
@@ -51,3 +53,16 @@ def test_spectral():
 def test_a_layer():
     layer = rw.nn.LoRALinear(4, 3).options
     assert (layer.rank, layer.alpha, layer.dropout, layer.rslora) == (8, 16.0, 0.0, False)
+
+
+@pytest.mark.parametrize("rslora, alpha", [(False, 2.0), (True, 8**0.5)])
+def test_options_within_a_smaller_side(rslora, alpha):
+    """The capacity falls first, and the scaling stays."""
+    options = AdapterOptions(rank=2, capacity=8, alpha=4.0, rslora=rslora)
+    assert options.within(8) is options
+    for side, rank, wanted in ((7, 2, 4.0), (2, 2, 4.0), (1, 1, alpha)):
+        within = options.within(side)
+        assert (within.rank, within.capacity) == (rank, side)
+        assert within.alpha == pytest.approx(wanted)
+        assert within.scaling == pytest.approx(options.scaling)
+    assert AdapterOptions(rank=2, alpha=4.0).within(1).capacity == 1

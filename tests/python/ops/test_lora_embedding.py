@@ -221,6 +221,24 @@ def test_index_out_of_range(index):
         )
 
 
+@pytest.mark.parametrize("row", [-NUM - 1, -NUM, NUM - 1, NUM])
+def test_a_padding_idx_is_a_row(row):
+    tensor = tensors("float32", 4, True)
+
+    def embed():
+        return rankwise.ops.lora_embedding(
+            torch.arange(NUM), **tensor, scaling=1.0, padding_idx=row
+        )
+
+    if not -NUM <= row < NUM:
+        wanted = rf"lora_embedding: padding_idx must be in \[-{NUM}, {NUM}\), got {row}"
+        with pytest.raises(ValueError, match=wanted):
+            embed()
+        return
+    (got,) = torch.autograd.grad(embed().sum(), tensor["weight"])
+    assert [i for i in range(NUM) if not got[i].any()] == [row % NUM]
+
+
 def test_a_negative_padding_idx_counts_from_the_end_as_in_torch():
     tensor = tensors("float32", 4, True)
     y = rankwise.ops.lora_embedding(
