@@ -140,7 +140,7 @@ def test_the_product_of_sm_90a_runs_on_its_own_instructions(usage):
             found.append(count := Counter())
         elif match := re.match(r"\s*/\*\w+\*/\s+(?:@!?\w+ )?(\w+)", line):
             count[match[1]] += match[1] in names
-    assert len(found) == 4
+    assert len(found) == 6
     for count in found:
         assert count["HGMMA"] == 4 + 4 + 3 + 2 + 1, found
         assert count["UTMALDG"] in (2, 5) and count["UTMASTG"] == 4, found
