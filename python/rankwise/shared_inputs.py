@@ -119,7 +119,8 @@ def share_inputs(model: nn.Module, names: Sequence[Sequence[str]] = NAMES) -> li
     layer would compute otherwise by then: for another input, after a change in place of the input
     or of a parameter, in another mode of autograd or autocast. Where that happens twice in
     succession, as in a cross-attention, the layers are apart for good. They are called one by one
-    too under torch.compile and torch.inference_mode, and where LoRALinearGroup does so.
+    too under torch.compile and torch.inference_mode, and where LoRALinearGroup does so. Quantised
+    layers are not shared.
 
     Args:
         model: with adapters.
@@ -149,7 +150,7 @@ def _candidates(
     """{name in the model: layer} of two or more of one module whose names go together."""
     modules: dict[tuple[str, int], dict[str, str]] = {}  # {(module, in_features): {name: path}}
     for path, layer in layers.items():
-        if isinstance(layer, nn.Linear):
+        if hasattr(type(layer), "_grouped_forward"):  # not an embedding, nor a quantised layer
             module, _, name = path.rpartition(".")
             modules.setdefault((module, layer.in_features), {})[name] = path
     for own in modules.values():

@@ -12,6 +12,7 @@ import torch
 from shared_attention import Attention, count, shared
 from small_models import randomise
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import rankwise as rw
 
@@ -96,6 +97,13 @@ def test_names_that_do_not_tell_share_nothing():
     assert rw.share_inputs(model) == []
     with pytest.raises(ValueError, match="the model has no adapters"):
         rw.share_inputs(nn.Linear(2, 2))
+
+
+def test_quantised_layers_are_not_shared():
+    model = nn.ModuleDict({name: nn.Linear(32, 32) for name in ("q", "k", "v")})
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda layer, name: name == "q")
+    rw.apply_lora(model, rw.LoRAConfig(rank=2, target_modules=["q", "k", "v"]))
+    assert [one.names for one in rw.share_inputs(model)] == [("k", "v")]
 
 
 def test_own_names_and_the_end_of_sharing():
