@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from callback_runs import FREEZE, adapted, ranks, run
 from trainer_models import (
     BEST,
     STEPS,
@@ -22,25 +23,6 @@ from trainer_models import (
 
 import rankwise as rw
 from rankwise.integrations.transformers import AdaLoRACallback
-
-FREEZE = STEPS - 4
-
-
-def adapted(folder, **options):
-    torch.manual_seed(1)
-    return rw.apply_lora(base(folder / "base"), adalora_config(**options))
-
-
-def ranks(model) -> list[int]:
-    return [x.rank for x in model.modules() if isinstance(x, rw.nn.AdaLoRALinear)]
-
-
-def run(model, folder, callback=None, **options):
-    """(the callback, the Trainer) after training."""
-    callback = callback or AdaLoRACallback()
-    made = trainer(model, folder, [callback], **options)
-    made.train()
-    return callback, made
 
 
 def test_the_whole_schedule_is_run(folder):
@@ -160,33 +142,6 @@ def test_training_twice_counts_no_step_twice(folder):
     assert len(made.optimizer.optimizer._optimizer_state_dict_post_hooks) == 0
 
 
-def test_beginning_anew_in_the_middle_is_refused(folder):
-    model = adapted(folder)
-    callback = AdaLoRACallback()
-
-    class Stop(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            control.should_training_stop = state.global_step == 5
-
-    made = trainer(model, folder / "run", [callback, Stop()])
-    with pytest.warns(UserWarning, match=r"ended at step 5, before .* allocator.freeze"):
-        made.train()
-    with pytest.raises(RuntimeError, match="allocator has made 5 steps, the Trainer 0"):
-        made.train()
-    callback.allocator.freeze(None)
-    assert sum(ranks(model)) == 2 * len(ranks(model))
-
-
-def test_the_schedule_must_end_with_the_training(folder):
-    model = adapted(folder)
-    with pytest.raises(ValueError, match=f"total_steps {STEPS}, but the Trainer makes 10"):
-        run(model, folder / "run", max_steps=10)
-    epochs = dict(max_steps=-1, num_train_epochs=2)  # of 16 steps
-    with pytest.warns(UserWarning, match=f"ends at total_steps {STEPS}; .* up to 32"):
-        callback, _ = run(adapted(folder), folder / "run", **epochs)
-    assert callback.allocator.frozen
-
-
 class Recorder(transformers.TrainerCallback):
     """Stands for a logger."""
 
@@ -262,28 +217,6 @@ def test_a_new_model_has_a_new_allocator(folder):
     made.train()
     assert callback.allocator is not first and callback.allocator.steps == STEPS
     same_bits(trained(made.model), found)
-
-
-def test_two_callbacks_are_refused(folder):
-    made = trainer(adapted(folder), folder / "run", [AdaLoRACallback(), AdaLoRACallback()])
-    with pytest.raises(ValueError, match="the Trainer has more than one"):
-        made.train()
-
-
-@pytest.mark.parametrize("name, said", [("deepspeed", "DeepSpeed .ZeRO."), ("fsdp", "FSDP")])
-def test_what_holds_parts_of_parameters_is_refused(folder, name, said):
-    made = trainer(adapted(folder), folder / "run", [AdaLoRACallback()])
-    setattr(made.args, name, "on")
-    with pytest.raises(ValueError, match=f"AdaLoRACallback: {said}"):
-        made.callback_handler.on_train_begin(made.args, made.state, made.control)
-
-
-def test_models_without_adalora_are_refused(folder):
-    with pytest.raises(ValueError, match="AdaLoRACallback: the model has no adapters; call"):
-        run(base(folder / "base"), folder / "run")
-    lora = rw.apply_lora(base(folder / "base"), rw.LoRAConfig(target_modules=["query"]))
-    with pytest.raises(ValueError, match="adalora_config: .* must have an AdaLoRA adapter"):
-        run(lora, folder / "run")
 
 
 def test_it_has_no_state_that_a_trainer_would_make_it_anew_from():

@@ -8,6 +8,7 @@ import transformers
 from tolerances import assert_same_bits
 from torch import Tensor, nn
 
+import rankwise as rw
 from rankwise.adapted import Adapted
 
 SIZE = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
@@ -148,3 +149,12 @@ def assert_base_bits(model: nn.Module, plain: dict[str, Tensor]) -> None:
     state = model.state_dict()
     for name, value in plain.items():
         assert_same_bits(state[name], value, name)
+
+
+def sequence() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+
+def small(**options) -> nn.Sequential:
+    config = rw.LoRAConfig(rank=2, target_modules=["0", "2"], **options)
+    return randomise(rw.apply_lora(sequence(), config))
