@@ -18,7 +18,8 @@ _RANK_ALLOCATOR = (
     "allocation/test_allocator_shrink.py",
 )  # fmt: skip
 _SPECTRAL = (
-    "allocation/spectral_allocator_test", "allocation/spectral_training_test",
+    "allocation/spectral_allocator_test", "allocation/spectral_directions_test",
+    "allocation/spectral_training_test",
     "allocation/spectral_probes_test", "allocation/spectral_device_test",
     "allocation/spectral_group_test", "allocation/test_spectral_allocator.py",
     "allocation/test_spectral_errors.py", "allocation/test_spectral_probes.py",

@@ -154,6 +154,20 @@ TEST(RankAllocator, RefusesAdaptersThatDoNotFit) {
           [](auto& all) { all[0].directions = std::make_shared<Directions>(5, 4); });
   refused("the rank of 'first' must be from 0 to its capacity 4, got 5",
           [](auto& all) { all[0].rank = 5; });
+  refused("the adapters have rank 0: there is nothing to allocate", [](auto& all) {
+    for (Adapter& adapter : all) adapter.rank = 0;
+  });
+}
+
+// As after a training that kept none: their state is to be loaded.
+TEST(RankAllocator, TakesAdaptersThatWerePrunedToNothing) {
+  Net net;
+  std::vector<Adapter> adapters = net.adapters();
+  for (Adapter& adapter : adapters) {
+    adapter.directions = std::make_shared<Directions>(4, 4);
+    adapter.rank = 0;
+  }
+  EXPECT_EQ(RankAllocator(adapters, options()).steps(), 0);
 }
 
 TEST(RankAllocator, ReplacesFactorsByTheLikeAlone) {
