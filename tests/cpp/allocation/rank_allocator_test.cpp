@@ -58,6 +58,25 @@ TEST(RankAllocator, AFreezeByHandIsInTheHistory) {
   EXPECT_EQ(allocator.history().back().ranks, net.ranks);
 }
 
+// More steps than there is room for at first.
+TEST(RankAllocator, ALongTrainingHasItsWholeHistory) {
+  Net net;
+  RankAllocator allocator(net.adapters(),
+                          options().total_steps(4000).allocation_interval(100).warmup_steps(50));
+  constexpr int64_t steps = 2100;
+  for (int64_t i = 0; i < steps; ++i) {
+    for (const at::Tensor& parameter : net.parameters)
+      parameter.mutable_grad() = at::full_like(parameter, 0.1 + static_cast<double>(i % 3));
+    allocator.step();
+  }
+  EXPECT_EQ(allocator.steps(), steps);
+  const auto history = allocator.history();
+  ASSERT_EQ(history.size(), 4);  // 8 directions became 4
+  for (size_t i = 0; i < 4; ++i) EXPECT_EQ(history[i].budget, 7 - static_cast<int64_t>(i)) << i;
+  EXPECT_GT(history.back().step, 1024);
+  EXPECT_EQ(history.back().budget, allocator.budget());
+}
+
 TEST(RankAllocator, ResumesWithTheSameBits) {
   for (const int64_t stop : {1, 2, 3, 7, 8, 9, 11}) {
     Net whole, half, resumed;

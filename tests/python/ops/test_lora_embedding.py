@@ -179,6 +179,8 @@ def test_compiled_graphs_hold_the_ops_whole():
 
 WRONG = [  # argument, its wrong value, wanted, got
     ("indices", torch.tensor([0.5]), "int64 or int32", "Float"),
+    ("indices", torch.tensor([0, 2]).to_sparse(), "dense", "layout Sparse"),
+    ("weight", torch.zeros(NUM, DIM).to_sparse(), "dense", "layout Sparse"),
     ("weight", torch.zeros(NUM), r"\[num_embeddings, embedding_dim\]", r"\[11\]"),
     ("lora_A", torch.zeros(4, 12), r"\[rank, 11\]", r"\[4, 12\]"),
     ("lora_B", torch.zeros(7, 5), r"\[7, 4\]", r"\[7, 5\]"),
@@ -197,6 +199,7 @@ def test_refusals(argument, value, wanted, got):
 
 
 BACKWARD_WRONG = [  # argument of the inner backward op, its wrong value, wanted, got
+    (1, torch.zeros(5), "indices must be int64 or int32", "Float"),
     (0, torch.zeros(5, 6), r"grad_output must be \[5, 7\]", r"\[5, 6\]"),
     (0, torch.zeros(5, DIM).double(), "grad_output must be float32 like weight", "float64"),
     (6, torch.zeros(5, 3), r"hidden must be \[5, 4\]", r"\[5, 3\]"),
