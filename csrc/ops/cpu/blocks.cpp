@@ -8,12 +8,11 @@
 #include <algorithm>
 #include <atomic>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 // In libtorch where torch was built with MKL, else null. Returns the thread's former setting.
 extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
+// Of torch's OpenMP, which oneDNN asks: also where this file was compiled without it.
+extern "C" int omp_get_max_threads() __attribute__((weak));
+extern "C" void omp_set_num_threads(int) __attribute__((weak));
 
 namespace rankwise {
 namespace {
@@ -37,23 +36,19 @@ class OneThreadedMath {
  public:
   OneThreadedMath() {
     if (MKL_Set_Num_Threads_Local != nullptr) mkl_ = MKL_Set_Num_Threads_Local(1);
-#ifdef _OPENMP
+    if (omp_set_num_threads == nullptr) return;
     openmp_ = omp_get_max_threads();
     omp_set_num_threads(1);
-#endif
   }
   ~OneThreadedMath() {
     if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(mkl_);
-#ifdef _OPENMP
-    omp_set_num_threads(openmp_);
-#endif
+    if (omp_set_num_threads != nullptr) omp_set_num_threads(openmp_);
   }
   OneThreadedMath(const OneThreadedMath&) = delete;
   OneThreadedMath& operator=(const OneThreadedMath&) = delete;
 
  private:
-  int mkl_ = 0;
-  [[maybe_unused]] int openmp_ = 1;
+  int mkl_ = 0, openmp_ = 1;
 };
 
 }  // namespace
