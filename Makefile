@@ -95,13 +95,15 @@ sanitize-threads: $(VENV)/.ready
 		--gtest_filter='*ARaceIsReported'
 
 # What the tests run of csrc and python/rankwise; fails under the goals. Without CUDA: host code alone.
-# -O0: lines and branches are the source's own. What is killed writes no counts: so without pytest's
-# workers, which pytest-xdist kills where they take more than ten seconds to end.
+# Counts are kept in files that processes map (%c), so that what is killed has counted too.
 COVERAGE := $(CURDIR)/build/coverage
+COUNTED := -O1 -fcoverage-mapping -fprofile-instr-generate=$(COVERAGE)/counts/%m%c.profraw \
+	-mllvm -runtime-counter-relocation
 COVERAGE_BUILD := -G Ninja -DCMAKE_BUILD_TYPE=Debug -DRANKWISE_PYTHON=$(CURDIR)/$(BIN)/python \
-	-DCMAKE_CXX_FLAGS_DEBUG="--coverage -fprofile-update=atomic -O0"
+	-DCMAKE_CXX_COMPILER=clang++-16 -DCMAKE_CXX_FLAGS_DEBUG="$(COUNTED)"
 coverage: $(VENV)/.ready
 	tools/system_packages.sh test
+	tools/system_packages.sh coverage
 	rm -rf $(COVERAGE)/python && mkdir -p $(COVERAGE)/python
 	cd python && cp --parents $$(git ls-files -co --exclude-standard rankwise) $(COVERAGE)/python
 	$(BIN)/cmake -S . -B $(COVERAGE)/rankwise $(COVERAGE_BUILD) -DLibTorch_ROOT=$(TORCH) \
@@ -112,13 +114,16 @@ coverage: $(VENV)/.ready
 	$(BIN)/cmake -S tests/cpp -B $(COVERAGE)/tests $(COVERAGE_BUILD) -DLibTorch_ROOT=$(TORCH) \
 		-DCMAKE_PREFIX_PATH=$(COVERAGE)/python/rankwise -Dcuda_headers=OFF
 	$(BIN)/cmake --build $(COVERAGE)/tests -j 2
-	find $(COVERAGE) -name '*.gcda' -delete && $(BIN)/python -m coverage erase
+	rm -rf $(COVERAGE)/counts && $(BIN)/python -m coverage erase
 	$(BIN)/ctest --test-dir $(COVERAGE)/tests --output-on-failure -j 2
-	PYTHONPATH=$(COVERAGE)/python $(BIN)/python -m coverage run -m pytest -p no:xdist
-	$(BIN)/python tools/gcov_counts.py $(COVERAGE) csrc > $(COVERAGE)/cpp.json
+	LibTorch_ROOT=$(TORCH) PYTHONPATH=$(COVERAGE)/python $(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile
+	llvm-profdata-16 merge -o $(COVERAGE)/cpp.profdata $(COVERAGE)/counts/*.profraw
+	llvm-cov-16 export -summary-only -instr-profile $(COVERAGE)/cpp.profdata \
+		$$(find $(COVERAGE)/python/rankwise $(COVERAGE)/tests -name CMakeFiles -prune -o \
+			-type f \( -name '*.so' -o -executable \) -printf '-object %p ') > $(COVERAGE)/cpp.json
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage json -q -o $(COVERAGE)/python.json
-	$(BIN)/python tools/coverage_table.py $(COVERAGE)/cpp.json $(COVERAGE)/python.json
+	$(BIN)/python tools/coverage_table.py $(COVERAGE)/cpp.json $(COVERAGE)/python.json $(CURDIR)
 
 # Small faults in the sources, of which the tests must notice 90 %: a sample, some hours. MUTATE has
 # options: --sample 0 for all, --part reader, --language cpp, --seed 1.

@@ -1,4 +1,4 @@
-"""make coverage: what gcov and coverage.py counted, and the files with the most lines not run.
+"""make coverage: what clang and coverage.py counted, and the files with the most lines not run.
 
 Fails where less of csrc is run than the goals say.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 GOALS = {"lines": 95.0, "branches": 85.0}  # of csrc, percent
@@ -37,16 +37,18 @@ class Counts:
         return "  ".join((f"{self.name:50}", *parts))
 
 
-def of_gcov(path: Path) -> tuple[Counts, list[Counts]]:
-    """The whole and its files, from gcov_counts.py's JSON."""
-
-    def counts(name: str, entry: dict) -> Counts:
-        keys = ("line_total", "line_covered", "branch_total", "branch_covered")
-        return Counts(name, *(entry[key] for key in keys))
-
-    report = json.loads(path.read_text())
-    files = [counts(entry["filename"], entry) for entry in report["files"]]
-    return counts("csrc", report), files
+def of_clang(path: Path, root: Path) -> tuple[Counts, list[Counts]]:
+    """The whole of root/csrc and its files, from the summary that llvm-cov exports."""
+    (report,) = json.loads(path.read_text())["data"]
+    files = []
+    for entry in report["files"]:
+        name = Path(entry["filename"])
+        if name.is_relative_to(root / "csrc"):
+            of = entry["summary"]
+            counts = (of[kind][key] for kind in GOALS for key in ("count", "covered"))
+            files.append(Counts(str(name.relative_to(root)), *counts))
+    sums = (sum(column) for column in zip(*(astuple(file)[1:] for file in files), strict=True))
+    return Counts("csrc", *sums), files
 
 
 def of_coverage(path: Path) -> tuple[Counts, list[Counts]]:
@@ -64,8 +66,8 @@ def of_coverage(path: Path) -> tuple[Counts, list[Counts]]:
     return counts("python/rankwise", report["totals"]), files
 
 
-def main(cpp: str, python: str) -> int:
-    csrc, cpp_files = of_gcov(Path(cpp))
+def main(cpp: str, python: str, root: str) -> int:
+    csrc, cpp_files = of_clang(Path(cpp), Path(root))
     whole, python_files = of_coverage(Path(python))
     for total, files in ((csrc, cpp_files), (whole, python_files)):
         print(total.row())

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes sure that the compiler, make's friends, GoogleTest, Chromium, libFuzzer and Valgrind are there: installs
 # what is missing as root on Debian and Ubuntu, and otherwise says in one sentence which command does.
-# Usage: tools/system_packages.sh build|test|fuzz|bench
+# Usage: tools/system_packages.sh build|test|fuzz|coverage|bench
 set -eu
 
 missing=""
@@ -21,6 +21,12 @@ if [ "${1:-build}" = fuzz ]; then
     clang++ -x c++ -fsanitize=fuzzer,address - -o /dev/null'
   need clang 'command -v clang++'
   need libclang-rt-dev "$fuzzer"
+fi
+if [ "${1:-build}" = coverage ]; then
+  counting='echo "int main() {}" | clang++-16 -x c++ -fprofile-instr-generate - -o /dev/null'
+  need clang-16 'command -v clang++-16'
+  need llvm-16 'command -v llvm-cov-16'
+  need libclang-rt-16-dev "$counting"
 fi
 if [ "${1:-build}" = bench ]; then
   need valgrind 'command -v valgrind && ls /usr/include/valgrind/callgrind.h'

@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def of_gcov(lines: int, branches: int) -> dict:
-    """An entry of gcov_counts.py's, of 200 lines and 100 branches."""
-    return {
-        "line_total": 200, "line_covered": lines, "branch_total": 100, "branch_covered": branches
+def of_clang(name: str, lines: int, branches: int) -> dict:
+    """llvm-cov's entry for a file of 100 lines and 50 branches."""
+    summary = {
+        "lines": {"count": 100, "covered": lines}, "branches": {"count": 50, "covered": branches}
     }  # fmt: skip
+    return {"filename": name, "summary": summary}
 
 
 def of_coverage(lines: int) -> dict:
@@ -25,14 +26,15 @@ def of_coverage(lines: int) -> dict:
 
 def table(folder: Path, lines: int, branches: int) -> subprocess.CompletedProcess:
     files = [
-        {"filename": "csrc/io/a.cpp", **of_gcov(200, 100)},
-        {"filename": "csrc/io/b.cpp", **of_gcov(150, 1)},
+        of_clang(f"{folder}/csrc/io/a.cpp", 100, 50),
+        of_clang(f"{folder}/csrc/io/b.cpp", lines - 100, branches - 50),
+        of_clang("/torch/include/ATen/Tensor.h", 1, 1),
     ]
     cpp, python = folder / "cpp.json", folder / "python.json"
-    cpp.write_text(json.dumps({**of_gcov(lines, branches), "files": files}))
+    cpp.write_text(json.dumps({"data": [{"files": files}]}))
     modules = {"/any/rankwise/ops.py": {"summary": of_coverage(45)}}
     python.write_text(json.dumps({"totals": of_coverage(45), "files": modules}))
-    command = [sys.executable, ROOT / "tools" / "coverage_table.py", cpp, python]
+    command = [sys.executable, ROOT / "tools" / "coverage_table.py", cpp, python, folder]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -51,7 +53,7 @@ def test_the_goals(lines, branches, missed, tmp_path):
     rows = [line.split("%")[0].split() for line in printed[:4]]
     assert rows == [
         ["csrc", f"{lines / 2:.1f}"],
-        ["csrc/io/b.cpp", "75.0"],
+        ["csrc/io/b.cpp", f"{lines - 100:.1f}"],
         ["python/rankwise", "90.0"],
         ["python/rankwise/ops.py", "90.0"],
     ]
