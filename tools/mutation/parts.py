@@ -40,6 +40,7 @@ _FOLDERS = (
     "files/test_refused_adalora.py", "files/test_adalora_schedule.py", "files/test_base_weights.py",
     "files/test_export_lora.py", "files/test_wrapped_folders.py", "files/test_meta_folders.py",
     "files/test_hostile_folders.py", "files/test_unsavable_modules.py",
+    "files/test_auto_classes.py",
 )  # fmt: skip
 _ATTACHED = (
     "allocation/test_allocator_attach.py", "allocation/test_allocator_callbacks.py",
@@ -47,6 +48,7 @@ _ATTACHED = (
     "allocation/test_averaged_models.py", "allocation/test_allocator_state_errors.py",
     "allocation/test_allocator_budget.py", "allocation/test_rank_rules.py",
     "allocation/test_states_of_moved_directions.py", "allocation/test_allocator_resume.py",
+    "allocation/test_adalora_errors.py", "model/test_model_wrappers.py",
 )  # fmt: skip
 
 PARTS: Mapping[str, Part] = {
