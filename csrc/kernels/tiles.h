@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device.h"
-#include "dropout_mask.h"
+#include "dropout_bits.h"
 #include "lora_linear.h"
 
 namespace rankwise::kernels {

@@ -6,7 +6,7 @@
 //   each lane              bits 8 i + 2 lane, + 1      of its two sums in block i
 #pragma once
 
-#include "../dropout_mask.h"
+#include "../dropout_bits.h"
 #include "product_tiles.h"
 
 namespace rankwise::kernels {
