@@ -45,7 +45,7 @@ class Combination:
         """The output of a command, which goes to a log; RuntimeError with its end if it fails."""
         started = time.monotonic()
         log = self.folder / f"{step}.log"
-        settings = {**os.environ, "CXX": self.compiler, "RANKWISE_WITH_CUDA": "off", **environment}
+        settings = {**os.environ, "RANKWISE_WITH_CUDA": "off", **environment}
         with log.open("w") as file:
             done = subprocess.run(
                 [str(part) for part in command], stdout=file, stderr=subprocess.STDOUT,
@@ -82,7 +82,8 @@ def supply(combination: Combination, tests: list[str]) -> None:
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder / 'sdist')!r})"
     combination.run("sdist", python, "-c", code)
     (sdist,) = (folder / "sdist").glob("rankwise-*.tar.gz")
-    combination.run("wheel", *pip, "wheel", "--no-deps", "-w", folder / "built", sdist)
+    build = (*pip, "wheel", "--no-deps", "-w", folder / "built", sdist)
+    combination.run("wheel", *build, CXX=combination.compiler)
     (wheel,) = (folder / "built").glob("rankwise-*.whl")
     excluded = [part for name in TORCHS_LIBRARIES for part in ("--exclude", name)]
     repair = (python, "-m", "auditwheel", "repair", *excluded, "-w", folder / "audited", wheel)
