@@ -70,11 +70,11 @@ class TileProducts {
     }
   }
 
-  // The sums of what was started are there; further products are added to them.
+  // The sums of what was started, at least one block, are there; further products are added.
   __device__ void finish() {
     products_wait<0>();
     pin(sums_);
-    if (under_way_) release(shared_, before_);
+    release(shared_, before_);
     under_way_ = false;
   }
 
