@@ -27,8 +27,9 @@ test-cpp: $(PACKAGE)
 	$(BIN)/cmake --build build/tests -j 2
 	$(BIN)/ctest --test-dir build/tests --output-on-failure -j 2
 
+PYTEST := -m pytest -n 2 --dist loadfile
 test-python: $(PACKAGE)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python $(PYTEST)
 
 # PEFT's own tests on our layers, beside stock PEFT; some minutes. Report: build/peft/all.json.
 peft-tests: $(PACKAGE)
@@ -116,7 +117,7 @@ coverage: $(VENV)/.ready
 	$(BIN)/cmake --build $(COVERAGE)/tests -j 2
 	rm -rf $(COVERAGE)/counts && $(BIN)/python -m coverage erase
 	$(BIN)/ctest --test-dir $(COVERAGE)/tests --output-on-failure -j 2
-	LibTorch_ROOT=$(TORCH) PYTHONPATH=$(COVERAGE)/python $(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile
+	LibTorch_ROOT=$(TORCH) PYTHONPATH=$(COVERAGE)/python $(BIN)/python -m coverage run $(PYTEST)
 	llvm-profdata-16 merge -o $(COVERAGE)/cpp.profdata $(COVERAGE)/counts/*.profraw
 	llvm-cov-16 export -summary-only -instr-profile $(COVERAGE)/cpp.profdata \
 		$$(find $(COVERAGE)/python/rankwise $(COVERAGE)/tests -name CMakeFiles -prune -o \

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes sure that the compiler, make's friends, GoogleTest, Chromium, libFuzzer and Valgrind are there: installs
-# what is missing as root on Debian and Ubuntu, and otherwise says in one sentence which command does.
+# Makes sure that the compiler, make's friends, GoogleTest, Chromium, libFuzzer, clang's coverage and Valgrind are
+# there: installs what is missing as root on Debian and Ubuntu, and otherwise says in one sentence which command does.
 # Usage: tools/system_packages.sh build|test|fuzz|coverage|bench
 set -eu
 

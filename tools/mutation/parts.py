@@ -19,10 +19,10 @@ _RANK_ALLOCATOR = (
 )  # fmt: skip
 _SPECTRAL = (
     "allocation/spectral_allocator_test", "allocation/spectral_directions_test",
-    "allocation/spectral_training_test",
-    "allocation/spectral_probes_test", "allocation/spectral_device_test",
-    "allocation/spectral_group_test", "allocation/test_spectral_allocator.py",
-    "allocation/test_spectral_errors.py", "allocation/test_spectral_probes.py",
+    "allocation/spectral_training_test", "allocation/spectral_probes_test",
+    "allocation/spectral_device_test", "allocation/spectral_group_test",
+    "allocation/test_spectral_allocator.py", "allocation/test_spectral_errors.py",
+    "allocation/test_spectral_probes.py",
 )  # fmt: skip
 _CONFIG = (
     "io/adapter_config_test", "io/adalora_config_test", "io/adapter_file_test",

@@ -1,12 +1,7 @@
 """Trainings of rankwise's AdaLoRA models in the Trainer."""
 
 import torch
-from trainer_models import (
-    STEPS,
-    adalora_config,
-    base,
-    trainer,
-)
+from trainer_models import STEPS, adalora_config, base, trainer
 
 import rankwise as rw
 from rankwise.integrations.transformers import AdaLoRACallback

@@ -2,11 +2,7 @@
 import pytest
 import transformers
 from callback_runs import adapted, ranks, run
-from trainer_models import (
-    STEPS,
-    base,
-    trainer,
-)
+from trainer_models import STEPS, base, trainer
 
 import rankwise as rw
 from rankwise.integrations.transformers import AdaLoRACallback

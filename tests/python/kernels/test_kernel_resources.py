@@ -45,8 +45,8 @@ PLAN = {
     "record_choice": (1, 64, 8832),
     "row_products": (20, 128, 0),
     "schedule_step": (1, 32, 0),
-    "split_term": (1, 32, 0),
     "spend_budget": (1, 40, 4616),
+    "split_term": (1, 32, 0),
     "sum_of_terms": (2, 40, 2048),
 }
 

@@ -43,8 +43,6 @@ def int8_of_torchao(model):
 
 
 QUANTISED = [nf4, fp4, int8, int8_of_torchao]
-
-
 LORA = rw.LoRAConfig(rank=4, target_modules=LAYERS)
 
 

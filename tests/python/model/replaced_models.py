@@ -7,8 +7,6 @@ import rankwise as rw
 from rankwise.config import LoRAConfig
 
 WHOLE = LoRAConfig(rank=2, target_modules=["body.0"], modules_to_save=["head"])
-
-
 LOW = LoRAConfig(rank=2, target_modules=["body.0", "body.2"])
 
 

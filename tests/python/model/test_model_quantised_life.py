@@ -10,8 +10,6 @@ import rankwise as rw
 FOUR_BIT = transformers.BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
 )
-
-
 EIGHT_BIT = transformers.BitsAndBytesConfig(load_in_8bit=True)
 
 

@@ -201,6 +201,3 @@ def test_a_module_that_goes_on_in_a_larger_one(tmp_path):
     with rw.disable_adapters(model):
         assert type(model.head) is Head
     assert_saved(model, tmp_path)
-
-
-# Adapted layers

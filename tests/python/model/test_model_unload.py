@@ -7,15 +7,7 @@ import sys
 
 import pytest
 import torch
-from small_models import (
-    BUILDERS,
-    bert_classifier,
-    llama,
-    output,
-    randomise,
-    sequence,
-    small,
-)
+from small_models import BUILDERS, bert_classifier, llama, output, randomise, sequence, small
 from tolerances import assert_same_bits
 from torch import nn
 

@@ -3,13 +3,7 @@ import pytest
 import torch
 from processes import run_processes
 from sharded_models import WAYS, sharded
-from small_models import (
-    adapted,
-    assert_unchanged,
-    fingerprint,
-    sequence,
-    small,
-)
+from small_models import adapted, assert_unchanged, fingerprint, sequence, small
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
