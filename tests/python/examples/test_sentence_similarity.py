@@ -2,10 +2,12 @@
 import peft
 import sentence_similarity
 from classifier import weights_folder
+from peft_of_transformers import needs_peft_of_transformers
 from sentence_transformers import SentenceTransformer
 from snippets import load_snippets, split
 
 
+@needs_peft_of_transformers
 def test_it_learns_and_others_read_the_folder(tmp_path):
     before, after = sentence_similarity.main(epochs=1, snippets=640, output=tmp_path)
     assert before < after

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from peft_models import TOKENS, Tower, bert, calls, config, counted, fused, tower
+from peft_of_transformers import needs_peft_of_transformers
 from torch import nn
 
 import rankwise as rw
@@ -47,6 +48,7 @@ def test_layers_run_on_the_operators_with_the_same_outputs_and_gradients(build):
             torch.testing.assert_close(parameter.grad, gradients[name])
 
 
+@needs_peft_of_transformers
 def test_transformers_adapters():
     model = bert()
     model.add_adapter(config(target_modules=["query", "value", "word_embeddings"]))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft_models import bert, calls, llama
+from peft_of_transformers import needs_peft_of_transformers
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -137,7 +138,13 @@ def both_ways(script, folder: Path, **options) -> tuple[list[float], list[float]
 
 
 @pytest.mark.parametrize(
-    "script", [trainer_script, accelerate_script, trl_script, sentence_transformers_script]
+    "script",
+    [
+        trainer_script,
+        accelerate_script,
+        trl_script,
+        pytest.param(sentence_transformers_script, marks=needs_peft_of_transformers),
+    ],
 )
 def test_the_losses_of_stock_peft(script, tmp_path):
     stock, ours = both_ways(script, tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -56,7 +57,7 @@ def test_an_unknown_name_fails_with_the_names(given, capsys):
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert f"'{given}'" in error
-    assert all(f"'{name}'" in error for name in MEASUREMENTS)
+    assert set(re.findall(r"\w+", error.partition("choose from")[2])) >= set(MEASUREMENTS)
 
 
 @pytest.mark.parametrize("name", MEASUREMENTS)
