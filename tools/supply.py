@@ -105,7 +105,7 @@ def supply(combination: Combination, tests: list[str]) -> None:
     combination.run("install", *pip, "install", "--force-reinstall", "--no-deps", audited)
     combination.run("doctor", python, "-m", "rankwise", "doctor")
     pytest = (python, "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--ignore={OF_THE_TREE}")
-    text = combination.run("tests", *pytest, *tests)
+    text = combination.run("tests", *pytest, *tests, PATH=path)  # its cmake and ninja
     combination.outcomes["tests"] = text.splitlines()[-1].strip("= ")
 
 

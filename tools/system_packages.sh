@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes sure that the compiler, make's friends, GoogleTest, Chromium, libFuzzer, clang's coverage and Valgrind are
+# Makes sure that the compiler, make's friends, GoogleTest, Chromium, pgrep, libFuzzer, clang's coverage and Valgrind are
 # there: installs what is missing as root on Debian and Ubuntu, and otherwise says in one sentence which command does.
 # Usage: tools/system_packages.sh build|test|fuzz|coverage|bench
 set -eu
@@ -14,6 +14,7 @@ need python3-venv 'python3 -c "import ensurepip, venv"'
 need python3-dev 'python3 -c "import os, sysconfig; assert os.path.exists(os.path.join(sysconfig.get_paths()[\"include\"], \"Python.h\"))"'
 if [ "${1:-build}" = test ]; then
   need chromium 'command -v chromium || command -v chromium-browser'
+  need procps 'command -v pgrep'
   need libgtest-dev 'ls /usr/include/gtest/gtest.h /usr/local/include/gtest/gtest.h | grep -q .'
 fi
 if [ "${1:-build}" = fuzz ]; then
