@@ -41,6 +41,11 @@ struct OutputPasses {
     column_slices = together ? shared.of_rows.count : column_product_chunks(columns).count;
   }
 
+  // The sums of the column products, from an OutputGradient's scratch on.
+  float* columns_of(void* scratch) const {
+    return static_cast<float*>(scratch) + row_bytes() / static_cast<int64_t>(sizeof(float));
+  }
+
   int64_t row_bytes() const { return want_rows ? bytes(row_slices, rows.rows) : 0; }
   // At least one slice: dE is read from it.
   int64_t column_bytes() const {
@@ -61,24 +66,23 @@ struct OutputPasses {
 };
 
 // dh = scaling * keep_scale * (dy B) o E^T.
-int finish_hidden_gradient(const OutputGradient& p, int64_t slices, const float* partial,
-                           void* stream) {
-  void* plain = p.E ? nullptr : p.dh;
-  void* gated = p.E ? p.dh : nullptr;
-  return launch_finish_rows(
-      {p.factor_type, p.rows, p.rank, slices, partial, p.scaling * p.keep_scale, p.E, plain, gated},
-      stream);
+FinishRows hidden_gradient(const OutputGradient& p, int64_t slices, const float* partial) {
+  return {p.rows, p.rank,  slices, partial, p.scaling * p.keep_scale,
+          p.E,    nullptr, p.dh,   1.0f,    p.term};
 }
 
-// dB and dE from g = scaling * hidden^T dy, whose float32 values stay in the first slice for dE.
-int finish_factor_gradients(const OutputGradient& p, int64_t slices, float* partial, void* stream) {
-  const int error = launch_finish_columns(
-      {p.factor_type, p.cols, p.rank, slices, partial, p.scaling, p.E, p.dB, p.dB_stride,
-       /*by_rank=*/false, p.dE ? partial : nullptr},
-      stream);
-  if (error || !p.dE) return error;
-  return launch_gate_gradient({p.factor_type, p.cols, p.rank, p.B, p.B_stride, partial, p.dE},
-                              stream);
+// dB from g = scaling * hidden^T dy, whose float32 values stay in the first slice for dE.
+FinishColumns factor_gradient(const OutputGradient& p, int64_t slices, float* partial) {
+  return {p.cols,
+          p.rank,
+          slices,
+          partial,
+          p.scaling,
+          p.E,
+          p.dB,
+          p.dB_stride,
+          /*by_rank=*/false,
+          p.dE ? partial : nullptr};
 }
 
 }  // namespace
@@ -91,9 +95,11 @@ int launch_shrink(const Shrink& p, void* scratch, void* stream) {
   const RowProducts pass = products(p);
   auto* partial = static_cast<float*>(scratch);
   if (const int error = launch_row_products(pass, partial, stream)) return error;
-  return launch_finish_rows({p.factor_type, p.rows, p.rank, row_product_chunks(pass).count, partial,
-                             p.keep_scale, p.E, p.hidden, p.gated, p.gated_scale},
-                            stream);
+  const FinishRows rows{p.rows,   p.rank,       row_product_chunks(pass).count,
+                        partial,  p.keep_scale, p.E,
+                        p.hidden, p.gated,      p.gated_scale,
+                        p.term};
+  return launch_finish({p.factor_type, rows, {}, {}, p.term_right}, stream);
 }
 
 int64_t output_gradient_scratch_bytes(const OutputGradient& problem) {
@@ -101,18 +107,24 @@ int64_t output_gradient_scratch_bytes(const OutputGradient& problem) {
   return passes.row_bytes() + passes.column_bytes();
 }
 
+GateGradient gate_gradient(const OutputGradient& p, void* scratch) {
+  return {p.cols, p.rank, p.B, p.B_stride, OutputPasses(p).columns_of(scratch), p.dE};
+}
+
 int launch_output_gradient(const OutputGradient& p, void* scratch, void* stream) {
   const OutputPasses passes(p);
   auto* row_partial = static_cast<float*>(scratch);
-  float* column_partial = row_partial + passes.row_bytes() / static_cast<int64_t>(sizeof(float));
+  float* column_partial = passes.columns_of(scratch);
   int error = passes.launch(row_partial, column_partial, stream);
-  if (!error && passes.want_rows) {
-    error = finish_hidden_gradient(p, passes.row_slices, row_partial, stream);
+  if (error) return error;
+  Finish finish{p.factor_type, {}, {}, {}, p.term_right};
+  if (passes.want_rows) finish.rows = hidden_gradient(p, passes.row_slices, row_partial);
+  if (passes.want_columns) {
+    finish.columns = factor_gradient(p, passes.column_slices, column_partial);
   }
-  if (!error && passes.want_columns) {
-    error = finish_factor_gradients(p, passes.column_slices, column_partial, stream);
-  }
-  return error;
+  error = launch_finish(finish, stream);
+  if (error || !p.dE || p.dE_later) return error;
+  return launch_finish({p.factor_type, {}, {}, gate_gradient(p, scratch)}, stream);
 }
 
 int64_t input_factor_gradient_scratch_bytes(const InputFactorGradient& problem) {
@@ -123,10 +135,10 @@ int launch_input_factor_gradient(const InputFactorGradient& p, void* scratch, vo
   const ColumnProducts pass = products(p);
   auto* partial = static_cast<float*>(scratch);
   if (const int error = launch_column_products(pass, partial, stream)) return error;
-  return launch_finish_columns(
-      {p.factor_type, p.cols, p.rank, column_product_chunks(pass).count, partial, 1.0f, nullptr,
-       p.dA, p.dA_stride, /*by_rank=*/true, nullptr},
-      stream);
+  const FinishColumns columns{p.cols,  p.rank,      column_product_chunks(pass).count,
+                              partial, 1.0f,        nullptr,
+                              p.dA,    p.dA_stride, /*by_rank=*/true};
+  return launch_finish({p.factor_type, {}, columns, p.gate}, stream);
 }
 
 }  // namespace rankwise::kernels

@@ -25,6 +25,8 @@
 
 #include <cstdint>
 
+#include "split_term.h"
+
 namespace rankwise::kernels {
 
 enum class Type { bfloat16, float16, float32 };
@@ -36,6 +38,15 @@ constexpr int64_t max_rank = 256;
 struct DropoutMask {
   const int64_t* seed = nullptr;  // on the device
   uint32_t threshold = 0;
+};
+
+// Where a pass writes its gated result as the left matrix of the term that linear_product.h takes,
+// for a pointer: in the factors' type with rows `stride` apart; or, `split`, float32 in parts
+// (split_term.h), [rows, 3 rank], and then the right matrix's parts too, if it has rows.
+struct TermLeft {
+  void* data = nullptr;
+  int64_t stride = 0;
+  bool split = false;
 };
 
 struct Shrink {
@@ -51,6 +62,8 @@ struct Shrink {
   void* hidden;  // written, [rows, rank]
   void* gated;   // written, [rows, rank], or null
   float gated_scale = 1.0f;
+  TermLeft term = {};  // takes `gated`
+  SplitMatrix term_right = {};
 };
 int64_t shrink_scratch_bytes(const Shrink& problem);
 int launch_shrink(const Shrink& problem, void* scratch, void* stream);
@@ -68,10 +81,25 @@ struct OutputGradient {
   void* dh;  // written, [rows, rank], or null
   void* dB;  // written, [cols, rank], or null
   int64_t dB_stride;
-  void* dE;  // written, [rank], or null
+  void* dE;            // written, [rank], or null
+  TermLeft term = {};  // takes `dh`, for a dh that is asked for
+  SplitMatrix term_right = {};
+  bool dE_later = false;  // InputFactorGradient::gate writes it
 };
 int64_t output_gradient_scratch_bytes(const OutputGradient& problem);
 int launch_output_gradient(const OutputGradient& problem, void* scratch, void* stream);
+
+// dE_i = sum_n B[n, i] g[n, i], the sums g of a column behind one another, rows `rank` rounded up
+// to a multiple of 8.
+struct GateGradient {
+  int64_t cols = 0, rank = 0;
+  const void* B = nullptr;  // [cols, rank]
+  int64_t B_stride = 0;
+  const float* g = nullptr;
+  void* dE = nullptr;  // written, [rank]
+};
+// What a launch with the same scratch left for later.
+GateGradient gate_gradient(const OutputGradient& problem, void* scratch);
 
 struct InputFactorGradient {
   int64_t rows, cols, rank;
@@ -82,6 +110,7 @@ struct InputFactorGradient {
   DropoutMask dropout;
   void* dA;  // written, [rank, cols]
   int64_t dA_stride;
+  GateGradient gate = {};
 };
 int64_t input_factor_gradient_scratch_bytes(const InputFactorGradient& problem);
 int launch_input_factor_gradient(const InputFactorGradient& problem, void* scratch, void* stream);

@@ -1,5 +1,5 @@
 // The passes behind lora_linear.h: products of a wide matrix with a skinny one as slices of partial
-// sums, and the kernels that add the slices up.
+// sums, and the kernel that adds the slices up.
 #pragma once
 
 #include "tiles.h"
@@ -105,45 +105,42 @@ OutputChunks output_product_chunks(const OutputProducts& problem);
 int launch_output_products(const OutputProducts& problem, float* row_partial, float* column_partial,
                            void* stream);
 
-// With s = scale * (slices added in order), [rows, rank]: plain = s,
-// gated = gated_scale * s o E^T.
+// With s = scale * (slices added in order), [rows, rank]: plain = s, gated = gated_scale * s o E^T,
+// and `term` as `gated`.
 struct FinishRows {
-  Type factor_type;
-  int64_t rows, rank, slices;
-  const float* partial;
-  float scale;
-  const void* E;  // for gated, or null
-  void* plain;    // or null
-  void* gated;    // or null
+  int64_t rows = 0, rank = 0, slices = 0;
+  const float* partial = nullptr;
+  float scale = 1.0f;
+  const void* E = nullptr;  // [rank], or null
+  void* plain = nullptr;    // or null
+  void* gated = nullptr;    // or null
   float gated_scale = 1.0f;
+  TermLeft term = {};
 };
-int launch_finish_rows(const FinishRows& problem, void* stream);
 
 // With s = scale * (slices added in order), [cols, rank]: out = s o E^T (s without E), written as
 // [cols, rank] or, `by_rank`, as [rank, cols]. `sums` takes s itself, pitched like the slices; it
 // may be the first slice.
 struct FinishColumns {
-  Type factor_type;
-  int64_t cols, rank, slices;
-  const float* partial;
-  float scale;
-  const void* E;  // or null
-  void* out;      // or null
-  int64_t out_stride;
-  bool by_rank;
-  float* sums;  // or null
+  int64_t cols = 0, rank = 0, slices = 0;
+  const float* partial = nullptr;
+  float scale = 1.0f;
+  const void* E = nullptr;  // or null
+  void* out = nullptr;      // or null
+  int64_t out_stride = 0;
+  bool by_rank = false;
+  float* sums = nullptr;  // or null
 };
-int launch_finish_columns(const FinishColumns& problem, void* stream);
 
-// dE_i = sum_n B[n, i] g[n, i]: B [cols, rank], g as `sums` above.
-struct GateGradient {
+// Work of one launch, in which no part reads what another writes; none where there are no rows or
+// columns. All of the factors' type.
+struct Finish {
   Type factor_type;
-  int64_t cols, rank;
-  const void* B;
-  int64_t B_stride;
-  const float* g;
-  void* dE;
+  FinishRows rows = {};
+  FinishColumns columns = {};
+  GateGradient gate = {};
+  SplitMatrix term_right = {};
 };
-int launch_gate_gradient(const GateGradient& problem, void* stream);
+int launch_finish(const Finish& problem, void* stream);
 
 }  // namespace rankwise::kernels

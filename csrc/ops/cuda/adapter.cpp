@@ -1,6 +1,8 @@
 // Launches the passes that read x or dy once.
 #include "adapter.h"
 
+#include <c10/cuda/CUDACachingAllocator.h>
+
 #include "launch.h"
 
 namespace rankwise {
@@ -18,8 +20,8 @@ kernels::Type kernel_type(const at::Tensor& tensor) {
   }
 }
 
-at::Tensor scratch(int64_t bytes, const at::Tensor& like) {
-  return at::empty({bytes}, like.options().dtype(at::kByte));
+c10::DataPtr scratch(int64_t bytes) {
+  return c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes));
 }
 
 at::Tensor gradient_of(const at::Tensor& factor, int64_t capacity, int64_t rank) {
@@ -27,35 +29,42 @@ at::Tensor gradient_of(const at::Tensor& factor, int64_t capacity, int64_t rank)
                           : at::zeros(factor.sizes(), factor.options());
 }
 
-void output_gradients(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& hidden,
-                      const OutputGradients& out) {
+PendingGate output_gradients(const CudaAdapter& adapter, const at::Tensor& dy,
+                             const at::Tensor& hidden, const OutputGradients& out,
+                             const ProductTerm& term, bool dE_later) {
   const auto pointer = [](const at::Tensor& tensor) {
     return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
   };
-  const kernels::OutputGradient problem{dy.size(0),
-                                        dy.size(1),
-                                        adapter.rank(),
-                                        kernel_type(dy),
-                                        adapter.type(),
-                                        dy.const_data_ptr(),
-                                        dy.stride(0),
-                                        adapter.B.const_data_ptr(),
-                                        adapter.B.stride(0),
-                                        adapter.gate(),
-                                        hidden.const_data_ptr(),
-                                        static_cast<float>(adapter.scaling),
-                                        adapter.keep_scale(),
-                                        pointer(out.dh),
-                                        pointer(out.dB),
-                                        out.dB.defined() ? out.dB.stride(0) : 0,
-                                        pointer(out.dE)};
-  const at::Tensor partial = scratch(kernels::output_gradient_scratch_bytes(problem), dy);
-  check_launch(
-      kernels::launch_output_gradient(problem, partial.mutable_data_ptr(), current_stream()));
+  kernels::OutputGradient problem{dy.size(0),
+                                  dy.size(1),
+                                  adapter.rank(),
+                                  kernel_type(dy),
+                                  adapter.type(),
+                                  dy.const_data_ptr(),
+                                  dy.stride(0),
+                                  adapter.B.const_data_ptr(),
+                                  adapter.B.stride(0),
+                                  adapter.gate(),
+                                  hidden.const_data_ptr(),
+                                  static_cast<float>(adapter.scaling),
+                                  adapter.keep_scale(),
+                                  pointer(out.dh),
+                                  pointer(out.dB),
+                                  out.dB.defined() ? out.dB.stride(0) : 0,
+                                  pointer(out.dE)};
+  if (!term.left.is_same(out.dh)) problem.term = term.to_write();
+  problem.term_right = term.right_parts;
+  problem.dE_later = dE_later;
+  c10::DataPtr partial = scratch(kernels::output_gradient_scratch_bytes(problem));
+  check_launch(kernels::launch_output_gradient(problem, partial.mutable_get(), current_stream()));
+  if (!dE_later) return {};
+  const kernels::GateGradient sum = kernels::gate_gradient(problem, partial.mutable_get());
+  return {sum, std::move(partial)};
 }
 
 void shrink(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& hidden,
-            const at::Tensor& gated, double gated_scale) {
+            const at::Tensor& gated, const ProductTerm& term) {
+  const bool apart = gated.defined() && !gated.is_same(hidden);
   const kernels::Shrink problem{x.size(0),
                                 x.size(1),
                                 adapter.rank(),
@@ -69,21 +78,23 @@ void shrink(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& h
                                 adapter.keep_scale(),
                                 adapter.mask(),
                                 hidden.mutable_data_ptr(),
-                                gated.is_same(hidden) ? nullptr : gated.mutable_data_ptr(),
-                                static_cast<float>(gated_scale)};
-  const at::Tensor partial = scratch(kernels::shrink_scratch_bytes(problem), x);
-  check_launch(kernels::launch_shrink(problem, partial.mutable_data_ptr(), current_stream()));
+                                apart ? gated.mutable_data_ptr() : nullptr,
+                                term.defined() ? static_cast<float>(adapter.scaling) : 1.0f,
+                                term.to_write(),
+                                term.right_parts};
+  c10::DataPtr partial = scratch(kernels::shrink_scratch_bytes(problem));
+  check_launch(kernels::launch_shrink(problem, partial.mutable_get(), current_stream()));
 }
 
 void input_factor_gradient(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& dh,
-                           const at::Tensor& dA) {
+                           const at::Tensor& dA, const PendingGate& pending) {
   const kernels::InputFactorGradient problem{
       x.size(0),          x.size(1),   adapter.rank(),      kernel_type(x), adapter.type(),
       x.const_data_ptr(), x.stride(0), dh.const_data_ptr(), adapter.mask(), dA.mutable_data_ptr(),
-      dA.stride(0)};
-  const at::Tensor partial = scratch(kernels::input_factor_gradient_scratch_bytes(problem), x);
+      dA.stride(0),       pending.sum};
+  c10::DataPtr partial = scratch(kernels::input_factor_gradient_scratch_bytes(problem));
   check_launch(
-      kernels::launch_input_factor_gradient(problem, partial.mutable_data_ptr(), current_stream()));
+      kernels::launch_input_factor_gradient(problem, partial.mutable_get(), current_stream()));
 }
 
 void expand_output(const CudaAdapter& adapter, const at::Tensor& gated, const at::Tensor& out,
@@ -119,20 +130,26 @@ void expand_input(const CudaAdapter& adapter, const at::Tensor& dh, const at::Te
 
 ParameterGradients parameter_gradients(const CudaAdapter& adapter, const AdapterOperands& operands,
                                        const at::Tensor& dy, const at::Tensor& input,
-                                       const at::Tensor& hidden, std::array<bool, 4> output_mask) {
+                                       const at::Tensor& hidden, std::array<bool, 4> output_mask,
+                                       const ProductTerm& term) {
   const auto [need_x, need_A, need_B, need_E] = output_mask;
   const int64_t rank = adapter.rank(), capacity = operands.lora_A.size(0);
   OutputGradients from_dy;
+  PendingGate pending;
   at::Tensor dA;
   if (need_B) from_dy.dB = gradient_of(operands.lora_B, capacity, rank);
   if (need_E) from_dy.dE = gradient_of(*operands.lora_E, capacity, rank);
-  if (need_x || need_A) from_dy.dh = at::empty({dy.size(0), rank}, adapter.A.options());
+  if (need_x || need_A) {
+    const bool serves = term.defined() && !term.split() && term.left.is_contiguous();
+    from_dy.dh = serves ? term.left : at::empty({dy.size(0), rank}, adapter.A.options());
+  }
   if (rank > 0 && (need_x || need_A || need_B || need_E)) {
-    output_gradients(adapter, dy, hidden.contiguous(), from_dy);
+    pending = output_gradients(adapter, dy, hidden.contiguous(), from_dy, term,
+                               /*dE_later=*/need_E && need_A);
   }
   if (need_A) {
     dA = gradient_of(operands.lora_A, capacity, rank);
-    if (rank > 0) input_factor_gradient(adapter, matrix(input), from_dy.dh, dA);
+    if (rank > 0) input_factor_gradient(adapter, matrix(input), from_dy.dh, dA, pending);
   }
   return {from_dy.dh, dA, from_dy.dB, from_dy.dE};
 }

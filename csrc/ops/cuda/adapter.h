@@ -11,12 +11,14 @@
 #include "../dispatch.h"
 #include "../dropout.h"
 #include "../matrices.h"
+#include "product_term.h"
 
 namespace rankwise {
 
 kernels::Type kernel_type(const at::Tensor& tensor);
 
-at::Tensor scratch(int64_t bytes, const at::Tensor& like);
+// Memory for what runs on the current device and stream; may be used again by what follows there.
+c10::DataPtr scratch(int64_t bytes);
 
 // One call's active factors as the kernels take them, and the dropout of its input.
 struct CudaAdapter {
@@ -55,13 +57,23 @@ struct OutputGradients {
   at::Tensor dh, dB, dE;  // undefined where not asked for
 };
 
-// dh = scaling * keep_scale * (dy B) o E^T, the gradient of mask(x) A^T; dB and dE from `hidden`.
-void output_gradients(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& hidden,
-                      const OutputGradients& out);
+// dE that is still to be summed up, and where its terms lie.
+struct PendingGate {
+  kernels::GateGradient sum;
+  c10::DataPtr scratch;
+};
 
-// hidden = drop(x) A^T, and gated = gated_scale * hidden o E^T unless it is `hidden` itself.
+// dh = scaling * keep_scale * (dy B) o E^T, the gradient of mask(x) A^T; dB and dE from `hidden`.
+// dh is the left matrix of `term`, if that is defined. `dE_later` leaves dE to
+// input_factor_gradient.
+PendingGate output_gradients(const CudaAdapter& adapter, const at::Tensor& dy,
+                             const at::Tensor& hidden, const OutputGradients& out,
+                             const ProductTerm& term = {}, bool dE_later = false);
+
+// hidden = drop(x) A^T, and gated = hidden o E^T unless it is `hidden` itself; or, for a term that
+// is defined, scaling * hidden o E^T as its left matrix.
 void shrink(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& hidden,
-            const at::Tensor& gated, double gated_scale = 1.0);
+            const at::Tensor& gated, const ProductTerm& term = {});
 
 // out = scaling * gated B^T, on top of a bias [out] or of a base's rows; at most one is defined.
 void expand_output(const CudaAdapter& adapter, const at::Tensor& gated, const at::Tensor& out,
@@ -70,18 +82,19 @@ void expand_output(const CudaAdapter& adapter, const at::Tensor& gated, const at
 // out = mask(dh A).
 void expand_input(const CudaAdapter& adapter, const at::Tensor& dh, const at::Tensor& out);
 
-// dA = dh^T mask(x).
+// dA = dh^T mask(x), and what is pending.
 void input_factor_gradient(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& dh,
-                           const at::Tensor& dA);
+                           const at::Tensor& dA, const PendingGate& pending = {});
 
 // Gradients of a layer over products: of whole factors, and dh, which x's comes from. Undefined
 // where not asked for.
 struct ParameterGradients {
   at::Tensor dh, A, B, E;
 };
-// `output_mask`: x, A, B, E.
+// `output_mask`: x, A, B, E. `term` is x's, which dh joins.
 ParameterGradients parameter_gradients(const CudaAdapter& adapter, const AdapterOperands& operands,
                                        const at::Tensor& dy, const at::Tensor& input,
-                                       const at::Tensor& hidden, std::array<bool, 4> output_mask);
+                                       const at::Tensor& hidden, std::array<bool, 4> output_mask,
+                                       const ProductTerm& term = {});
 
 }  // namespace rankwise

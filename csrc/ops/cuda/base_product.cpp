@@ -10,11 +10,15 @@
 #include <cublasLt.h>
 
 #include <algorithm>
-#include <compare>
+#include <functional>
 #include <map>
 #include <mutex>
+#include <string_view>
+#include <type_traits>
+#include <unordered_map>
 
 #include "../checks.h"
+#include "adapter.h"
 #include "shape_bucket.h"
 
 namespace rankwise {
@@ -55,7 +59,15 @@ struct Problem {
   int64_t right_row_major, bias, tf32;
   int64_t out_alignment, left_alignment, right_alignment;
 
-  auto operator<=>(const Problem&) const = default;
+  bool operator==(const Problem&) const = default;
+};
+
+struct HashOfProblem {
+  size_t operator()(const Problem& problem) const {
+    static_assert(std::has_unique_object_representations_v<Problem>);
+    const auto* bytes = reinterpret_cast<const char*>(&problem);
+    return std::hash<std::string_view>()({bytes, sizeof(problem)});
+  }
 };
 
 // The largest power of two up to 256 that divides the address.
@@ -218,7 +230,7 @@ class Cache {
 
  private:
   static constexpr size_t kept = 4096;
-  std::map<Problem, Value> values_;
+  std::unordered_map<Problem, Value, HashOfProblem> values_;
 };
 
 // The heuristic is asked once for a bucket, and about its largest problem, so that no earlier call
@@ -254,13 +266,12 @@ void multiply(const at::Tensor& out, const at::Tensor& left, const at::Tensor& r
   if (bias.defined()) {
     set(of.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.const_data_ptr());
   }
-  const at::Tensor workspace =
-      at::empty({static_cast<int64_t>(algorithm.workspace)}, out.options().dtype(at::kByte));
+  c10::DataPtr workspace = scratch(static_cast<int64_t>(algorithm.workspace));
   const float alpha = 1.0f, beta = accumulate ? 1.0f : 0.0f;
   void* result = out.mutable_data_ptr();
   check_cublas(cublasLtMatmul(handle(problem.device), &of.operation, &alpha, right.const_data_ptr(),
                               &of.right, left.const_data_ptr(), &of.left, &beta, result, &of.out,
-                              result, &of.out, &algorithm.value, workspace.mutable_data_ptr(),
+                              result, &of.out, &algorithm.value, workspace.mutable_get(),
                               algorithm.workspace, c10::cuda::getCurrentCUDAStream().stream()),
                "cublasLtMatmul");
 }

@@ -82,8 +82,8 @@ at::Tensor input_factor_gradient(const at::Tensor& indices, const at::Tensor& we
                                     padding_idx,
                                     dA.mutable_data_ptr(),
                                     dA.stride(0)};
-  const at::Tensor sums = scratch(kernels::column_sums_scratch_bytes(problem), dh);
-  check_launch(kernels::launch_column_sums(problem, sums.mutable_data_ptr(), current_stream()));
+  c10::DataPtr sums = scratch(kernels::column_sums_scratch_bytes(problem));
+  check_launch(kernels::launch_column_sums(problem, sums.mutable_get(), current_stream()));
   return dA;
 }
 

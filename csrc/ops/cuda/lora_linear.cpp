@@ -42,11 +42,19 @@ at::Tensor add_output(const CudaAdapter& adapter, const at::Tensor& x, const at:
   return y;
 }
 
+ProductTerm output_term(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& w) {
+  if (adapter.rank() == 0) return {};
+  return joined_term(adapter, x, w.t(), adapter.B.t());
+}
+
+ProductTerm input_term(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w) {
+  if (adapter.rank() == 0) return {};
+  return joined_term(adapter, dy, w, adapter.A, adapter.dropout.active());
+}
+
 at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
-                          const at::Tensor& dh) {
-  if (joins_term(adapter, dy, w, adapter.dropout.active())) {
-    return product_with_term(dy, w, dh, adapter.A, {}, adapter.mask());
-  }
+                          const at::Tensor& dh, const ProductTerm& term) {
+  if (term.defined()) return product_with_term(dy, w, term, {}, adapter.mask());
   const at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
   if (adapter.rank() == 0) {
     multiply_base(dx, dy, w, {});
@@ -72,11 +80,12 @@ ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor
   const CudaAdapter adapter(operands, seed);
   const at::Tensor x = matrix(input);
   const at::Tensor hidden = at::empty({x.size(0), rank}, adapter.A.options());
-  const bool joined = joins_term(adapter, x, weight.t());
-  const at::Tensor gated = adapter.E.defined() || joined ? at::empty_like(hidden) : hidden;
-  if (rank > 0) shrink(adapter, x, hidden, gated, joined ? adapter.scaling : 1.0);
-  const at::Tensor y = joined ? product_with_term(x, weight.t(), gated, adapter.B.t(), bias)
-                              : add_output(adapter, x, weight, bias, gated);
+  const ProductTerm term = output_term(adapter, x, weight);
+  const bool apart = adapter.E.defined() && !term.defined();
+  const at::Tensor gated = apart ? at::empty_like(hidden) : hidden;
+  if (rank > 0) shrink(adapter, x, hidden, gated, term);
+  const at::Tensor y = term.defined() ? product_with_term(x, weight.t(), term, bias)
+                                      : add_output(adapter, x, weight, bias, gated);
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = weight.size(0);
   return {y.view(shape), hidden, seed};
@@ -96,10 +105,11 @@ BackwardResult lora_linear_backward_cuda(const at::Tensor& grad_output, const at
   const CudaAdapter adapter(operands, seed);
   const at::Tensor dy = matrix(grad_output);
   const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
-  const ParameterGradients d =
-      parameter_gradients(adapter, operands, dy, input, hidden, {need_x, need_A, need_B, need_E});
+  const ProductTerm term = need_x ? input_term(adapter, dy, weight) : ProductTerm();
+  const ParameterGradients d = parameter_gradients(adapter, operands, dy, input, hidden,
+                                                   {need_x, need_A, need_B, need_E}, term);
   at::Tensor dx, dw, db;
-  if (need_x) dx = input_gradient(adapter, dy, weight, d.dh).view(input.sizes());
+  if (need_x) dx = input_gradient(adapter, dy, weight, d.dh, term).view(input.sizes());
   if (need_w) dw = at::mm(dy.t(), matrix(input));
   if (need_b) db = at::sum(dy, 0);
   return {dx, dw, db, d.A, d.B, d.E};

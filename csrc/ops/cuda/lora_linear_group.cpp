@@ -75,10 +75,11 @@ std::vector<at::Tensor> project(const LayerGroup& group, const at::Tensor& x,
 
 at::Tensor output_of(const CudaAdapter& adapter, const at::Tensor& x, const GroupedLinear& layer,
                      at::Tensor gated) {
-  const bool joined = joins_term(adapter, x, layer.weight.t());
   if (adapter.E.defined()) gated = gated * adapter.E;
-  if (!joined) return add_output(adapter, x, layer.weight, layer.bias, gated);
-  return product_with_term(x, layer.weight.t(), gated * adapter.scaling, adapter.B.t(), layer.bias);
+  const ProductTerm term = output_term(adapter, x, layer.weight);
+  if (!term.defined()) return add_output(adapter, x, layer.weight, layer.bias, gated);
+  write(term, gated * adapter.scaling);
+  return product_with_term(x, layer.weight.t(), term, layer.bias);
 }
 
 GroupForwardResult group_forward_cuda(const at::Tensor& input, const LayerGroup& group) {
@@ -163,7 +164,9 @@ GroupGradients group_backward_cuda(const std::vector<at::Tensor>& grad_outputs,
   const at::Tensor dh_of_all = at::cat(dh, 1);
   if (need_A) add_input_factors(group, shared, x, dh_of_all, result);
   if (!need_x) return result;
-  const at::Tensor dx = input_gradient(shared.adapter, dy[0], group[0].weight, dh_of_all);
+  const ProductTerm term = input_term(shared.adapter, dy[0], group[0].weight);
+  if (term.defined()) write(term, dh_of_all);
+  const at::Tensor dx = input_gradient(shared.adapter, dy[0], group[0].weight, dh_of_all, term);
   for (size_t i = 1; i < group.size(); ++i) add_base(dx, dy[i], group[i].weight);
   result.input = dx.view(input.sizes());
   return result;

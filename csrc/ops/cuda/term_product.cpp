@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../../kernels/hopper/linear_product.h"
-#include "../../kernels/hopper/split_term.h"
+#include "../../kernels/split_term.h"
 #include "../checks.h"
 #include "launch.h"
 
@@ -80,33 +80,11 @@ int64_t directions(int64_t rank, kernels::Type factors, kernels::Type product) {
   return product == Type::bfloat16 ? kernels::split_parts * rank : 0;
 }
 
-// The term's matrices as the product reads them: `right` [directions, cols] or, not by row,
-// [cols, directions].
-struct Tail {
-  at::Tensor left, right;
-};
-
-Tail split(const at::Tensor& left, const at::Tensor& right, bool by_row) {
-  const at::TensorOptions options = left.options().dtype(at::kBFloat16);
-  const int64_t rank = left.size(1), all = kernels::split_parts * rank;
-  const Tail parts{
-      well_lying(left.size(0), all, options),
-      by_row ? well_lying(all, right.size(1), options) : well_lying(right.size(0), all, options)};
-  const auto matrix = [](const at::Tensor& from, const at::Tensor& to, int64_t part_stride) {
-    return kernels::SplitMatrix{from.size(0),   from.size(1),   from.const_data_ptr<float>(),
-                                from.stride(0), from.stride(1), to.mutable_data_ptr(),
-                                to.stride(0),   part_stride};
-  };
-  const int64_t right_part = by_row ? rank * parts.right.stride(0) : rank;
-  check_launch(kernels::launch_split_term(
-      matrix(left, parts.left, rank), matrix(right, parts.right, right_part), current_stream()));
-  return parts;
-}
-
-Tail tail_of(const at::Tensor& left, const at::Tensor& right, bool by_row) {
-  const at::Tensor as_read = by_row ? right : right.t();
-  if (left.scalar_type() == at::kFloat) return split(left, as_read, by_row);
-  return {well_lying(left), well_lying(as_read)};
+// float32, and its parts in `to`.
+kernels::SplitMatrix parts(const at::Tensor& from, const at::Tensor& to, int64_t part_stride) {
+  return {from.size(0),   from.size(1),   from.const_data_ptr<float>(),
+          from.stride(0), from.stride(1), to.mutable_data_ptr(),
+          to.stride(0),   part_stride};
 }
 
 }  // namespace
@@ -115,21 +93,39 @@ bool takes_term(c10::DeviceIndex device, const ProductSizes& sizes) {
   return asked_for() && sums_take_the_term(product_device(device), sizes);
 }
 
-bool joins_term(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right,
-                bool masked) {
+ProductTerm joined_term(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right,
+                        const at::Tensor& term_right, bool masked) {
+  const int64_t rank = adapter.rank();
   const ProductSizes sizes{left.size(0), right.size(1), left.size(1),
-                           directions(adapter.rank(), adapter.type(), kernel_type(left))};
-  return takes_term(left.get_device(), sizes) && lies_well(left) &&
-         (lies_well(right) || (!masked && lies_well(right.t())));
+                           directions(rank, adapter.type(), kernel_type(left))};
+  const bool by_row = lies_well(right);
+  if (!takes_term(left.get_device(), sizes) || !lies_well(left)) return {};
+  if (!by_row && (masked || !lies_well(right.t()))) return {};
+  const at::Tensor as_read = by_row ? term_right : term_right.t();
+  ProductTerm term{well_lying(sizes.rows, sizes.rank, left.options()), as_read, by_row};
+  if (adapter.type() == kernel_type(left)) {
+    term.right = well_lying(as_read);
+    return term;
+  }
+  term.right = by_row ? well_lying(sizes.rank, sizes.cols, left.options())
+                      : well_lying(sizes.cols, sizes.rank, left.options());
+  term.right_parts = parts(as_read, term.right, by_row ? rank * term.right.stride(0) : rank);
+  return term;
+}
+
+void write(const ProductTerm& term, const at::Tensor& left) {
+  if (term.split()) {
+    check_launch(kernels::launch_split_term(parts(left, term.left, left.size(1)), term.right_parts,
+                                            current_stream()));
+  } else {
+    term.left.copy_(left);
+  }
 }
 
 at::Tensor product_with_term(const at::Tensor& left, const at::Tensor& right,
-                             const at::Tensor& term_left, const at::Tensor& term_right,
-                             const std::optional<at::Tensor>& bias_view,
+                             const ProductTerm& term, const std::optional<at::Tensor>& bias_view,
                              const kernels::DropoutMask& mask) {
   const at::Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
-  const bool by_row = lies_well(right);
-  const Tail tail = tail_of(term_left, term_right, by_row);
   at::Tensor bias;
   if (has(bias_view)) {
     bias = bias_view->contiguous();
@@ -139,13 +135,13 @@ at::Tensor product_with_term(const at::Tensor& left, const at::Tensor& right,
   const kernels::LinearProduct problem{out.size(0),
                                        out.size(1),
                                        left.size(1),
-                                       tail.left.size(1),
+                                       term.left.size(1),
                                        kernel_type(out),
-                                       by_row,
+                                       term.by_row,
                                        operand(left),
-                                       operand(by_row ? right : right.t()),
-                                       operand(tail.left),
-                                       operand(tail.right),
+                                       operand(term.by_row ? right : right.t()),
+                                       operand(term.left),
+                                       operand(term.right),
                                        bias.defined() ? bias.const_data_ptr() : nullptr,
                                        out.mutable_data_ptr(),
                                        out.stride(0),

@@ -16,18 +16,19 @@ namespace rankwise {
 // RANKWISE_TERM_PRODUCT=on.
 bool takes_term(c10::DeviceIndex device, const ProductSizes& sizes);
 
-// Whether product_with_term serves left [rows, depth] right [depth, cols] and the adapter's term;
-// `masked`, with dropout of that.
-bool joins_term(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right,
-                bool masked = false);
+// The term that product_with_term adds to left [rows, depth] right [depth, cols], with
+// `term_right` [rank, cols] of the adapter's type, and a left matrix to be written; undefined where
+// it does not serve them. `masked`, with dropout of the term.
+ProductTerm joined_term(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right,
+                        const at::Tensor& term_right, bool masked = false);
 
-// left right + mask(term_left term_right) + bias, [rows, cols]: sums in float32, rounded once, on
-// the current stream. term_left [rows, rank], term_right [rank, cols], bias [cols], all of one
-// dtype; for left of bfloat16 the term may be of float32 (kernels/hopper/split_term.h). The same
-// shapes and strides give the same bits.
+// Writes the term's left matrix, [rows, rank] of the adapter's type.
+void write(const ProductTerm& term, const at::Tensor& left);
+
+// left right + mask(term) + bias, [rows, cols]: sums in float32, rounded once, on the current
+// stream. bias [cols], all of one dtype. The same shapes and strides give the same bits.
 at::Tensor product_with_term(const at::Tensor& left, const at::Tensor& right,
-                             const at::Tensor& term_left, const at::Tensor& term_right,
-                             const std::optional<at::Tensor>& bias,
+                             const ProductTerm& term, const std::optional<at::Tensor>& bias,
                              const kernels::DropoutMask& mask = {});
 
 }  // namespace rankwise

@@ -54,6 +54,7 @@ Schedule schedule;
 std::mt19937_64 random_numbers;
 Block block;
 const Site* launch_site = nullptr;
+int grid_count = 0;
 
 std::vector<Engine*>& engines() {
   static std::vector<Engine*> all;
@@ -226,7 +227,12 @@ int run_grid(const dim3& grid, const dim3& size, size_t shared_bytes, const Site
     block.run(size, body);
   }
   launch_site = nullptr;
+  ++grid_count;
   return cudaSuccess;
+}
+
+int grids_run() {
+  return grid_count;
 }
 
 void block_barrier(const Site& site) {

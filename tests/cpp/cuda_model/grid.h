@@ -31,6 +31,9 @@ constexpr size_t sm_86_shared = 99 * 1024, sm_90_shared = 227 * 1024;
 int run_grid(const dim3& grid, const dim3& block, size_t shared_bytes, const Site& site,
              const std::function<void()>& body, size_t shared_capacity = sm_86_shared);
 
+// Grids that have run so far.
+int grids_run();
+
 // The block's dynamic shared memory.
 unsigned char* dynamic_shared();
 // Fails unless the bytes lie in the block's shared memory and start at a multiple of `alignment`.

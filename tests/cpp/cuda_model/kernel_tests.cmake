@@ -54,10 +54,11 @@ set(lora_linear_kernels column_products.cu expand.cu finish.cu lora_linear.cu ou
 rankwise_kernel_test(kernels/lora_linear_test dropout_mask.cu ${lora_linear_kernels})
 rankwise_kernel_test(kernels/lora_linear_accuracy_test ${lora_linear_kernels})
 rankwise_kernel_test(kernels/lora_linear_nonfinite_test ${lora_linear_kernels})
+rankwise_kernel_test(kernels/lora_linear_term_test split_term.cu ${lora_linear_kernels})
 rankwise_kernel_test(kernels/allocation/orthogonality_test allocation/orthogonality.cu)
 rankwise_kernel_test(kernels/allocation/progress_test allocation/progress.cu)
 rankwise_kernel_test(kernels/allocation/triplet_selection_test allocation/triplet_selection.cu)
 rankwise_kernel_test(kernels/hopper/linear_product_test hopper/linear_product.cu)
-rankwise_kernel_test(kernels/hopper/split_term_test hopper/linear_product.cu hopper/split_term.cu)
+rankwise_kernel_test(kernels/hopper/split_term_test hopper/linear_product.cu split_term.cu)
 # Includes the kernel's source.
 rankwise_kernel_test(kernels/hopper/linear_product_faults_test)

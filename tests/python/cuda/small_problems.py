@@ -23,8 +23,8 @@ from torch import Tensor
 
 import rankwise as rw
 
-FORWARD = {"row_products", "finish_rows", "expand"}
-BACKWARD = {"column_products", "finish_columns"}
+FORWARD = {"row_products", "finish", "expand"}
+BACKWARD = {"column_products"}
 DTYPES = {  # name: (base, factors)
     "float32": (torch.float32, torch.float32),
     "bfloat16": (torch.bfloat16, torch.bfloat16),
@@ -84,9 +84,9 @@ def update(name: str, device: str) -> object:
     return with_gradients(y, [x, A, B, E])
 
 
-def group(name: str, rank: int, device: str) -> object:
+def group(name: str, sizes: tuple[int, int, int], rank: int, device: str) -> object:
     """Above 256 directions together x is read for each layer."""
-    layers = [adapter(device, name, ODD, rank, gate=True) for _ in range(3)]
+    layers = [adapter(device, name, sizes, rank, gate=True) for _ in range(3)]
     x = layers[0][0]
     _, W, bias, A, B, E = (list(parts) for parts in zip(*layers, strict=True))
     y = rw.ops.lora_linear_group(x, W, bias, A, B, E, scaling=[0.5] * 3, dropout_p=0.3)
@@ -151,42 +151,42 @@ def orthogonality(dtype: torch.dtype, squared: bool, device: str) -> object:
     return with_gradients(penalty, [*A, *B])
 
 
-def linear_kernels(name: str, rank: int, gate: bool) -> set[str]:
+def linear_kernels(name: str, rank: int) -> set[str]:
     """With all gradients: dy is read once where so many directions fit."""
     base, factor = DTYPES[name]
     once = base is not torch.float32 and rank <= (32 if base is factor else 16)
-    return FORWARD | BACKWARD | ({"output_products"} if once else set()) | (
-        {"gate_gradient"} if gate else set()
-    )  # fmt: skip
+    return FORWARD | BACKWARD | ({"output_products"} if once else set())
 
 
 def layers() -> Iterator[tuple[str, Problem]]:
     for name, (base, factor) in DTYPES.items():
         for rank in (5, 33, 200):
             for sizes, gate, wanted in ((ODD, True, "xABE"), (ALIGNED, False, "xAB")):
-                kernels = frozenset(linear_kernels(name, rank, gate))
+                kernels = frozenset(linear_kernels(name, rank))
                 run = partial(linear, name, sizes, rank, gate, wanted)
                 yield f"linear {name} r{rank}{' gated' if gate else ''}", Problem(run, kernels)
         for wanted in "AB":  # each reads dy by itself
             run = partial(linear, name, ALIGNED, 5, False, wanted)
             yield f"linear {name} d{wanted} alone", Problem(run, frozenset(FORWARD | BACKWARD))
-        kernels = frozenset(linear_kernels(name, 5, gate=True))
+        kernels = frozenset(linear_kernels(name, 5))
         yield f"update {name}", Problem(partial(update, name), kernels)
-        yield f"group {name}", Problem(partial(group, name, 5), kernels)
-        of_each = frozenset(linear_kernels(name, 100, gate=True))
-        yield f"group {name} r300", Problem(partial(group, name, 100), of_each)
+        yield f"group {name}", Problem(partial(group, name, ODD, 5), kernels)
+        of_each = frozenset(linear_kernels(name, 100))
+        yield f"group {name} r300", Problem(partial(group, name, ODD, 100), of_each)
         indices = torch.int32 if base is factor else torch.int64
         once = {"output_products"} if "output_products" in kernels else {"row_products", *BACKWARD}
-        of_table = {"gather", "expand", "finish_rows", "finish_columns", "gate_gradient"} | once
+        of_table = {"gather", "expand", "finish"} | once
         run = partial(embedding, name, indices)
         yield f"embedding {name}", Problem(run, frozenset(of_table | {"column_sums"}))
-        split = {"split_term"} if base is not factor else set()
         if base is torch.bfloat16 or base is factor is torch.float16:
             for gate, wanted in ((True, "xABE"), (False, "xAB")):
-                joined = linear_kernels(name, 5, gate) - {"expand"} | {"linear_product"} | split
+                joined = linear_kernels(name, 5) - {"expand"} | {"linear_product"}
                 run = partial(linear, name, WIDE, 5, gate, wanted)
                 title = f"joined {name}{' gated' if gate else ''}"
                 yield title, Problem(run, frozenset(joined), path="cuda (sm_90a)")
+            split = {"split_term"} if base is not factor else set()
+            run = partial(group, name, WIDE, 5)
+            yield f"joined group {name}", Problem(run, frozenset(joined | split), "cuda (sm_90a)")
 
 
 def passes() -> Iterator[tuple[str, Problem]]:

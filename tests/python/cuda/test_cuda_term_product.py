@@ -50,11 +50,11 @@ def expected(tensors):
     return y, dy @ W + dh @ A, dh.t() @ x, 0.75 * dy.t() @ (hidden * gate)
 
 
-def kernels(action) -> str:
+def launched(action) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as run:
         action()
         torch.cuda.synchronize()
-    return " ".join(e.name for e in run.events())
+    return [e.name for e in run.events()]
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -75,7 +75,6 @@ def test_float32_factors_over_bfloat16(rank, gate):
     """y and dx are rounded once; gradients of factors are float32's."""
     needs_it()
     tensors = operands(torch.bfloat16, rank, gate=gate, factors=torch.float32)
-    assert "split_term" in kernels(lambda: results(tensors))
     for got, want in zip(results(tensors), expected(tensors), strict=True):
         step = 2**-8 if got.dtype is torch.bfloat16 else 2**-12
         error = (got.double() - want).norm() / want.norm()
@@ -90,14 +89,18 @@ def test_rows_that_fill_no_tile():
         assert (one.double() - other).norm() <= 2**-8 * other.norm()
 
 
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_which_kernels_run(dropout):
+def test_which_kernels_run(dropout, factors):
     needs_it()
-    tensors = operands(torch.bfloat16, 16)
+    tensors = operands(torch.bfloat16, 16, factors=factors)
     results(tensors, dropout)
-    names = kernels(lambda: results(tensors, dropout))
-    assert names.count("linear_product") == 2, names
-    assert "expand" not in names, names
+    names = launched(lambda: results(tensors, dropout))
+    passes = ("row_products", "output_products", "column_products")
+    assert [sum(p in name for name in names) for p in passes] == [1, 1, 1], names
+    assert sum("linear_product" in name for name in names) == 2, names
+    assert sum("finish" in name for name in names) == 3, names
+    assert not any("expand" in name or "split" in name for name in names), names
 
 
 def test_the_same_bits_in_every_run_and_in_graphs():

@@ -1,6 +1,6 @@
 // Float32 factors as three bfloat16 parts: what the parts' product is, infinities, NaN and the
 // largest numbers, and the product of a layer that takes the term so.
-#include <kernels/hopper/split_term.h>
+#include <kernels/split_term.h>
 
 #include "linear_product_problem.h"
 

@@ -1,5 +1,5 @@
-// A LoRA term of float32 factors as one of bfloat16, for the sums of linear_product.h: a launcher
-// over raw pointers, no torch.
+// A LoRA term of float32 factors as one of bfloat16, for the sums of hopper/linear_product.h: a
+// launcher over raw pointers, no torch.
 //
 //   v = high(v) + low(v), each rounded to bfloat16:  an error of at most 2^-16 |v|
 //   s B = [high(s) low(s) high(s)] [high(B) high(B) low(B)]:  low(s) low(B) is left out
@@ -15,17 +15,17 @@ namespace rankwise::kernels {
 
 constexpr int64_t split_parts = 3;
 
-// `from` [rows, cols], at least 1 each; `to` gets its three parts, bfloat16, with rows of unit
-// column stride, each part `part_stride` elements behind the one before.
+// `from` [rows, cols]; `to` gets its three parts, bfloat16, with rows of unit column stride, each
+// part `part_stride` elements behind the one before.
 struct SplitMatrix {
-  int64_t rows, cols;
-  const float* from;
-  int64_t row_stride, col_stride;
-  void* to;
-  int64_t to_stride, part_stride;
+  int64_t rows = 0, cols = 0;
+  const float* from = nullptr;
+  int64_t row_stride = 0, col_stride = 0;
+  void* to = nullptr;
+  int64_t to_stride = 0, part_stride = 0;
 };
 
-// `stream` is a cudaStream_t; returns a cudaError_t or 0.
+// Both, at least 1 row and column each. `stream` is a cudaStream_t; returns a cudaError_t or 0.
 int launch_split_term(const SplitMatrix& left, const SplitMatrix& right, void* stream);
 
 }  // namespace rankwise::kernels
