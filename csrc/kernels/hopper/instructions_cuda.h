@@ -124,6 +124,39 @@ __device__ inline void pin(float (&sums)[count]) {
   for (int i = 0; i < count; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
+// The number of earlier calls for the same counter on the device.
+__device__ inline uint32_t take_ticket(uint32_t* counter) {
+  return atomicAdd(counter, 1u);
+}
+
+// What this thread has written to the device's memory is there, for copy engines too, before it
+// raises a flag.
+__device__ inline void fence_device_writes() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+  __threadfence();
+}
+
+__device__ inline void raise_flag(uint32_t* flag) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+
+// Returns when the flag has been raised `times` times; copies that start later read what was
+// written before.
+__device__ inline void wait_for_flag(const uint32_t* flag, uint32_t times) {
+  uint32_t raised = 0;
+  while (raised < times) {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+  }
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// Sets memory to zero on the stream, a cudaStream_t.
+inline int zero_memory(void* memory, size_t bytes, void* stream) {
+  const cudaError_t error = cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 // Registers of a thread, of all threads of a warpgroup at once.
 template <int count>
 __device__ inline void give_registers() {

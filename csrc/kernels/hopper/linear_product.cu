@@ -1,9 +1,10 @@
 // The kernel of linear_product.h: one block on each multiprocessor goes through tiles of the
-// output.
+// output, or does what goes on beside them (beside_product.h).
 //
 //   warpgroup 0       one thread: loads operands into the ring of stages      load_operands.h
 //   warpgroups 1, 2   multiply what is there, 64 rows each                    multiply_operands.h
 //                     and write the tile                                      store_result.h
+#include "beside_product.h"
 #include "drop_sums.h"
 #include "linear_product.h"
 #include "load_operands.h"
@@ -33,13 +34,13 @@ __device__ inline void prepare(const ProductArguments& p, const SharedTiles& sha
 
 template <typename T, bool right_by_row, bool dropped>
 __device__ inline void multiply_tiles(const ProductArguments& p, const SharedTiles& shared,
-                                      uint32_t group) {
+                                      uint32_t group, const Share& share) {
   // Equal in all lanes, which the compiler is to know.
   const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x % warpgroup / 32, 0);
   const int first_row = static_cast<int>(group * group_rows + warp * result_rows);
   Ring ring;
   float sums[sums_each];
-  for (int tile = blockIdx.x; tile < p.tiles_down * p.tiles_across; tile += gridDim.x) {
+  for (int tile = share.first; tile < p.tiles_down * p.tiles_across; tile += share.step) {
     const TilePlace of_block = place_of(p, tile);
     const TilePlace place{of_block.row + first_row, of_block.col};
     TileProducts<T, right_by_row> products(shared, group, ring, sums);
@@ -58,23 +59,35 @@ __device__ inline void multiply_tiles(const ProductArguments& p, const SharedTil
   if (threadIdx.x % 32 == 0) wait_for_stores<0>();
 }
 
-template <typename T, bool right_by_row, bool dropped>
+enum class Form { plain, dropped, beside };
+
+template <typename T, bool right_by_row, Form form>
 __global__ void __launch_bounds__(product_threads, 1)
     linear_product(const __grid_constant__ ProductArguments p) {
+  constexpr bool dropped = form == Form::dropped, beside = form == Form::beside;
   const SharedTiles shared = SharedTiles::of_block();
   const uint32_t group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / warpgroup, 0);
   if (threadIdx.x == 0) prepare(p, shared);
   __syncthreads();
   wait_for_earlier_kernels();
+  Role role{false, {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)}};
+  if constexpr (beside) role = role_of_block<!right_by_row>(p.beside);
   if (group == 0) {
     give_registers<loading_registers>();
-    if (threadIdx.x == 0) {
-      let_next_kernel_start();
-      load_operands<right_by_row, dropped>(p, shared);
+    if (threadIdx.x > 0) return;
+    let_next_kernel_start();
+    if (beside && role.beside) {
+      load_beside<right_by_row>(p, shared, role.share);
+    } else {
+      load_operands<right_by_row, dropped, beside && !right_by_row>(p, shared, role.share);
     }
   } else {
     take_registers<multiplying_registers>();
-    multiply_tiles<T, right_by_row, dropped>(p, shared, group - 1);
+    if (beside && role.beside) {
+      multiply_beside<T, right_by_row>(p, shared, group - 1, role.share);
+    } else {
+      multiply_tiles<T, right_by_row, dropped>(p, shared, group - 1, role.share);
+    }
   }
 }
 
@@ -85,13 +98,19 @@ bool drops(const LinearProduct& p) {
 template <typename T>
 int launch_typed(const LinearProduct& problem, const ProductArguments& arguments, void* stream) {
   const int tiles = arguments.tiles_down * arguments.tiles_across;
+  const int free = problem.multiprocessors - arguments.beside.blocks;
   const auto blocks =
-      static_cast<unsigned>(tiles < problem.multiprocessors ? tiles : problem.multiprocessors);
+      static_cast<unsigned>((tiles < free ? tiles : free) + arguments.beside.blocks);
   const auto launch = [&](auto kernel) {
     return launch_early(kernel, blocks, product_threads, product_shared_bytes, stream, arguments);
   };
-  if (!problem.right_by_row) return launch(linear_product<T, false, false>);
-  return launch(drops(problem) ? linear_product<T, true, true> : linear_product<T, true, false>);
+  if (arguments.beside.blocks > 0) {
+    return launch(problem.right_by_row ? linear_product<T, true, Form::beside>
+                                       : linear_product<T, false, Form::beside>);
+  }
+  if (!problem.right_by_row) return launch(linear_product<T, false, Form::plain>);
+  return launch(drops(problem) ? linear_product<T, true, Form::dropped>
+                               : linear_product<T, true, Form::plain>);
 }
 
 int make_maps(ProductArguments& arguments, const LinearProduct& p) {
@@ -108,6 +127,11 @@ int make_maps(ProductArguments& arguments, const LinearProduct& p) {
   if (!error && p.rank > 0)
     error = map(arguments.tail_left, p.tail_left, p.rows, p.rank, tile_rows);
   if (!error && p.rank > 0) error = map_right(arguments.tail_right, p.tail_right, p.rank);
+  if (!error && p.beside.blocks > 0) {
+    error = p.right_by_row
+                ? map(arguments.beside.operand, p.beside.x, p.rows, p.cols, tile_rows)
+                : map(arguments.beside.operand, p.beside.A, p.rank, p.depth, beside_directions);
+  }
   if (!error) error = map(arguments.out, {p.out, p.out_stride}, p.rows, p.cols, result_rows);
   return error;
 }
@@ -122,7 +146,41 @@ bool lies_well(const Operand& matrix, int64_t length) {
          matrix.stride >= length;
 }
 
+bool takes_beside(const LinearProduct& p) {
+  const Beside& b = p.beside;
+  if (b.blocks == 0) return true;
+  if (b.blocks < 0 || b.blocks >= p.multiprocessors || drops(p) || p.rank < 1 ||
+      p.rank > beside_directions)
+    return false;
+  if (!p.right_by_row) return b.hidden && b.flags && lies_well(b.A, p.depth);
+  return b.partial && b.chunk > 0 && lies_well(b.x, p.cols);
+}
+
+BesideArguments beside_of(const LinearProduct& p) {
+  const Beside& b = p.beside;
+  BesideArguments of{};
+  of.blocks = b.blocks;
+  of.chunk = b.chunk;
+  of.rank = static_cast<int>(p.rank);
+  of.hidden = b.hidden;
+  of.term = const_cast<void*>(p.tail_left.data);
+  of.term_stride = p.tail_left.stride;
+  of.scale = b.scale;
+  of.E = b.E;
+  of.flags = b.flags;
+  of.partial = b.partial;
+  return of;
+}
+
 }  // namespace
+
+int64_t beside_flags(int64_t rows) {
+  return 1 + divide_up(rows, tile_rows);
+}
+
+int64_t beside_slices(int64_t rows, int chunk) {
+  return divide_up(divide_up(rows, tile_rows), chunk);
+}
 
 bool takes(const LinearProduct& p) {
   constexpr int64_t longest = int64_t{1} << 30;
@@ -137,13 +195,19 @@ bool takes(const LinearProduct& p) {
       p.rank == 0 || (lies_well(p.tail_left, p.rank) && right_lies_well(p.tail_right, p.rank));
   return sizes && p.type != Type::float32 && tail && lies_well(p.left, p.depth) &&
          right_lies_well(p.right, p.depth) && lies_well({p.bias, 0}, 0) &&
-         (p.right_by_row || !drops(p)) && lies_well({p.out, p.out_stride}, p.cols);
+         (p.right_by_row || !drops(p)) && lies_well({p.out, p.out_stride}, p.cols) &&
+         takes_beside(p);
 }
 
 int launch_linear_product(const LinearProduct& problem, void* stream) {
   if (!takes(problem)) return cudaErrorInvalidValue;
   ProductArguments arguments{};
-  const int error = make_maps(arguments, problem);
+  arguments.beside = beside_of(problem);
+  int error = make_maps(arguments, problem);
+  if (!error && problem.beside.flags) {
+    error =
+        zero_memory(problem.beside.flags, beside_flags(problem.rows) * sizeof(uint32_t), stream);
+  }
   if (error) return error;
   arguments.bias = problem.bias;
   arguments.dropout = problem.dropout;

@@ -27,6 +27,34 @@ struct Operand {
   int64_t stride;
 };
 
+// A pass over a wide matrix that some blocks of the launch do beside the product: those that its
+// last round of tiles would leave without work. For up to 16 directions of the product's type,
+// without dropout.
+//
+//   forward   hidden = x A^T, and scale * hidden o E^T into tail_left, which tiles wait for; x is
+//   left gradient  partial[i] = dh^T x over the i-th chunk of rows, as FinishColumns takes slices;
+//   dh is
+//             tail_left
+//
+// A tile waits for blocks that have begun before its own: they end whatever the device has room
+// for.
+struct Beside {
+  int blocks = 0;
+  // forward
+  Operand A = {};           // [rank, depth]
+  const void* E = nullptr;  // [rank], or null
+  float scale = 1.0f;
+  void* hidden = nullptr;     // written, [rows, rank]
+  uint32_t* flags = nullptr;  // beside_flags(rows) of them, for this launch alone
+  // gradient
+  Operand x = {};  // [rows, cols]
+  int chunk = 0;   // of 128 rows
+  float* partial =
+      nullptr;  // written, [beside_slices(rows, chunk), cols, rank up to a multiple of 8]
+};
+int64_t beside_flags(int64_t rows);
+int64_t beside_slices(int64_t rows, int chunk);
+
 struct LinearProduct {
   int64_t rows, cols, depth, rank;
   Type type;          // bfloat16 or float16
@@ -40,6 +68,7 @@ struct LinearProduct {
   int64_t out_stride;
   int multiprocessors;       // of the device: one block each
   DropoutMask dropout = {};  // of the term, as of a matrix like `out`; for right_by_row
+  Beside beside = {};
 };
 
 // Whether the launcher takes the problem.

@@ -9,6 +9,7 @@
 // On a new barrier the wait for parity 1 does not wait: the first round finds all stages empty.
 #pragma once
 
+#include "beside_product.h"
 #include "product_tiles.h"
 
 namespace rankwise::kernels {
@@ -32,15 +33,18 @@ __device__ inline void load_block(const TensorMap& left, const TensorMap& right,
   }
 }
 
-template <bool right_by_row, bool tail_first>
-__device__ inline void load_operands(const ProductArguments& p, const SharedTiles& shared) {
+// `flagged`: the tail's left matrix is written meanwhile, a flag for each row tile.
+template <bool right_by_row, bool tail_first, bool flagged>
+__device__ inline void load_operands(const ProductArguments& p, const SharedTiles& shared,
+                                     const Share& share) {
   const int tiles = p.tiles_down * p.tiles_across, blocks = p.depth_blocks + p.tail_blocks();
   const int first_of_second = tail_first ? p.tail_blocks() : p.depth_blocks;
   Ring ring;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int tile = share.first; tile < tiles; tile += share.step) {
     const TilePlace place = place_of(p, tile);
     for (int block = 0; block < blocks; ++block) {
       const bool second = block >= first_of_second, tail = second != tail_first;
+      if (flagged && tail) wait_for_term(p, place.row);
       load_block<right_by_row>(tail ? p.tail_left : p.left, tail ? p.tail_right : p.right, shared,
                                ring, place,
                                (second ? block - first_of_second : block) * tile_depth);

@@ -8,6 +8,20 @@
 
 namespace rankwise::kernels {
 
+// What blocks beside the product work on (beside_product.h).
+struct BesideArguments {
+  TensorMap operand;  // A in boxes of 16 directions; or x, in boxes of a tile's rows
+  int blocks;
+  int chunk;  // of dA: row tiles of a sum
+  int rank;
+  void *hidden, *term;  // [rows, rank]
+  int64_t term_stride;
+  float scale;
+  const void* E;    // [rank], or null
+  uint32_t* flags;  // a counter of blocks, and one of warps for each row tile
+  float* partial;   // [chunks, cols, rank rounded up to a multiple of 8]
+};
+
 struct ProductArguments {
   TensorMap left, right, tail_left, tail_right, out;
   const void* bias;     // or null
@@ -16,6 +30,7 @@ struct ProductArguments {
   int depth_blocks;  // of 64
   int tail_steps;    // of 16: ceil(rank / 16)
   int tiles_down, tiles_across;
+  BesideArguments beside;
 
   __device__ int tail_blocks() const {
     constexpr int steps = tile_depth / step_depth;
@@ -36,6 +51,11 @@ __device__ inline TilePlace place_of(const ProductArguments& p, int i) {
   const int across = i % in_band / down;
   return {(first + i % in_band % down) * tile_rows, across * tile_cols};
 }
+
+// A block's part of work that is dealt out: numbers first, first + step...
+struct Share {
+  int first, step;
+};
 
 constexpr int sums_each = group_rows * tile_cols / warpgroup;  // of a thread
 

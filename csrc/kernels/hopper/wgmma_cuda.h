@@ -1,4 +1,4 @@
-// wgmma.m64n256k16: the products of a warpgroup, both operands in shared memory.
+// wgmma.m64n256k16 and m64n16k16: the products of a warpgroup, both operands in shared memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,6 +34,12 @@ namespace rankwise::kernels {
                " {" RANKWISE_SUM_NAMES "}, %128, %129, p, 1, 1, 0, %131;\n}\n"                 \
                : RANKWISE_SUMS                                                                 \
                : "l"(left), "l"(right), "r"(static_cast<uint32_t>(keep)), "n"(static_cast<int>(right_by_row)))
+#define RANKWISE_NARROW_WGMMA(type)                                                           \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"                                    \
+               "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type                     \
+               " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, %11, %11;\n}\n"            \
+               : RANKWISE_EIGHT_SUMS(0)                                                        \
+               : "l"(left), "l"(right), "r"(static_cast<uint32_t>(keep)), "n"(static_cast<int>(by_row)))
 // clang-format on
 
 // Starts sums (+)= left right for a left [64, 16] and a right [16, 256] of T, named by descriptors;
@@ -49,6 +55,18 @@ __device__ inline void multiply_group(float (&sums)[128], uint64_t left, uint64_
   }
 }
 
+// The same for a right operand [16, 16]. `by_row` also names the left one's layout: [16, 64], its
+// rows along the depth.
+template <typename T, bool by_row>
+__device__ inline void multiply_narrow(float (&sums)[8], uint64_t left, uint64_t right, bool keep) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    RANKWISE_NARROW_WGMMA("bf16");
+  } else {
+    RANKWISE_NARROW_WGMMA("f16");
+  }
+}
+
+#undef RANKWISE_NARROW_WGMMA
 #undef RANKWISE_WGMMA
 #undef RANKWISE_SUMS
 #undef RANKWISE_EIGHT_SUMS

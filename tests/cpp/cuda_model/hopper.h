@@ -1,7 +1,10 @@
 // What csrc/kernels/hopper/instructions.h gives kernels, under the execution model.
 #pragma once
 
+#include <cstring>
+
 #include "device.h"
+#include "engine.h"
 #include "shared_barriers.h"
 #include "shared_memory.h"
 #include "tensor_copies.h"
@@ -70,6 +73,34 @@ template <typename T, bool right_by_row, int count>
 void multiply_group(float (&sums)[count], uint64_t left, uint64_t right, bool keep,
                     const cuda_model::Site& site = cuda_model::Site::current()) {
   cuda_model::multiply_group<T>({sums, left, right, keep, right_by_row, 2 * count}, site);
+}
+
+template <typename T, bool by_row>
+void multiply_narrow(float (&sums)[8], uint64_t left, uint64_t right, bool keep,
+                     const cuda_model::Site& site = cuda_model::Site::current()) {
+  cuda_model::multiply_group<T>({sums, left, right, keep, by_row, 16, by_row}, site);
+}
+
+// Blocks run one after another: who waits for one that has not begun waits for good.
+inline uint32_t take_ticket(uint32_t* counter) {
+  return (*counter)++;
+}
+
+inline void fence_device_writes() {}
+
+inline void raise_flag(uint32_t* flag) {
+  ++*flag;
+}
+
+inline void wait_for_flag(const uint32_t* flag, uint32_t times,
+                          const cuda_model::Site& site = cuda_model::Site::current()) {
+  cuda_model::wait_until(
+      "a flag", [=] { return *flag >= times; }, site);
+}
+
+inline int zero_memory(void* memory, size_t bytes, const Stream&) {
+  std::memset(memory, 0, bytes);
+  return cudaSuccess;
 }
 
 template <int count>

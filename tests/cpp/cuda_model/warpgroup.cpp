@@ -81,8 +81,8 @@ void run_product(const Product& p) {
   static CoreNumber left[warp_rows][depth], right[longest][depth];
   for (int k = 0; k < depth; ++k) {
     for (int i = 0; i < warp_rows; ++i) {
-      left[i][k] =
-          core_number<T>(element(p.of.left, false, p.warp % group_warps * warp_rows + i, k));
+      left[i][k] = core_number<T>(
+          element(p.of.left, p.of.left_by_row, p.warp % group_warps * warp_rows + i, k));
     }
     for (int j = 0; j < p.of.cols; ++j) {
       right[j][k] = core_number<T>(element(p.of.right, p.of.right_by_row, j, k));

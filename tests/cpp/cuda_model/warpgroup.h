@@ -16,6 +16,7 @@ struct GroupProduct {
   bool keep;          // adds to the sums; else they begin at 0
   bool right_by_row;  // right is [16, cols] with rows of 64 columns; else [cols, 16] by column
   int cols;
+  bool left_by_row = false;  // left is [16, 64] with rows of 64 columns; else [64, 16]
 };
 
 // Before the first product, and after sums were touched.

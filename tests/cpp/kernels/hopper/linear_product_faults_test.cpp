@@ -23,7 +23,12 @@ enum class Fault {
   left_stride,
   right_stride,
   other_box,
-  other_half
+  other_half,
+  // beside the product
+  narrow_stride,
+  flag_not_raised,
+  late_blocks,             // blocks that raise flags are the last to begin,
+  late_blocks_not_awaited  // and nobody waits for them
 };
 Fault fault = Fault::none;
 
@@ -81,6 +86,28 @@ void faulty_multiply_group(float (&sums)[count], uint64_t left, uint64_t right, 
   multiply_group<T, right_by_row>(sums, left, right, keep, site);
 }
 
+template <typename T, bool by_row>
+void faulty_multiply_narrow(float (&sums)[8], uint64_t left, uint64_t right, bool keep,
+                            const Site& site = Site::current()) {
+  constexpr uint64_t stride = uint64_t{64} << 32;
+  if (fault == Fault::narrow_stride) right -= stride / 2;
+  multiply_narrow<T, by_row>(sums, left, right, keep, site);
+}
+
+uint32_t faulty_take_ticket(uint32_t* counter) {
+  const uint32_t ticket = take_ticket(counter);
+  return fault < Fault::late_blocks ? ticket : gridDim.x - 1 - ticket;
+}
+
+void faulty_raise_flag(uint32_t* flag) {
+  if (fault != Fault::flag_not_raised || threadIdx.x < 320) raise_flag(flag);
+}
+
+void faulty_wait_for_flag(const uint32_t* flag, uint32_t times,
+                          const Site& site = Site::current()) {
+  if (fault != Fault::late_blocks_not_awaited) wait_for_flag(flag, times, site);
+}
+
 }  // namespace
 }  // namespace rankwise::kernels
 
@@ -93,9 +120,13 @@ void faulty_multiply_group(float (&sums)[count], uint64_t left, uint64_t right, 
 #define products_fence faulty_products_fence
 #define load_box faulty_load_box
 #define multiply_group faulty_multiply_group
+#define multiply_narrow faulty_multiply_narrow
+#define take_ticket faulty_take_ticket
+#define raise_flag faulty_raise_flag
+#define wait_for_flag faulty_wait_for_flag
 #include <kernels/hopper/linear_product.cu>
 
-#include "linear_product_problem.h"
+#include "beside_problems.h"
 
 namespace rankwise::kernels {
 namespace {
@@ -145,7 +176,40 @@ INSTANTIATE_TEST_SUITE_P(
                     Planted{Fault::left_stride, wrong}, Planted{Fault::right_stride, wrong},
                     Planted{Fault::other_box, wrong}, Planted{Fault::other_half, wrong}));
 
+// As run(), with a pass over x beside the product.
+template <typename Pass>
+void run_beside(Fault with) {
+  cuda_model::set_schedule({});
+  Pass pass({{700, 136, 456, 12, std::is_same_v<Pass, Gradient<__half>>, false, 3}, 1, false, 6});
+  fault = with;
+  pass.everything();
+  fault = Fault::none;
+  if (!pass.is_right()) cuda_model::fail("a wrong result");
+}
+
+class FaultsBeside : public testing::TestWithParam<Planted> {};
+
+TEST_P(FaultsBeside, AreSeen) {
+  EXPECT_DEATH(run_beside<Forward<__half>>(GetParam().fault), GetParam().message);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Each, FaultsBeside,
+    testing::Values(Planted{Fault::early_release, wrong}, Planted{Fault::narrow_stride, wrong},
+                    Planted{Fault::sums_not_awaited, "products under way"},
+                    Planted{Fault::no_fence_of_products, "without wgmma.fence"},
+                    Planted{Fault::no_arrival, waits}, Planted{Fault::flag_not_raised, waits},
+                    Planted{Fault::late_blocks, waits},
+                    Planted{Fault::late_blocks_not_awaited, wrong}));
+
+TEST(LinearProductFaults, AreSeenInAGradientBesideTheProduct) {
+  EXPECT_DEATH(run_beside<Gradient<__half>>(Fault::early_release), wrong);
+  EXPECT_DEATH(run_beside<Gradient<__half>>(Fault::narrow_stride), wrong);
+}
+
 TEST(LinearProductFaults, TheKernelAroundThemIsRight) {
+  run_beside<Forward<__half>>(Fault::none);
+  run_beside<Gradient<__half>>(Fault::none);
   run<__half>(Fault::none, false);
   run<__nv_bfloat16>(Fault::none, true);
 }
