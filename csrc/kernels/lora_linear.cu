@@ -135,9 +135,13 @@ int launch_input_factor_gradient(const InputFactorGradient& p, void* scratch, vo
   const ColumnProducts pass = products(p);
   auto* partial = static_cast<float*>(scratch);
   if (const int error = launch_column_products(pass, partial, stream)) return error;
-  const FinishColumns columns{p.cols,  p.rank,      column_product_chunks(pass).count,
-                              partial, 1.0f,        nullptr,
-                              p.dA,    p.dA_stride, /*by_rank=*/true};
+  return launch_input_factor_end(p, partial, column_product_chunks(pass).count, stream);
+}
+
+int launch_input_factor_end(const InputFactorGradient& p, const float* partial, int64_t slices,
+                            void* stream) {
+  const FinishColumns columns{p.cols,  p.rank, slices,      partial,         1.0f,
+                              nullptr, p.dA,   p.dA_stride, /*by_rank=*/true};
   return launch_finish({p.factor_type, {}, columns, p.gate}, stream);
 }
 

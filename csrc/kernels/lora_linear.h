@@ -114,6 +114,9 @@ struct InputFactorGradient {
 };
 int64_t input_factor_gradient_scratch_bytes(const InputFactorGradient& problem);
 int launch_input_factor_gradient(const InputFactorGradient& problem, void* scratch, void* stream);
+// The same from slices that hopper/linear_product.h has summed up: x, dh and dropout are unused.
+int launch_input_factor_end(const InputFactorGradient& problem, const float* partial,
+                            int64_t slices, void* stream);
 
 struct Expand {
   int64_t rows, cols, rank;

@@ -128,30 +128,50 @@ void expand_input(const CudaAdapter& adapter, const at::Tensor& dh, const at::Te
       current_stream()));
 }
 
-ParameterGradients parameter_gradients(const CudaAdapter& adapter, const AdapterOperands& operands,
-                                       const at::Tensor& dy, const at::Tensor& input,
-                                       const at::Tensor& hidden, std::array<bool, 4> output_mask,
-                                       const ProductTerm& term) {
+void end_input_factor_gradient(const CudaAdapter& adapter, const at::Tensor& x,
+                               const at::Tensor& dA, const c10::DataPtr& slices, int64_t count,
+                               const PendingGate& pending) {
+  kernels::InputFactorGradient problem{};
+  problem.cols = x.size(1);
+  problem.rank = adapter.rank();
+  problem.factor_type = adapter.type();
+  problem.dA = dA.mutable_data_ptr();
+  problem.dA_stride = dA.stride(0);
+  problem.gate = pending.sum;
+  check_launch(kernels::launch_input_factor_end(problem, static_cast<const float*>(slices.get()),
+                                                count, current_stream()));
+}
+
+OutputSide output_side(const CudaAdapter& adapter, const AdapterOperands& operands,
+                       const at::Tensor& dy, const at::Tensor& hidden,
+                       std::array<bool, 4> output_mask, const ProductTerm& term) {
   const auto [need_x, need_A, need_B, need_E] = output_mask;
   const int64_t rank = adapter.rank(), capacity = operands.lora_A.size(0);
-  OutputGradients from_dy;
-  PendingGate pending;
-  at::Tensor dA;
-  if (need_B) from_dy.dB = gradient_of(operands.lora_B, capacity, rank);
-  if (need_E) from_dy.dE = gradient_of(*operands.lora_E, capacity, rank);
+  OutputSide side;
+  if (need_B) side.d.dB = gradient_of(operands.lora_B, capacity, rank);
+  if (need_E) side.d.dE = gradient_of(*operands.lora_E, capacity, rank);
   if (need_x || need_A) {
     const bool serves = term.defined() && !term.split() && term.left.is_contiguous();
-    from_dy.dh = serves ? term.left : at::empty({dy.size(0), rank}, adapter.A.options());
+    side.d.dh = serves ? term.left : at::empty({dy.size(0), rank}, adapter.A.options());
   }
   if (rank > 0 && (need_x || need_A || need_B || need_E)) {
-    pending = output_gradients(adapter, dy, hidden.contiguous(), from_dy, term,
-                               /*dE_later=*/need_E && need_A);
+    side.pending = output_gradients(adapter, dy, hidden.contiguous(), side.d, term,
+                                    /*dE_later=*/need_E && need_A);
   }
-  if (need_A) {
-    dA = gradient_of(operands.lora_A, capacity, rank);
-    if (rank > 0) input_factor_gradient(adapter, matrix(input), from_dy.dh, dA, pending);
+  return side;
+}
+
+ParameterGradients parameter_gradients(const CudaAdapter& adapter, const AdapterOperands& operands,
+                                       const at::Tensor& dy, const at::Tensor& input,
+                                       const at::Tensor& hidden, std::array<bool, 4> output_mask) {
+  const OutputSide side = output_side(adapter, operands, dy, hidden, output_mask);
+  at::Tensor dA;
+  if (output_mask[1]) {
+    dA = gradient_of(operands.lora_A, operands.lora_A.size(0), adapter.rank());
+    if (adapter.rank() > 0)
+      input_factor_gradient(adapter, matrix(input), side.d.dh, dA, side.pending);
   }
-  return {from_dy.dh, dA, from_dy.dB, from_dy.dE};
+  return {side.d.dh, dA, side.d.dB, side.d.dE};
 }
 
 }  // namespace rankwise

@@ -86,15 +86,30 @@ void expand_input(const CudaAdapter& adapter, const at::Tensor& dh, const at::Te
 void input_factor_gradient(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& dh,
                            const at::Tensor& dA, const PendingGate& pending = {});
 
+// The same from slices that a product's launch has summed up (term_product.h).
+void end_input_factor_gradient(const CudaAdapter& adapter, const at::Tensor& x,
+                               const at::Tensor& dA, const c10::DataPtr& slices, int64_t count,
+                               const PendingGate& pending);
+
+// What dy gives of a layer over products: gradients of whole factors, and dh, which dA and x's come
+// from. `output_mask`: x, A, B, E. `term` is x's, which dh joins. dE is pending if dA is asked for
+// too.
+struct OutputSide {
+  OutputGradients d;
+  PendingGate pending;
+};
+OutputSide output_side(const CudaAdapter& adapter, const AdapterOperands& operands,
+                       const at::Tensor& dy, const at::Tensor& hidden,
+                       std::array<bool, 4> output_mask, const ProductTerm& term = {});
+
 // Gradients of a layer over products: of whole factors, and dh, which x's comes from. Undefined
 // where not asked for.
 struct ParameterGradients {
   at::Tensor dh, A, B, E;
 };
-// `output_mask`: x, A, B, E. `term` is x's, which dh joins.
+// `output_mask`: x, A, B, E.
 ParameterGradients parameter_gradients(const CudaAdapter& adapter, const AdapterOperands& operands,
                                        const at::Tensor& dy, const at::Tensor& input,
-                                       const at::Tensor& hidden, std::array<bool, 4> output_mask,
-                                       const ProductTerm& term = {});
+                                       const at::Tensor& hidden, std::array<bool, 4> output_mask);
 
 }  // namespace rankwise

@@ -81,11 +81,14 @@ ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor
   const at::Tensor x = matrix(input);
   const at::Tensor hidden = at::empty({x.size(0), rank}, adapter.A.options());
   const ProductTerm term = output_term(adapter, x, weight);
-  const bool apart = adapter.E.defined() && !term.defined();
-  const at::Tensor gated = apart ? at::empty_like(hidden) : hidden;
-  if (rank > 0) shrink(adapter, x, hidden, gated, term);
-  const at::Tensor y = term.defined() ? product_with_term(x, weight.t(), term, bias)
-                                      : add_output(adapter, x, weight, bias, gated);
+  at::Tensor y = product_beside_shrink(adapter, x, weight, term, bias, hidden);
+  if (!y.defined()) {
+    const bool apart = adapter.E.defined() && !term.defined();
+    const at::Tensor gated = apart ? at::empty_like(hidden) : hidden;
+    if (rank > 0) shrink(adapter, x, hidden, gated, term);
+    y = term.defined() ? product_with_term(x, weight.t(), term, bias)
+                       : add_output(adapter, x, weight, bias, gated);
+  }
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = weight.size(0);
   return {y.view(shape), hidden, seed};
@@ -105,14 +108,26 @@ BackwardResult lora_linear_backward_cuda(const at::Tensor& grad_output, const at
   const CudaAdapter adapter(operands, seed);
   const at::Tensor dy = matrix(grad_output);
   const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
+  const int64_t rank = adapter.rank();
   const ProductTerm term = need_x ? input_term(adapter, dy, weight) : ProductTerm();
-  const ParameterGradients d = parameter_gradients(adapter, operands, dy, input, hidden,
-                                                   {need_x, need_A, need_B, need_E}, term);
-  at::Tensor dx, dw, db;
-  if (need_x) dx = input_gradient(adapter, dy, weight, d.dh, term).view(input.sizes());
-  if (need_w) dw = at::mm(dy.t(), matrix(input));
+  const OutputSide side =
+      output_side(adapter, operands, dy, hidden, {need_x, need_A, need_B, need_E}, term);
+  const at::Tensor x = need_A || need_w ? matrix(input) : at::Tensor();
+  at::Tensor dx, dw, db, dA;
+  if (need_A) dA = gradient_of(operands.lora_A, operands.lora_A.size(0), rank);
+  InputProducts both;
+  if (need_A) both = product_beside_input_factor(adapter, dy, weight, term, x);
+  if (both.dx.defined()) {
+    dx = both.dx;
+    end_input_factor_gradient(adapter, x, dA, both.slices, both.count, side.pending);
+  } else {
+    if (need_A && rank > 0) input_factor_gradient(adapter, x, side.d.dh, dA, side.pending);
+    if (need_x) dx = input_gradient(adapter, dy, weight, side.d.dh, term);
+  }
+  if (need_x) dx = dx.view(input.sizes());
+  if (need_w) dw = at::mm(dy.t(), x);
   if (need_b) db = at::sum(dy, 0);
-  return {dx, dw, db, d.A, d.B, d.E};
+  return {dx, dw, db, dA, side.d.dB, side.d.dE};
 }
 
 }  // namespace

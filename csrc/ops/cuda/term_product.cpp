@@ -87,6 +87,44 @@ kernels::SplitMatrix parts(const at::Tensor& from, const at::Tensor& to, int64_t
           to.stride(0),   part_stride};
 }
 
+// Of the launch for left right and its term; 0: passes go before and after it.
+int blocks_beside(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right,
+                  const ProductTerm& term, int64_t reuse) {
+  if (!term.defined() || term.split() || adapter.dropout.active()) return 0;
+  return multiprocessors_beside(product_device(left.get_device()),
+                                {left.size(0), right.size(1), left.size(1), adapter.rank()}, reuse);
+}
+
+at::Tensor multiply(const at::Tensor& left, const at::Tensor& right, const ProductTerm& term,
+                    const std::optional<at::Tensor>& bias_view, const kernels::DropoutMask& mask,
+                    const kernels::Beside& beside) {
+  const at::Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
+  at::Tensor bias;
+  if (has(bias_view)) {
+    bias = bias_view->contiguous();
+    if (reinterpret_cast<uintptr_t>(bias.const_data_ptr()) % bytes_between != 0)
+      bias = bias.clone();
+  }
+  const kernels::LinearProduct problem{out.size(0),
+                                       out.size(1),
+                                       left.size(1),
+                                       term.left.size(1),
+                                       kernel_type(out),
+                                       term.by_row,
+                                       operand(left),
+                                       operand(term.by_row ? right : right.t()),
+                                       operand(term.left),
+                                       operand(term.right),
+                                       bias.defined() ? bias.const_data_ptr() : nullptr,
+                                       out.mutable_data_ptr(),
+                                       out.stride(0),
+                                       product_device(out.get_device()).multiprocessors,
+                                       mask,
+                                       beside};
+  check_launch(kernels::launch_linear_product(problem, current_stream()));
+  return out;
+}
+
 }  // namespace
 
 bool takes_term(c10::DeviceIndex device, const ProductSizes& sizes) {
@@ -123,32 +161,41 @@ void write(const ProductTerm& term, const at::Tensor& left) {
 }
 
 at::Tensor product_with_term(const at::Tensor& left, const at::Tensor& right,
-                             const ProductTerm& term, const std::optional<at::Tensor>& bias_view,
+                             const ProductTerm& term, const std::optional<at::Tensor>& bias,
                              const kernels::DropoutMask& mask) {
-  const at::Tensor out = at::empty({left.size(0), right.size(1)}, left.options());
-  at::Tensor bias;
-  if (has(bias_view)) {
-    bias = bias_view->contiguous();
-    if (reinterpret_cast<uintptr_t>(bias.const_data_ptr()) % bytes_between != 0)
-      bias = bias.clone();
-  }
-  const kernels::LinearProduct problem{out.size(0),
-                                       out.size(1),
-                                       left.size(1),
-                                       term.left.size(1),
-                                       kernel_type(out),
-                                       term.by_row,
-                                       operand(left),
-                                       operand(term.by_row ? right : right.t()),
-                                       operand(term.left),
-                                       operand(term.right),
-                                       bias.defined() ? bias.const_data_ptr() : nullptr,
-                                       out.mutable_data_ptr(),
-                                       out.stride(0),
-                                       product_device(out.get_device()).multiprocessors,
-                                       mask};
-  check_launch(kernels::launch_linear_product(problem, current_stream()));
-  return out;
+  return multiply(left, right, term, bias, mask, {});
+}
+
+at::Tensor product_beside_shrink(const CudaAdapter& adapter, const at::Tensor& x,
+                                 const at::Tensor& w, const ProductTerm& term,
+                                 const std::optional<at::Tensor>& bias, const at::Tensor& hidden) {
+  kernels::Beside beside;
+  beside.blocks = blocks_beside(adapter, x, w.t(), term, /*reuse=*/w.size(0));
+  if (beside.blocks == 0 || term.by_row || !lies_well(adapter.A)) return {};
+  c10::DataPtr flags = scratch(kernels::beside_flags(x.size(0)) * sizeof(uint32_t));
+  beside.A = operand(adapter.A);
+  beside.E = adapter.gate();
+  beside.scale = static_cast<float>(adapter.scaling);
+  beside.hidden = hidden.mutable_data_ptr();
+  beside.flags = static_cast<uint32_t*>(flags.mutable_get());
+  return multiply(x, w.t(), term, bias, {}, beside);
+}
+
+InputProducts product_beside_input_factor(const CudaAdapter& adapter, const at::Tensor& dy,
+                                          const at::Tensor& w, const ProductTerm& term,
+                                          const at::Tensor& x) {
+  constexpr int64_t wanted_slices = 4, rows_each = 128;
+  kernels::Beside beside;
+  beside.blocks = blocks_beside(adapter, dy, w, term, /*reuse=*/w.size(0));
+  if (beside.blocks == 0 || !term.by_row || !lies_well(x)) return {};
+  const int64_t pitch = (adapter.rank() + 7) / 8 * 8;
+  const int64_t tiles = (x.size(0) + rows_each - 1) / rows_each;
+  beside.x = operand(x);
+  beside.chunk = static_cast<int>((tiles + wanted_slices - 1) / wanted_slices);
+  const int64_t count = kernels::beside_slices(x.size(0), beside.chunk);
+  c10::DataPtr slices = scratch(count * x.size(1) * pitch * sizeof(float));
+  beside.partial = static_cast<float*>(slices.mutable_get());
+  return {multiply(dy, w, term, {}, {}, beside), std::move(slices), count};
 }
 
 }  // namespace rankwise

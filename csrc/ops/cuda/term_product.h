@@ -31,4 +31,20 @@ at::Tensor product_with_term(const at::Tensor& left, const at::Tensor& right,
                              const ProductTerm& term, const std::optional<at::Tensor>& bias,
                              const kernels::DropoutMask& mask = {});
 
+// The same for y = x w^T + term + bias with hidden = x A^T beside it, of which the term is made:
+// both are written. Undefined, and nothing done, where the rule has it otherwise.
+at::Tensor product_beside_shrink(const CudaAdapter& adapter, const at::Tensor& x,
+                                 const at::Tensor& w, const ProductTerm& term,
+                                 const std::optional<at::Tensor>& bias, const at::Tensor& hidden);
+
+// The same for dx = dy w + term, and slices of dA = dh^T x beside it.
+struct InputProducts {
+  at::Tensor dx;  // undefined, and nothing done, where the rule has it otherwise
+  c10::DataPtr slices;
+  int64_t count = 0;
+};
+InputProducts product_beside_input_factor(const CudaAdapter& adapter, const at::Tensor& dy,
+                                          const at::Tensor& w, const ProductTerm& term,
+                                          const at::Tensor& x);
+
 }  // namespace rankwise

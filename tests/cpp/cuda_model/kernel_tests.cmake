@@ -54,7 +54,8 @@ set(lora_linear_kernels column_products.cu expand.cu finish.cu lora_linear.cu ou
 rankwise_kernel_test(kernels/lora_linear_test dropout_mask.cu ${lora_linear_kernels})
 rankwise_kernel_test(kernels/lora_linear_accuracy_test ${lora_linear_kernels})
 rankwise_kernel_test(kernels/lora_linear_nonfinite_test ${lora_linear_kernels})
-rankwise_kernel_test(kernels/lora_linear_term_test split_term.cu ${lora_linear_kernels})
+rankwise_kernel_test(kernels/lora_linear_term_test hopper/linear_product.cu split_term.cu
+  ${lora_linear_kernels})
 rankwise_kernel_test(kernels/allocation/orthogonality_test allocation/orthogonality.cu)
 rankwise_kernel_test(kernels/allocation/progress_test allocation/progress.cu)
 rankwise_kernel_test(kernels/allocation/triplet_selection_test allocation/triplet_selection.cu)

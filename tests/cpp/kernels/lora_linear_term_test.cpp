@@ -2,7 +2,7 @@
 // for later, and how many kernels a layer launches.
 #include <gtest/gtest.h>
 
-#include "kernel_checks.h"
+#include "hopper/beside_problems.h"
 
 namespace rankwise::kernels {
 namespace {
@@ -169,6 +169,59 @@ TYPED_TEST(LoraLinearTerm, TwoKernelsForwardAndFourBackward) {
   layer.run(backward, layer.input_factor_gradient());
   const bool once = sizeof(typename TestFixture::Wide) == 2;  // dy is read for dh and dB together
   EXPECT_EQ(cuda_model::grids_run() - between, once ? 4 : 5);
+}
+
+// With passes beside its products a layer launches one kernel forward and four backward.
+TEST(LoraLinearBeside, OneKernelForwardAndFourBackward) {
+  cuda_model::set_schedule({});
+  using T = __nv_bfloat16;
+  constexpr int64_t rows = 300, cols = 264, rank = 16;
+  const Forward<T> forward({{rows, cols, 136, rank, false, true, 4}, 2, true});
+  int before = cuda_model::grids_run();
+  ASSERT_EQ(launch_linear_product(forward.problem(), nullptr), 0);
+  EXPECT_EQ(cuda_model::grids_run() - before, 1);
+
+  Gradient<T> gradient({{rows, cols, 136, rank, true, false, 4}, 2, false, 2});
+  std::mt19937 random{9};
+  const auto B = Matrix<T>::random(136, rank, random),
+             hidden = Matrix<T>::random(rows, rank, random), E = Matrix<T>::random(1, rank, random);
+  const Matrix<T> dB(136, rank), dE(1, rank), dA(rank, cols);
+  const Product<T>& dx = gradient.product;  // its left is dy, and its tail_left takes dh
+  OutputGradient of_dy{
+      rows,           136,      rank,      Type::bfloat16, Type::bfloat16, dx.left.data(),
+      dx.left.stride, B.data(), B.stride,  E.data(),       hidden.data(),  0.75f,
+      1.0f,           nullptr,  dB.data(), dB.stride,      dE.data()};
+  const Matrix<T> dh(rows, rank);
+  of_dy.dh = dh.data();
+  of_dy.term = {dx.tail_left.data(), dx.tail_left.stride, false};
+  of_dy.dE_later = true;
+  const DeviceArray<float> scratch(output_gradient_scratch_bytes(of_dy) / 4);
+  before = cuda_model::grids_run();
+  ASSERT_EQ(launch_output_gradient(of_dy, scratch.data(), nullptr), 0);
+  ASSERT_EQ(launch_linear_product(gradient.problem(), nullptr), 0);
+  InputFactorGradient end{};
+  end.cols = cols;
+  end.rank = rank;
+  end.factor_type = Type::bfloat16;
+  end.dA = dA.data();
+  end.dA_stride = dA.stride;
+  end.gate = gate_gradient(of_dy, scratch.data());
+  ASSERT_EQ(launch_input_factor_end(end, gradient.partial.data(), gradient.slices, nullptr), 0);
+  EXPECT_EQ(cuda_model::grids_run() - before, 4);
+
+  expect_close<T>("dA", dA, rows, [&](int64_t r, int64_t j) {
+    Expected e;
+    for (int64_t i = 0; i < rows; ++i) e.add(gradient.x.at(i, j) * dh.written(i, r));
+    return e;
+  });
+  expect_close<T>("dE", dE, rows + 136, [&](int64_t, int64_t r) {
+    Expected e;
+    for (int64_t n = 0; n < 136; ++n) {
+      for (int64_t i = 0; i < rows; ++i)
+        e.add(0.75 * dx.left.at(i, n) * hidden.at(i, r) * B.at(n, r));
+    }
+    return e;
+  });
 }
 
 }  // namespace

@@ -34,6 +34,7 @@ DTYPES = {  # name: (base, factors)
 }
 ALLOCATED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ODD, ALIGNED, WIDE = (299, 131, 83), (299, 136, 88), (6599, 1032, 1032)  # tokens, in, out
+BESIDE = (2040, 4088, 4088)  # x is read beside the products
 ops = torch.ops.rankwise
 
 
@@ -65,14 +66,16 @@ def with_gradients(y: Tensor | list[Tensor], leaves: list[Tensor | None]) -> lis
     return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])]
 
 
-def linear(name: str, sizes: tuple, rank: int, gate: bool, wanted: str, device: str) -> object:
+def linear(
+    name: str, sizes: tuple, rank: int, gate: bool, wanted: str, device: str, dropout: float = 0.3
+) -> object:
     """`wanted` are the letters of what takes gradients; a gate comes with dropout and a bias."""
     x, W, bias, A, B, E = adapter(device, name, sizes, rank, gate)
     leaves = {"x": x, "A": A, "B": B, "E": E}
     for letter, leaf in leaves.items():
         if leaf is not None and letter not in wanted:
             leaf.requires_grad_(False)
-    p = 0.3 if gate else 0.0
+    p = dropout if gate else 0.0
     y = rw.ops.lora_linear(x, W, bias if gate else None, A, B, E, scaling=0.5, dropout_p=p)
     return with_gradients(y, [leaves[letter] for letter in wanted])
 
@@ -187,6 +190,11 @@ def layers() -> Iterator[tuple[str, Problem]]:
             split = {"split_term"} if base is not factor else set()
             run = partial(group, name, WIDE, 5)
             yield f"joined group {name}", Problem(run, frozenset(joined | split), "cuda (sm_90a)")
+    alone = frozenset({"linear_product", "output_products", "finish"})
+    for wanted in ("xABE", "xAB"):
+        run = partial(linear, "bfloat16", BESIDE, 5, "E" in wanted, wanted, dropout=0.0)
+        title = f"beside bfloat16{' gated' if 'E' in wanted else ''}"
+        yield title, Problem(run, alone, path="cuda (sm_90a)")
 
 
 def passes() -> Iterator[tuple[str, Problem]]:

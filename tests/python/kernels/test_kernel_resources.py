@@ -33,7 +33,7 @@ PLAN = {
     "gram_deviation": (4, 128, 17408),
     "importance_scores": (1, 48, 0),
     "importance_step": (1, 48, 2048),
-    "linear_product": (6, 168, 0),  # 384 threads, which share out 64 Ki registers as they run
+    "linear_product": (10, 168, 16),  # 384 threads, which share out 64 Ki registers as they run
     "mask_triplets": (1, 32, 0),
     "order_triplets": (1, 48, 4096),
     "orthogonality_gradient": (4, 64, 10752),

@@ -39,6 +39,21 @@ TEST(ProductRule, WantsTheLastRoundFull) {
   EXPECT_FALSE(sums_take_the_term({9, 0, 114}, {2048, 4096, 4096, 16}));
 }
 
+// 1,024 tiles are eight rounds of 128.
+TEST(ProductRule, PassesGoBesideWhereTheyEndBeforeTheProduct) {
+  const auto beside = [](const ProductSizes& sizes, int64_t reuse) {
+    return multiprocessors_beside(h100, sizes, reuse);
+  };
+  EXPECT_EQ(beside({8192, 4096, 4096, 16}, 4096), 4);
+  EXPECT_EQ(beside({8192, 8192, 8192, 16}, 8192), 4);
+  EXPECT_EQ(beside({8192, 14336, 4096, 16}, 14336), 4);  // y of 4096 -> 14336
+  EXPECT_EQ(beside({2048, 4096, 4096, 16}, 4096), 4);
+  EXPECT_EQ(beside({8192, 1024, 1024, 16}, 1024), 0);
+  EXPECT_EQ(beside({8192, 4096, 4096, 17}, 4096), 0);
+  EXPECT_EQ(beside({132 * 128, 2048, 4096, 16}, 2048), 0);  // 1,056 tiles leave none
+  EXPECT_EQ(beside({2048, 1024, 4096, 16}, 8192), 0);       // cuBLASLt's
+}
+
 TEST(ProductRule, IsForOneArchitecture) {
   for (const ProductDevice& device : {ProductDevice{8, 0, 108}, ProductDevice{8, 9, 128},
                                       ProductDevice{10, 0, 132}, ProductDevice{12, 0, 132}}) {
