@@ -38,6 +38,11 @@ __device__ void finish_rows(const FinishRows& p, int64_t block) {
   const int64_t row = block * rows + place;
   const int four = static_cast<int>(threadIdx.x) % fours, first = 4 * four;
   if (place >= rows || row >= p.rows || first >= p.rank) return;
+  if (p.cut && four == 0) {
+    for (int64_t i = p.rank; i < cut_rank; ++i) {
+      store_cut(static_cast<uint16_t*>(p.cut) + row * cut_rows + i, cut_rank, 0.0f);
+    }
+  }
   const auto* from = reinterpret_cast<const float4*>(p.partial) + row * fours + four;
   float4 sum = {};
 #pragma unroll 4
@@ -53,6 +58,8 @@ __device__ void finish_rows(const FinishRows& p, int64_t block) {
     const float gated = p.gated_scale * (value * gate);
     if (p.gated) static_cast<T*>(p.gated)[at] = T(gated);
     if (p.term.data) store_term<T>(p.term, row, first + j, p.rank, gated);
+    if (p.cut)
+      store_cut(static_cast<uint16_t*>(p.cut) + row * cut_rows + first + j, cut_rank, gated);
   }
 }
 

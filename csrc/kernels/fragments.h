@@ -1,8 +1,7 @@
 // Operands of tensor-core products, from tiles in shared memory.
 //
-// Numbers that the tensor core does not take as they are, are cut into bfloat16 parts of eight bits
-// each, whose sum is the number: three for float32, two for float16. Products of all parts with all
-// parts are exact.
+// Numbers that the tensor core does not take as they are, are cut into parts (number_parts.h):
+// three for float32, two for float16. Products of all parts with all parts are exact.
 //
 // The tensor core cuts its running sum where float32 rounds it, and loses a little at each step and
 // always in one direction. Its sums of parts therefore leave it after each sixteen products and are
@@ -10,6 +9,7 @@
 // 16 bits stay in it: what they lose is far below the rounding of their results.
 #pragma once
 
+#include "number_parts.h"
 #include "tiles.h"
 
 namespace rankwise::kernels {
@@ -24,44 +24,6 @@ constexpr int part_count = std::is_same_v<T, Other> && sizeof(T) == 2 ? 1
 // The type that the tensor core multiplies.
 template <typename T, typename Other>
 using Multiplied = std::conditional_t<std::is_same_v<T, Other> && sizeof(T) == 2, T, __nv_bfloat16>;
-
-__device__ inline float as_float(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(bits);
-#else
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-#endif
-}
-
-__device__ inline uint32_t as_bits(float value) {
-#ifdef __CUDA_ARCH__
-  return __float_as_uint(value);
-#else
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  return bits;
-#endif
-}
-
-// What `part`, the first part of a number, leaves of it. Infinity times zero would be NaN: where
-// nothing is left, the parts that follow are too small to change a sum, and infinite of infinity.
-__device__ inline float rest_of(float number, float part) {
-  return number == part ? number * 0x1p-30f : number - part;
-}
-
-// parts[p]: part p of a pair, largest part first. All have the number's sign, and none is zero but
-// those of zero and of numbers below 2^-66.
-template <int parts_>
-__device__ inline void cut(float low, float high, uint32_t (&parts)[parts_]) {
-#pragma unroll
-  for (int p = 0; p < parts_; ++p) {
-    parts[p] = as_bits(low) >> 16 | (as_bits(high) & 0xFFFF0000u);
-    low = rest_of(low, as_float(as_bits(low) & 0xFFFF0000u));
-    high = rest_of(high, as_float(as_bits(high) & 0xFFFF0000u));
-  }
-}
 
 // fragments[p][j]: part p of the pair in place j.
 template <int parts>

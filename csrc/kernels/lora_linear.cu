@@ -67,8 +67,8 @@ struct OutputPasses {
 
 // dh = scaling * keep_scale * (dy B) o E^T.
 FinishRows hidden_gradient(const OutputGradient& p, int64_t slices, const float* partial) {
-  return {p.rows, p.rank,  slices, partial, p.scaling * p.keep_scale,
-          p.E,    nullptr, p.dh,   1.0f,    p.term};
+  return {p.rows, p.rank, slices, partial, p.scaling * p.keep_scale, p.E, nullptr,
+          p.dh,   1.0f,   p.term, p.dh_cut};
 }
 
 // dB from g = scaling * hidden^T dy, whose float32 values stay in the first slice for dE.

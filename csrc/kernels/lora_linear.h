@@ -85,6 +85,8 @@ struct OutputGradient {
   TermLeft term = {};  // takes `dh`, for a dh that is asked for
   SplitMatrix term_right = {};
   bool dE_later = false;  // InputFactorGradient::gate writes it
+  void* dh_cut =
+      nullptr;  // takes the parts of a float32 dh (split_term.h), [rows, cut_rows], or null
 };
 int64_t output_gradient_scratch_bytes(const OutputGradient& problem);
 int launch_output_gradient(const OutputGradient& problem, void* scratch, void* stream);

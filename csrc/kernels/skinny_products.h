@@ -106,7 +106,7 @@ int launch_output_products(const OutputProducts& problem, float* row_partial, fl
                            void* stream);
 
 // With s = scale * (slices added in order), [rows, rank]: plain = s, gated = gated_scale * s o E^T,
-// and `term` as `gated`.
+// `term` as `gated`, and `cut` its three parts (split_term.h), of float32.
 struct FinishRows {
   int64_t rows = 0, rank = 0, slices = 0;
   const float* partial = nullptr;
@@ -116,6 +116,7 @@ struct FinishRows {
   void* gated = nullptr;    // or null
   float gated_scale = 1.0f;
   TermLeft term = {};
+  void* cut = nullptr;  // [rows, cut_rows], or null
 };
 
 // With s = scale * (slices added in order), [cols, rank]: out = s o E^T (s without E), written as

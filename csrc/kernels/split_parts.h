@@ -1,7 +1,7 @@
 // The parts of split_term.h on the device.
 #pragma once
 
-#include "device.h"
+#include "number_parts.h"
 #include "split_term.h"
 
 namespace rankwise::kernels {
@@ -32,10 +32,20 @@ __device__ inline void store_split(__nv_bfloat16* to, int64_t part_stride, float
   to[2 * part_stride] = of_left ? split.finite : split.low;
 }
 
+// The three parts of a number, `part_stride` elements apart.
+__device__ inline void store_cut(void* to, int64_t part_stride, float value) {
+  uint32_t parts[3];
+  cut(value, 0.0f, parts);
+#pragma unroll
+  for (int p = 0; p < 3; ++p) {
+    static_cast<uint16_t*>(to)[p * part_stride] = static_cast<uint16_t>(parts[p]);
+  }
+}
+
 // Element i of a matrix, counted row by row.
 __device__ inline void split_element(const SplitMatrix& m, int64_t i, bool of_left) {
+  if (i >= m.rows * m.cols) return;
   const int64_t row = i / m.cols, col = i % m.cols;
-  if (row >= m.rows) return;
   store_split(static_cast<__nv_bfloat16*>(m.to) + row * m.to_stride + col, m.part_stride,
               m.from[row * m.row_stride + col * m.col_stride], of_left);
 }

@@ -7,10 +7,14 @@
 //   gradient  partial = x^T dh  boxes side by side, 64 columns to each warpgroup; a box of dh [128,
 //   64]
 //
+// Of float32 factors the parts (split_term.h) lie side by side, 48 directions in the place of 16,
+// and their sums leave the tensor core after each 16 products (fragments.h).
+//
 // Blocks that raise flags are those that began first, by the tickets they draw: who waits for a
 // flag waits for a block that runs and itself waits for nobody.
 #pragma once
 
+#include "../split_parts.h"
 #include "multiply_operands.h"
 #include "product_tiles.h"
 
@@ -65,10 +69,10 @@ __device__ inline BesideItem beside_item(const ProductArguments& p, int i) {
   return {0, i % strips * tile_rows, first, end < p.tiles_down ? end : p.tiles_down, i / strips};
 }
 
-template <bool by_row>
+template <bool by_row, bool cut>
 __device__ inline void load_beside(const ProductArguments& p, const SharedTiles& shared,
                                    const Share& share) {
-  const TensorMap& x = by_row ? p.beside.operand : p.left;
+  const TensorMap& x = by_row ? p.beside.x : p.left;
   Ring ring;
   for (int i = share.first; i < beside_items<by_row>(p); i += share.step) {
     const BesideItem item = beside_item<by_row>(p, i);
@@ -78,51 +82,97 @@ __device__ inline void load_beside(const ProductArguments& p, const SharedTiles&
       const int along = step * 2 * tile_depth;  // rows of dh, or the depth
       const int row = by_row ? along : item.row, col = by_row ? item.col : along;
       barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
-      barrier_expect(full, 2 * left_bytes + (by_row ? left_bytes : 2 * beside_box_bytes));
+      barrier_expect(full, 2 * left_bytes + (by_row ? left_bytes : 2 * beside_box_bytes(cut)));
       load_box(shared.left(ring.stage), x, full, col, row);
       load_box(shared.right(ring.stage), x, full, col + box_cols, row);
       if constexpr (by_row) {
-        load_box(skinny, p.tail_left, full, 0, along);
+        load_box(skinny, p.beside.skinny, full, 0, along);
       } else {
-        load_box(skinny, p.beside.operand, full, along, 0);
-        load_box(skinny + beside_box_bytes, p.beside.operand, full, along + box_cols, 0);
+        load_box(skinny, p.beside.skinny, full, along, 0);
+        load_box(skinny + beside_box_bytes(cut), p.beside.skinny, full, along + box_cols, 0);
       }
       ring.advance();
     }
   }
 }
 
+constexpr int beside_steps = 2 * tile_depth / step_depth;  // of a stage
+
+// The operands of step i of a stage. By row a warpgroup has a box; else each box is a half of the
+// depth.
+template <bool by_row, bool cut>
+__device__ inline Operands beside_operands(const SharedTiles& shared, uint32_t stage,
+                                           uint32_t group, int i) {
+  constexpr int half = beside_steps / 2;
+  const bool second = by_row ? group == 1 : i >= half;
+  const uint32_t wide = (second ? shared.right(stage) : shared.left(stage)) +
+                        (by_row ? 0 : group * group_rows * tile_depth * 2);
+  const uint32_t skinny =
+      shared.right(stage) + beside_start + (by_row || i < half ? 0 : beside_box_bytes(cut));
+  const uint64_t along = (by_row ? i : i % half) * operand_step(by_row);
+  return {(operand_layout(by_row) | wide >> 4) + along,
+          (operand_layout(by_row) | skinny >> 4) + along};
+}
+
 // Starts the products of a stage, in one group.
 template <typename T, bool by_row>
 __device__ inline void start_beside(float (&sums)[beside_sums], const SharedTiles& shared,
                                     uint32_t stage, uint32_t group, bool keep) {
-  constexpr int steps = 2 * tile_depth / step_depth, half = steps / 2;
-  const uint32_t skinny = shared.right(stage) + beside_start;
   pin(sums);
   products_fence();
 #pragma unroll
-  for (int i = 0; i < steps; ++i) {
-    // By row a warpgroup has a box; else each box is a half of the depth.
-    const bool second = by_row ? group == 1 : i >= half;
-    const uint32_t wide = (second ? shared.right(stage) : shared.left(stage)) +
-                          (by_row ? 0 : group * group_rows * tile_depth * 2);
-    const uint32_t narrow = skinny + (by_row || i < half ? 0 : beside_box_bytes);
-    const uint64_t along = (by_row ? i : i % half) * operand_step(by_row);
-    multiply_narrow<T, by_row>(sums, (operand_layout(by_row) | wide >> 4) + along,
-                               (operand_layout(by_row) | narrow >> 4) + along, keep || i > 0);
+  for (int i = 0; i < beside_steps; ++i) {
+    const Operands of = beside_operands<by_row, false>(shared, stage, group, i);
+    multiply_narrow<T, by_row>(sums, of.left, of.right, keep || i > 0);
   }
   products_commit();
   pin(sums);
 }
 
-// `row` of the first sum: of x, or its column.
-template <typename T>
+// Adds a stage's products with parts to the sums, two steps at a time.
+template <typename T, bool by_row>
+__device__ inline void add_parts(float (&sums)[beside_sums], const SharedTiles& shared,
+                                 uint32_t stage, uint32_t group) {
+#pragma unroll
+  for (int i = 0; i < beside_steps; i += 2) {
+    float of_step[2][3 * beside_sums];
+    pin(of_step[0]);
+    pin(of_step[1]);
+    products_fence();
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const Operands of = beside_operands<by_row, true>(shared, stage, group, i + j);
+      multiply_narrow<T, by_row>(of_step[j], of.left, of.right, false);
+    }
+    products_commit();
+    products_wait<0>();
+    pin(of_step[0]);
+    pin(of_step[1]);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int k = 0; k < beside_sums; ++k) {
+        const float small = of_step[j][2 * beside_sums + k] + of_step[j][beside_sums + k];
+        sums[k] += small + of_step[j][k];
+      }
+    }
+  }
+}
+
+// Of factors of type F.
+template <typename F>
 __device__ inline void store_shrunk(const ProductArguments& p, int row, int direction, float sum) {
   const BesideArguments& b = p.beside;
   if (row >= p.rows || direction >= b.rank) return;
-  const float gate = b.E ? static_cast<float>(static_cast<const T*>(b.E)[direction]) : 1.0f;
-  static_cast<T*>(b.hidden)[static_cast<int64_t>(row) * b.rank + direction] = T(sum);
-  static_cast<T*>(b.term)[row * b.term_stride + direction] = T(b.scale * (sum * gate));
+  const float gate = b.E ? static_cast<float>(static_cast<const F*>(b.E)[direction]) : 1.0f;
+  const float gated = b.scale * (sum * gate);
+  static_cast<F*>(b.hidden)[static_cast<int64_t>(row) * b.rank + direction] = F(sum);
+  const int64_t at = row * b.term_stride + direction;
+  if constexpr (std::is_same_v<F, float>) {
+    store_split(static_cast<__nv_bfloat16*>(b.term) + at, b.rank, gated, /*of_left=*/true);
+  } else {
+    static_cast<F*>(b.term)[at] = F(gated);
+  }
 }
 
 __device__ inline void store_partial(const ProductArguments& p, int slice, int col, int direction,
@@ -132,7 +182,7 @@ __device__ inline void store_partial(const ProductArguments& p, int slice, int c
   p.beside.partial[(static_cast<int64_t>(slice) * p.cols + col) * pitch + direction] = sum;
 }
 
-template <typename T, bool by_row>
+template <typename F, bool by_row>
 __device__ inline void store_beside(const ProductArguments& p, const BesideItem& item, int first,
                                     const float (&sums)[beside_sums]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -143,7 +193,7 @@ __device__ inline void store_beside(const ProductArguments& p, const BesideItem&
     if constexpr (by_row) {
       store_partial(p, item.slice, item.col + row, direction, sums[i]);
     } else {
-      store_shrunk<T>(p, item.row + row, direction, sums[i]);
+      store_shrunk<F>(p, item.row + row, direction, sums[i]);
     }
   }
   if constexpr (!by_row) {
@@ -153,7 +203,7 @@ __device__ inline void store_beside(const ProductArguments& p, const BesideItem&
   }
 }
 
-template <typename T, bool by_row>
+template <typename T, bool by_row, bool cut>
 __device__ inline void multiply_beside(const ProductArguments& p, const SharedTiles& shared,
                                        uint32_t group, const Share& share) {
   const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x % warpgroup / 32, 0);
@@ -163,18 +213,29 @@ __device__ inline void multiply_beside(const ProductArguments& p, const SharedTi
   for (int i = share.first; i < beside_items<by_row>(p); i += share.step) {
     const BesideItem item = beside_item<by_row>(p, i);
     uint32_t before = 0;
+    if constexpr (cut) {
+#pragma unroll
+      for (int k = 0; k < beside_sums; ++k) sums[k] = 0.0f;
+    }
     for (int step = item.first; step < item.last; ++step) {
       barrier_wait(shared.full(ring.stage), ring.parity);
-      start_beside<T, by_row>(sums, shared, ring.stage, group, step > item.first);
-      products_wait<1>();
-      if (step > item.first) release(shared, before);
-      before = ring.stage;
+      if constexpr (cut) {
+        add_parts<T, by_row>(sums, shared, ring.stage, group);
+        release(shared, ring.stage);
+      } else {
+        start_beside<T, by_row>(sums, shared, ring.stage, group, step > item.first);
+        products_wait<1>();
+        if (step > item.first) release(shared, before);
+        before = ring.stage;
+      }
       ring.advance();
     }
-    products_wait<0>();
-    pin(sums);
-    release(shared, before);
-    store_beside<T, by_row>(p, item, first, sums);
+    if constexpr (!cut) {
+      products_wait<0>();
+      pin(sums);
+      release(shared, before);
+    }
+    store_beside<std::conditional_t<cut, float, T>, by_row>(p, item, first, sums);
   }
 }
 

@@ -59,12 +59,13 @@ __device__ inline void multiply_tiles(const ProductArguments& p, const SharedTil
   if (threadIdx.x % 32 == 0) wait_for_stores<0>();
 }
 
-enum class Form { plain, dropped, beside };
+enum class Form { plain, dropped, beside, beside_cut };
 
 template <typename T, bool right_by_row, Form form>
 __global__ void __launch_bounds__(product_threads, 1)
     linear_product(const __grid_constant__ ProductArguments p) {
-  constexpr bool dropped = form == Form::dropped, beside = form == Form::beside;
+  constexpr bool dropped = form == Form::dropped, cut = form == Form::beside_cut;
+  constexpr bool beside = form == Form::beside || cut;
   const SharedTiles shared = SharedTiles::of_block();
   const uint32_t group = __shfl_sync(0xFFFFFFFFu, threadIdx.x / warpgroup, 0);
   if (threadIdx.x == 0) prepare(p, shared);
@@ -77,14 +78,14 @@ __global__ void __launch_bounds__(product_threads, 1)
     if (threadIdx.x > 0) return;
     let_next_kernel_start();
     if (beside && role.beside) {
-      load_beside<right_by_row>(p, shared, role.share);
+      load_beside<right_by_row, cut>(p, shared, role.share);
     } else {
       load_operands<right_by_row, dropped, beside && !right_by_row>(p, shared, role.share);
     }
   } else {
     take_registers<multiplying_registers>();
     if (beside && role.beside) {
-      multiply_beside<T, right_by_row>(p, shared, group - 1, role.share);
+      multiply_beside<T, right_by_row, cut>(p, shared, group - 1, role.share);
     } else {
       multiply_tiles<T, right_by_row, dropped>(p, shared, group - 1, role.share);
     }
@@ -104,13 +105,30 @@ int launch_typed(const LinearProduct& problem, const ProductArguments& arguments
   const auto launch = [&](auto kernel) {
     return launch_early(kernel, blocks, product_threads, product_shared_bytes, stream, arguments);
   };
-  if (arguments.beside.blocks > 0) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (problem.beside.blocks > 0 && problem.beside.cut) {
+      return launch(problem.right_by_row ? linear_product<T, true, Form::beside_cut>
+                                         : linear_product<T, false, Form::beside_cut>);
+    }
+  }
+  if (problem.beside.blocks > 0) {
     return launch(problem.right_by_row ? linear_product<T, true, Form::beside>
                                        : linear_product<T, false, Form::beside>);
   }
   if (!problem.right_by_row) return launch(linear_product<T, false, Form::plain>);
   return launch(drops(problem) ? linear_product<T, true, Form::dropped>
                                : linear_product<T, true, Form::plain>);
+}
+
+template <typename Map>
+int make_maps(BesideArguments& arguments, const LinearProduct& p, const Map& map) {
+  const Beside& b = p.beside;
+  const int directions = b.cut ? beside_rows(true) : static_cast<int>(b.rank);
+  if (!p.right_by_row) {
+    return map(arguments.skinny, b.A, directions, p.depth, beside_rows(b.cut));
+  }
+  const int error = map(arguments.x, b.x, p.rows, p.cols, tile_rows);
+  return error ? error : map(arguments.skinny, b.dh, p.rows, directions, tile_rows);
 }
 
 int make_maps(ProductArguments& arguments, const LinearProduct& p) {
@@ -127,16 +145,12 @@ int make_maps(ProductArguments& arguments, const LinearProduct& p) {
   if (!error && p.rank > 0)
     error = map(arguments.tail_left, p.tail_left, p.rows, p.rank, tile_rows);
   if (!error && p.rank > 0) error = map_right(arguments.tail_right, p.tail_right, p.rank);
-  if (!error && p.beside.blocks > 0) {
-    error = p.right_by_row
-                ? map(arguments.beside.operand, p.beside.x, p.rows, p.cols, tile_rows)
-                : map(arguments.beside.operand, p.beside.A, p.rank, p.depth, beside_directions);
-  }
+  if (!error && p.beside.blocks > 0) error = make_maps(arguments.beside, p, map);
   if (!error) error = map(arguments.out, {p.out, p.out_stride}, p.rows, p.cols, result_rows);
   return error;
 }
 
-int divide_up(int64_t value, int64_t by) {
+int whole_parts(int64_t value, int64_t by) {
   return static_cast<int>((value + by - 1) / by);
 }
 
@@ -149,11 +163,13 @@ bool lies_well(const Operand& matrix, int64_t length) {
 bool takes_beside(const LinearProduct& p) {
   const Beside& b = p.beside;
   if (b.blocks == 0) return true;
-  if (b.blocks < 0 || b.blocks >= p.multiprocessors || drops(p) || p.rank < 1 ||
-      p.rank > beside_directions)
+  const int64_t directions = b.cut ? cut_rows : b.rank;
+  if (b.blocks < 0 || b.blocks >= p.multiprocessors || drops(p) || b.rank < 1 ||
+      b.rank > beside_directions || p.rank != (b.cut ? split_parts * b.rank : b.rank) ||
+      (b.cut && p.type != Type::bfloat16))
     return false;
   if (!p.right_by_row) return b.hidden && b.flags && lies_well(b.A, p.depth);
-  return b.partial && b.chunk > 0 && lies_well(b.x, p.cols);
+  return b.partial && b.chunk > 0 && lies_well(b.x, p.cols) && lies_well(b.dh, directions);
 }
 
 BesideArguments beside_of(const LinearProduct& p) {
@@ -161,7 +177,7 @@ BesideArguments beside_of(const LinearProduct& p) {
   BesideArguments of{};
   of.blocks = b.blocks;
   of.chunk = b.chunk;
-  of.rank = static_cast<int>(p.rank);
+  of.rank = static_cast<int>(b.rank);
   of.hidden = b.hidden;
   of.term = const_cast<void*>(p.tail_left.data);
   of.term_stride = p.tail_left.stride;
@@ -175,11 +191,11 @@ BesideArguments beside_of(const LinearProduct& p) {
 }  // namespace
 
 int64_t beside_flags(int64_t rows) {
-  return 1 + divide_up(rows, tile_rows);
+  return 1 + whole_parts(rows, tile_rows);
 }
 
 int64_t beside_slices(int64_t rows, int chunk) {
-  return divide_up(divide_up(rows, tile_rows), chunk);
+  return whole_parts(whole_parts(rows, tile_rows), chunk);
 }
 
 bool takes(const LinearProduct& p) {
@@ -213,10 +229,10 @@ int launch_linear_product(const LinearProduct& problem, void* stream) {
   arguments.dropout = problem.dropout;
   arguments.rows = static_cast<int>(problem.rows);
   arguments.cols = static_cast<int>(problem.cols);
-  arguments.depth_blocks = divide_up(problem.depth, tile_depth);
-  arguments.tail_steps = divide_up(problem.rank, step_depth);
-  arguments.tiles_down = divide_up(problem.rows, tile_rows);
-  arguments.tiles_across = divide_up(problem.cols, tile_cols);
+  arguments.depth_blocks = whole_parts(problem.depth, tile_depth);
+  arguments.tail_steps = whole_parts(problem.rank, step_depth);
+  arguments.tiles_down = whole_parts(problem.rows, tile_rows);
+  arguments.tiles_across = whole_parts(problem.cols, tile_cols);
   return problem.type == Type::bfloat16 ? launch_typed<__nv_bfloat16>(problem, arguments, stream)
                                         : launch_typed<__half>(problem, arguments, stream);
 }

@@ -28,29 +28,29 @@ struct Operand {
 };
 
 // A pass over a wide matrix that some blocks of the launch do beside the product: those that its
-// last round of tiles would leave without work. For up to 16 directions of the product's type,
-// without dropout.
+// last round of tiles would leave without work. For up to 16 directions of the product's type, or
+// of float32 over bfloat16 as their parts (split_term.h), without dropout.
 //
 //   forward   hidden = x A^T, and scale * hidden o E^T into tail_left, which tiles wait for; x is
-//   left gradient  partial[i] = dh^T x over the i-th chunk of rows, as FinishColumns takes slices;
-//   dh is
-//             tail_left
+//             left
+//   gradient  partial[i] = dh^T x over the i-th chunk of rows, as FinishColumns takes slices
 //
 // A tile waits for blocks that have begun before its own: they end whatever the device has room
 // for.
 struct Beside {
   int blocks = 0;
+  int64_t rank = 0;
+  bool cut = false;  // A and dh are parts, [cut_rows, depth] and [rows, cut_rows]
   // forward
   Operand A = {};           // [rank, depth]
   const void* E = nullptr;  // [rank], or null
   float scale = 1.0f;
-  void* hidden = nullptr;     // written, [rows, rank]
+  void* hidden = nullptr;     // written, [rows, rank], of the factors' type
   uint32_t* flags = nullptr;  // beside_flags(rows) of them, for this launch alone
   // gradient
-  Operand x = {};  // [rows, cols]
-  int chunk = 0;   // of 128 rows
-  float* partial =
-      nullptr;  // written, [beside_slices(rows, chunk), cols, rank up to a multiple of 8]
+  Operand x = {}, dh = {};   // [rows, cols], [rows, rank]
+  int chunk = 0;             // of 128 rows
+  float* partial = nullptr;  // written, [beside_slices(rows, chunk), cols, rank up to 8 i]
 };
 int64_t beside_flags(int64_t rows);
 int64_t beside_slices(int64_t rows, int chunk);

@@ -10,7 +10,8 @@ namespace rankwise::kernels {
 
 // What blocks beside the product work on (beside_product.h).
 struct BesideArguments {
-  TensorMap operand;  // A in boxes of 16 directions; or x, in boxes of a tile's rows
+  TensorMap x;       // of a gradient, in boxes of a tile's rows
+  TensorMap skinny;  // A, all its directions to a box; or dh, as x
   int blocks;
   int chunk;  // of dA: row tiles of a sum
   int rank;

@@ -34,11 +34,18 @@ constexpr uint32_t result_start = right_start + stages * right_bytes;
 constexpr uint32_t barrier_start = result_start + multiplying_warps * result_buffers * result_bytes;
 constexpr uint32_t box_alignment = 1024;
 
-// Of work beside the product (beside_product.h): 16 directions, and where a stage has them.
+// Of work beside the product (beside_product.h): directions, three times as many of float32's
+// parts, and where a stage has them.
 constexpr int beside_directions = 16;
-constexpr uint32_t beside_box_bytes = beside_directions * tile_depth * 2;
+RANKWISE_HOST_DEVICE constexpr int beside_rows(bool cut) {
+  return cut ? 3 * beside_directions : beside_directions;
+}
+RANKWISE_HOST_DEVICE constexpr uint32_t beside_box_bytes(bool cut) {
+  return static_cast<uint32_t>(beside_rows(cut) * tile_depth * 2);
+}
 constexpr uint32_t beside_start = left_bytes;  // in the place of `right`
-static_assert(beside_start + left_bytes <= right_bytes);
+static_assert(beside_start + left_bytes <= right_bytes, "");
+static_assert(2 * beside_box_bytes(true) <= left_bytes, "");
 constexpr uint32_t product_shared_bytes = barrier_start + 2 * stages * 8 + box_alignment;
 
 // Operands in wgmma's descriptors, in units of 16 bytes: groups of 8 rows are 1024 bytes apart, and

@@ -1,4 +1,4 @@
-// wgmma.m64n256k16 and m64n16k16: the products of a warpgroup, both operands in shared memory.
+// wgmma.m64n256k16, n16 and n48: the products of a warpgroup, both operands in shared memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,11 +34,18 @@ namespace rankwise::kernels {
                " {" RANKWISE_SUM_NAMES "}, %128, %129, p, 1, 1, 0, %131;\n}\n"                 \
                : RANKWISE_SUMS                                                                 \
                : "l"(left), "l"(right), "r"(static_cast<uint32_t>(keep)), "n"(static_cast<int>(right_by_row)))
-#define RANKWISE_NARROW_WGMMA(type)                                                           \
+#define RANKWISE_WGMMA_16(type)                                                           \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"                                    \
                "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type                     \
                " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, %11, %11;\n}\n"            \
                : RANKWISE_EIGHT_SUMS(0)                                                        \
+               : "l"(left), "l"(right), "r"(static_cast<uint32_t>(keep)), "n"(static_cast<int>(by_row)))
+#define RANKWISE_WGMMA_48(type)                                                               \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\n"                                    \
+               "wgmma.mma_async.sync.aligned.m64n48k16.f32." type "." type                     \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "      \
+               "%16, %17, %18, %19, %20, %21, %22, %23}, %24, %25, p, 1, 1, %27, %27;\n}\n"    \
+               : RANKWISE_EIGHT_SUMS(0), RANKWISE_EIGHT_SUMS(8), RANKWISE_EIGHT_SUMS(16)       \
                : "l"(left), "l"(right), "r"(static_cast<uint32_t>(keep)), "n"(static_cast<int>(by_row)))
 // clang-format on
 
@@ -55,18 +62,23 @@ __device__ inline void multiply_group(float (&sums)[128], uint64_t left, uint64_
   }
 }
 
-// The same for a right operand [16, 16]. `by_row` also names the left one's layout: [16, 64], its
-// rows along the depth.
-template <typename T, bool by_row>
-__device__ inline void multiply_narrow(float (&sums)[8], uint64_t left, uint64_t right, bool keep) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    RANKWISE_NARROW_WGMMA("bf16");
+// The same for a right operand [16, 2 * count] of 16 or 48 columns. `by_row` also names the left
+// one's layout: [16, 64], its rows along the depth.
+template <typename T, bool by_row, int count>
+__device__ inline void multiply_narrow(float (&sums)[count], uint64_t left, uint64_t right,
+                                       bool keep) {
+  static_assert(count == 8 || (count == 24 && std::is_same_v<T, __nv_bfloat16>), "");
+  if constexpr (count == 24) {
+    RANKWISE_WGMMA_48("bf16");
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    RANKWISE_WGMMA_16("bf16");
   } else {
-    RANKWISE_NARROW_WGMMA("f16");
+    RANKWISE_WGMMA_16("f16");
   }
 }
 
-#undef RANKWISE_NARROW_WGMMA
+#undef RANKWISE_WGMMA_48
+#undef RANKWISE_WGMMA_16
 #undef RANKWISE_WGMMA
 #undef RANKWISE_SUMS
 #undef RANKWISE_EIGHT_SUMS

@@ -55,6 +55,7 @@ PendingGate output_gradients(const CudaAdapter& adapter, const at::Tensor& dy,
   if (!term.left.is_same(out.dh)) problem.term = term.to_write();
   problem.term_right = term.right_parts;
   problem.dE_later = dE_later;
+  if (term.dh_parts.defined()) problem.dh_cut = term.dh_parts.mutable_data_ptr();
   c10::DataPtr partial = scratch(kernels::output_gradient_scratch_bytes(problem));
   check_launch(kernels::launch_output_gradient(problem, partial.mutable_get(), current_stream()));
   if (!dE_later) return {};

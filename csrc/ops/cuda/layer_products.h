@@ -17,10 +17,6 @@ bool kernels_serve(const at::Tensor& input, const at::Tensor& weight, int64_t ra
 at::Tensor add_output(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& w,
                       const std::optional<at::Tensor>& bias, const at::Tensor& gated);
 
-// What joins y's and dx's product; undefined where the term is a sum of its own.
-ProductTerm output_term(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& w);
-ProductTerm input_term(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w);
-
 // dx = mask(dh A) + dy W0, with input_term(), which has been written.
 at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
                           const at::Tensor& dh, const ProductTerm& term);

@@ -42,16 +42,6 @@ at::Tensor add_output(const CudaAdapter& adapter, const at::Tensor& x, const at:
   return y;
 }
 
-ProductTerm output_term(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& w) {
-  if (adapter.rank() == 0) return {};
-  return joined_term(adapter, x, w.t(), adapter.B.t());
-}
-
-ProductTerm input_term(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w) {
-  if (adapter.rank() == 0) return {};
-  return joined_term(adapter, dy, w, adapter.A, adapter.dropout.active());
-}
-
 at::Tensor input_gradient(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
                           const at::Tensor& dh, const ProductTerm& term) {
   if (term.defined()) return product_with_term(dy, w, term, {}, adapter.mask());
@@ -81,8 +71,10 @@ ForwardResult lora_linear_forward_cuda(const at::Tensor& input, const at::Tensor
   const at::Tensor x = matrix(input);
   const at::Tensor hidden = at::empty({x.size(0), rank}, adapter.A.options());
   const ProductTerm term = output_term(adapter, x, weight);
-  at::Tensor y = product_beside_shrink(adapter, x, weight, term, bias, hidden);
-  if (!y.defined()) {
+  at::Tensor y;
+  if (term.beside > 0) {
+    y = product_beside_shrink(adapter, x, weight, term, bias, hidden);
+  } else {
     const bool apart = adapter.E.defined() && !term.defined();
     const at::Tensor gated = apart ? at::empty_like(hidden) : hidden;
     if (rank > 0) shrink(adapter, x, hidden, gated, term);
@@ -109,15 +101,15 @@ BackwardResult lora_linear_backward_cuda(const at::Tensor& grad_output, const at
   const at::Tensor dy = matrix(grad_output);
   const auto [need_x, need_w, need_b, need_A, need_B, need_E] = output_mask;
   const int64_t rank = adapter.rank();
-  const ProductTerm term = need_x ? input_term(adapter, dy, weight) : ProductTerm();
+  const at::Tensor x = need_A || need_w ? matrix(input) : at::Tensor();
+  const ProductTerm term =
+      need_x ? input_term(adapter, dy, weight, need_A ? x : at::Tensor()) : ProductTerm();
   const OutputSide side =
       output_side(adapter, operands, dy, hidden, {need_x, need_A, need_B, need_E}, term);
-  const at::Tensor x = need_A || need_w ? matrix(input) : at::Tensor();
   at::Tensor dx, dw, db, dA;
   if (need_A) dA = gradient_of(operands.lora_A, operands.lora_A.size(0), rank);
-  InputProducts both;
-  if (need_A) both = product_beside_input_factor(adapter, dy, weight, term, x);
-  if (both.dx.defined()) {
+  if (term.beside > 0) {
+    const InputProducts both = product_beside_input_factor(adapter, dy, weight, term, x);
     dx = both.dx;
     end_input_factor_gradient(adapter, x, dA, both.slices, both.count, side.pending);
   } else {

@@ -164,7 +164,7 @@ GroupGradients group_backward_cuda(const std::vector<at::Tensor>& grad_outputs,
   const at::Tensor dh_of_all = at::cat(dh, 1);
   if (need_A) add_input_factors(group, shared, x, dh_of_all, result);
   if (!need_x) return result;
-  const ProductTerm term = input_term(shared.adapter, dy[0], group[0].weight);
+  const ProductTerm term = input_term(shared.adapter, dy[0], group[0].weight, {});
   if (term.defined()) write(term, dh_of_all);
   const at::Tensor dx = input_gradient(shared.adapter, dy[0], group[0].weight, dh_of_all, term);
   for (size_t i = 1; i < group.size(); ++i) add_base(dx, dy[i], group[i].weight);

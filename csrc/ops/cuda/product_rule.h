@@ -55,9 +55,9 @@ constexpr bool sums_take_the_term(const ProductDevice& device, const ProductSize
 // makes 660 TFLOP/s. A layer with its passes beside costs 0.97-1.03 of the frozen layer at 8192 x
 // 4096 x 4096 and 1.17 with passes before and after; at 8192 x 1024 x 1024, 5.4 and 2.1.
 constexpr int multiprocessors_beside(const ProductDevice& device, const ProductSizes& sizes,
-                                     int64_t reuse) {
-  constexpr int64_t most_directions = 16, least_work = 8192;
-  if (!sums_take_the_term(device, sizes) || sizes.rank > most_directions) return 0;
+                                     int64_t rank, int64_t reuse) {
+  constexpr int64_t highest_rank = 16, least_work = 8192;
+  if (!sums_take_the_term(device, sizes) || rank > highest_rank) return 0;
   const ProductRounds rounds(device, sizes);
   const int64_t spare = device.multiprocessors - (rounds.tiles + rounds.count - 1) / rounds.count;
   return spare * reuse >= least_work ? static_cast<int>(spare) : 0;

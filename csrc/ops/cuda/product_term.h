@@ -15,6 +15,10 @@ struct ProductTerm {
   bool by_row = false;  // as the product's own right matrix
   kernels::SplitMatrix right_parts = {};  // of float32: `right` is to be written with `left`
 
+  int beside = 0;  // multiprocessors that do passes beside the product (product_rule.h)
+  // For dA beside the product, of float32: [rows, cut_rows], to be written with `left`.
+  at::Tensor dh_parts = {};
+
   bool defined() const { return left.defined(); }
   bool split() const { return right_parts.rows > 0; }
 

@@ -87,12 +87,40 @@ kernels::SplitMatrix parts(const at::Tensor& from, const at::Tensor& to, int64_t
           to.stride(0),   part_stride};
 }
 
-// Of the launch for left right and its term; 0: passes go before and after it.
-int blocks_beside(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right,
-                  const ProductTerm& term, int64_t reuse) {
-  if (!term.defined() || term.split() || adapter.dropout.active()) return 0;
-  return multiprocessors_beside(product_device(left.get_device()),
-                                {left.size(0), right.size(1), left.size(1), adapter.rank()}, reuse);
+// For left right and its term.
+int beside(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right,
+           const ProductTerm& term, int64_t reuse) {
+  if (!term.defined() || adapter.dropout.active()) return 0;
+  const ProductSizes sizes{left.size(0), right.size(1), left.size(1), term.left.size(1)};
+  return multiprocessors_beside(product_device(left.get_device()), sizes, adapter.rank(), reuse);
+}
+
+ProductTerm joined_term(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right,
+                        const at::Tensor& term_right, bool masked) {
+  const int64_t rank = adapter.rank();
+  const ProductSizes sizes{left.size(0), right.size(1), left.size(1),
+                           directions(rank, adapter.type(), kernel_type(left))};
+  const bool by_row = lies_well(right);
+  if (!takes_term(left.get_device(), sizes) || !lies_well(left)) return {};
+  if (!by_row && (masked || !lies_well(right.t()))) return {};
+  const at::Tensor as_read = by_row ? term_right : term_right.t();
+  ProductTerm term{well_lying(sizes.rows, sizes.rank, left.options()), as_read, by_row};
+  if (adapter.type() == kernel_type(left)) {
+    term.right = well_lying(as_read);
+    return term;
+  }
+  term.right = by_row ? well_lying(sizes.rank, sizes.cols, left.options())
+                      : well_lying(sizes.cols, sizes.rank, left.options());
+  term.right_parts = parts(as_read, term.right, by_row ? rank * term.right.stride(0) : rank);
+  return term;
+}
+
+kernels::Beside beside_of(const CudaAdapter& adapter, const ProductTerm& term) {
+  kernels::Beside beside;
+  beside.blocks = term.beside;
+  beside.rank = adapter.rank();
+  beside.cut = term.split();
+  return beside;
 }
 
 at::Tensor multiply(const at::Tensor& left, const at::Tensor& right, const ProductTerm& term,
@@ -131,23 +159,24 @@ bool takes_term(c10::DeviceIndex device, const ProductSizes& sizes) {
   return asked_for() && sums_take_the_term(product_device(device), sizes);
 }
 
-ProductTerm joined_term(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right,
-                        const at::Tensor& term_right, bool masked) {
-  const int64_t rank = adapter.rank();
-  const ProductSizes sizes{left.size(0), right.size(1), left.size(1),
-                           directions(rank, adapter.type(), kernel_type(left))};
-  const bool by_row = lies_well(right);
-  if (!takes_term(left.get_device(), sizes) || !lies_well(left)) return {};
-  if (!by_row && (masked || !lies_well(right.t()))) return {};
-  const at::Tensor as_read = by_row ? term_right : term_right.t();
-  ProductTerm term{well_lying(sizes.rows, sizes.rank, left.options()), as_read, by_row};
-  if (adapter.type() == kernel_type(left)) {
-    term.right = well_lying(as_read);
-    return term;
+ProductTerm output_term(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& w) {
+  if (adapter.rank() == 0) return {};
+  ProductTerm term = joined_term(adapter, x, w.t(), adapter.B.t(), /*masked=*/false);
+  if (!term.by_row && (term.split() || lies_well(adapter.A))) {
+    term.beside = beside(adapter, x, w.t(), term, /*reuse=*/w.size(0));
   }
-  term.right = by_row ? well_lying(sizes.rank, sizes.cols, left.options())
-                      : well_lying(sizes.cols, sizes.rank, left.options());
-  term.right_parts = parts(as_read, term.right, by_row ? rank * term.right.stride(0) : rank);
+  return term;
+}
+
+ProductTerm input_term(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
+                       const at::Tensor& x) {
+  if (adapter.rank() == 0) return {};
+  ProductTerm term = joined_term(adapter, dy, w, adapter.A, adapter.dropout.active());
+  if (!x.defined() || !term.by_row || !lies_well(x)) return term;
+  term.beside = beside(adapter, dy, w, term, /*reuse=*/w.size(0));
+  if (term.beside > 0 && term.split()) {
+    term.dh_parts = at::empty({dy.size(0), kernels::cut_rows}, dy.options());
+  }
   return term;
 }
 
@@ -169,11 +198,17 @@ at::Tensor product_with_term(const at::Tensor& left, const at::Tensor& right,
 at::Tensor product_beside_shrink(const CudaAdapter& adapter, const at::Tensor& x,
                                  const at::Tensor& w, const ProductTerm& term,
                                  const std::optional<at::Tensor>& bias, const at::Tensor& hidden) {
-  kernels::Beside beside;
-  beside.blocks = blocks_beside(adapter, x, w.t(), term, /*reuse=*/w.size(0));
-  if (beside.blocks == 0 || term.by_row || !lies_well(adapter.A)) return {};
+  at::Tensor A = adapter.A;
+  if (term.split()) {
+    A = at::empty({kernels::cut_rows, x.size(1)}, x.options());
+    const kernels::CutFactor cut{
+        adapter.rank(),       x.size(1),  adapter.A.const_data_ptr<float>(), adapter.A.stride(0),
+        A.mutable_data_ptr(), A.stride(0)};
+    check_launch(kernels::launch_cut_factor(cut, term.right_parts, current_stream()));
+  }
   c10::DataPtr flags = scratch(kernels::beside_flags(x.size(0)) * sizeof(uint32_t));
-  beside.A = operand(adapter.A);
+  kernels::Beside beside = beside_of(adapter, term);
+  beside.A = operand(A);
   beside.E = adapter.gate();
   beside.scale = static_cast<float>(adapter.scaling);
   beside.hidden = hidden.mutable_data_ptr();
@@ -185,12 +220,11 @@ InputProducts product_beside_input_factor(const CudaAdapter& adapter, const at::
                                           const at::Tensor& w, const ProductTerm& term,
                                           const at::Tensor& x) {
   constexpr int64_t wanted_slices = 4, rows_each = 128;
-  kernels::Beside beside;
-  beside.blocks = blocks_beside(adapter, dy, w, term, /*reuse=*/w.size(0));
-  if (beside.blocks == 0 || !term.by_row || !lies_well(x)) return {};
+  kernels::Beside beside = beside_of(adapter, term);
   const int64_t pitch = (adapter.rank() + 7) / 8 * 8;
   const int64_t tiles = (x.size(0) + rows_each - 1) / rows_each;
   beside.x = operand(x);
+  beside.dh = operand(term.split() ? term.dh_parts : term.left);
   beside.chunk = static_cast<int>((tiles + wanted_slices - 1) / wanted_slices);
   const int64_t count = kernels::beside_slices(x.size(0), beside.chunk);
   c10::DataPtr slices = scratch(count * x.size(1) * pitch * sizeof(float));

@@ -16,11 +16,11 @@ namespace rankwise {
 // RANKWISE_TERM_PRODUCT=on.
 bool takes_term(c10::DeviceIndex device, const ProductSizes& sizes);
 
-// The term that product_with_term adds to left [rows, depth] right [depth, cols], with
-// `term_right` [rank, cols] of the adapter's type, and a left matrix to be written; undefined where
-// it does not serve them. `masked`, with dropout of the term.
-ProductTerm joined_term(const CudaAdapter& adapter, const at::Tensor& left, const at::Tensor& right,
-                        const at::Tensor& term_right, bool masked = false);
+// The term that joins y = x w^T or dx = dy w, its left matrix to be written; undefined where the
+// product does not serve them. `x`, where dA is asked for as well.
+ProductTerm output_term(const CudaAdapter& adapter, const at::Tensor& x, const at::Tensor& w);
+ProductTerm input_term(const CudaAdapter& adapter, const at::Tensor& dy, const at::Tensor& w,
+                       const at::Tensor& x);
 
 // Writes the term's left matrix, [rows, rank] of the adapter's type.
 void write(const ProductTerm& term, const at::Tensor& left);
@@ -31,17 +31,17 @@ at::Tensor product_with_term(const at::Tensor& left, const at::Tensor& right,
                              const ProductTerm& term, const std::optional<at::Tensor>& bias,
                              const kernels::DropoutMask& mask = {});
 
-// The same for y = x w^T + term + bias with hidden = x A^T beside it, of which the term is made:
-// both are written. Undefined, and nothing done, where the rule has it otherwise.
+// y = x w^T + term + bias and hidden = x A^T beside it, of which the term is made; for a term with
+// multiprocessors beside it.
 at::Tensor product_beside_shrink(const CudaAdapter& adapter, const at::Tensor& x,
                                  const at::Tensor& w, const ProductTerm& term,
                                  const std::optional<at::Tensor>& bias, const at::Tensor& hidden);
 
-// The same for dx = dy w + term, and slices of dA = dh^T x beside it.
+// dx = dy w + term, and slices of dA = dh^T x beside it.
 struct InputProducts {
-  at::Tensor dx;  // undefined, and nothing done, where the rule has it otherwise
+  at::Tensor dx;
   c10::DataPtr slices;
-  int64_t count = 0;
+  int64_t count;
 };
 InputProducts product_beside_input_factor(const CudaAdapter& adapter, const at::Tensor& dy,
                                           const at::Tensor& w, const ProductTerm& term,

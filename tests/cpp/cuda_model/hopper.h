@@ -75,10 +75,10 @@ void multiply_group(float (&sums)[count], uint64_t left, uint64_t right, bool ke
   cuda_model::multiply_group<T>({sums, left, right, keep, right_by_row, 2 * count}, site);
 }
 
-template <typename T, bool by_row>
-void multiply_narrow(float (&sums)[8], uint64_t left, uint64_t right, bool keep,
+template <typename T, bool by_row, int count>
+void multiply_narrow(float (&sums)[count], uint64_t left, uint64_t right, bool keep,
                      const cuda_model::Site& site = cuda_model::Site::current()) {
-  cuda_model::multiply_group<T>({sums, left, right, keep, by_row, 16, by_row}, site);
+  cuda_model::multiply_group<T>({sums, left, right, keep, by_row, 2 * count, by_row}, site);
 }
 
 // Blocks run one after another: who waits for one that has not begun waits for good.

@@ -60,7 +60,8 @@ rankwise_kernel_test(kernels/allocation/orthogonality_test allocation/orthogonal
 rankwise_kernel_test(kernels/allocation/progress_test allocation/progress.cu)
 rankwise_kernel_test(kernels/allocation/triplet_selection_test allocation/triplet_selection.cu)
 rankwise_kernel_test(kernels/hopper/linear_product_test hopper/linear_product.cu)
-rankwise_kernel_test(kernels/hopper/linear_product_beside_test hopper/linear_product.cu)
+rankwise_kernel_test(kernels/hopper/linear_product_beside_test finish.cu hopper/linear_product.cu
+  split_term.cu)
 rankwise_kernel_test(kernels/hopper/split_term_test hopper/linear_product.cu split_term.cu)
 # Includes the kernel's source.
-rankwise_kernel_test(kernels/hopper/linear_product_faults_test)
+rankwise_kernel_test(kernels/hopper/linear_product_faults_test finish.cu split_term.cu)

@@ -190,11 +190,13 @@ def layers() -> Iterator[tuple[str, Problem]]:
             split = {"split_term"} if base is not factor else set()
             run = partial(group, name, WIDE, 5)
             yield f"joined group {name}", Problem(run, frozenset(joined | split), "cuda (sm_90a)")
-    alone = frozenset({"linear_product", "output_products", "finish"})
-    for wanted in ("xABE", "xAB"):
-        run = partial(linear, "bfloat16", BESIDE, 5, "E" in wanted, wanted, dropout=0.0)
-        title = f"beside bfloat16{' gated' if 'E' in wanted else ''}"
-        yield title, Problem(run, alone, path="cuda (sm_90a)")
+    for name in ("bfloat16", "bfloat16_float32"):
+        cut = {"cut_factor"} if name == "bfloat16_float32" else set()
+        alone = frozenset({"linear_product", "output_products", "finish"} | cut)
+        for wanted in ("xABE", "xAB"):
+            run = partial(linear, name, BESIDE, 5, "E" in wanted, wanted, dropout=0.0)
+            title = f"beside {name}{' gated' if 'E' in wanted else ''}"
+            yield title, Problem(run, alone, path="cuda (sm_90a)")
 
 
 def passes() -> Iterator[tuple[str, Problem]]:

@@ -74,10 +74,12 @@ def test_values(dtype, where, rank, gate):
 
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("rank", [1, 16, 85])
-def test_float32_factors_over_bfloat16(rank, gate):
+@pytest.mark.parametrize("where", SIZES)
+def test_float32_factors_over_bfloat16(where, rank, gate):
     """y and dx are rounded once; gradients of factors are float32's."""
     needs_it()
-    tensors = operands(torch.bfloat16, rank, gate=gate, factors=torch.float32)
+    tokens, width = SIZES[where]
+    tensors = operands(torch.bfloat16, rank, tokens, gate, torch.float32, width)
     for got, want in zip(results(tensors), expected(tensors), strict=True):
         step = 2**-8 if got.dtype is torch.bfloat16 else 2**-12
         error = (got.double() - want).norm() / want.norm()
@@ -108,15 +110,18 @@ def test_which_kernels_run(dropout, factors):
     assert not any("expand" in name or "split" in name for name in names), names
 
 
-# Passes beside a product go where it leaves multiprocessors: two launches backward less.
-def test_which_kernels_run_beside_a_product():
+# Passes beside a product go where it leaves multiprocessors idle.
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
+def test_which_kernels_run_beside_a_product(factors):
     needs_it()
-    tensors = operands(torch.bfloat16, 16, *SIZES["beside"][:1], width=SIZES["beside"][1])
+    tokens, width = SIZES["beside"]
+    tensors = operands(torch.bfloat16, 16, tokens, factors=factors, width=width)
     results(tensors)
     names = launched(lambda: results(tensors))
     assert sum("linear_product" in name for name in names) == 2, names
     assert sum("output_products" in name for name in names) == 1, names
     assert sum("finish" in name for name in names) == 2, names
+    assert sum("cut_factor" in name for name in names) == (factors is torch.float32), names
     assert not any("row_products" in name or "column_products" in name for name in names), names
 
 

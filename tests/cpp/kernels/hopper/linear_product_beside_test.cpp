@@ -22,6 +22,7 @@ TEST(BesideTheProduct, TheTermIsMadeForIt) {
   for (const BesideCase& c : forward_cases) {
     run<Forward<__nv_bfloat16>>(c);
     run<Forward<__half>>(c);
+    run<Forward<__nv_bfloat16, true>>(c);
   }
 }
 
@@ -34,6 +35,7 @@ TEST(BesideTheProduct, SlicesOfAGradientAreAddedUp) {
   for (const BesideCase& c : gradient_cases) {
     run<Gradient<__nv_bfloat16>>(c);
     run<Gradient<__half>>(c);
+    run<Gradient<__nv_bfloat16, true>>(c);
   }
 }
 
@@ -41,6 +43,8 @@ TEST(BesideTheProduct, SlicesOfAGradientAreAddedUp) {
 TEST(BesideTheProduct, BlocksMayBeginInAnyOrder) {
   expect_same_bits_under_every_schedule<Forward<__nv_bfloat16>>(forward_cases[1]);
   expect_same_bits_under_every_schedule<Gradient<__nv_bfloat16>>(gradient_cases[1]);
+  expect_same_bits_under_every_schedule<Forward<__nv_bfloat16, true>>(forward_cases[1]);
+  expect_same_bits_under_every_schedule<Gradient<__nv_bfloat16, true>>(gradient_cases[1]);
 }
 
 TEST(BesideTheProduct, TheirNumberIsSeenNowhere) {
@@ -58,9 +62,15 @@ TEST(BesideTheProduct, TheirNumberIsSeenNowhere) {
   EXPECT_TRUE(gradient[0] == gradient[1] && gradient[0] == gradient[2]);
 }
 
-TEST(BesideTheProduct, NonfiniteNumbersReachTheirSumsAlone) {
+template <typename Pass>
+class NonfiniteBeside : public testing::Test {};
+using Factors = testing::Types<Forward<__nv_bfloat16>, Forward<__nv_bfloat16, true>>;
+TYPED_TEST_SUITE(NonfiniteBeside, Factors);
+
+TYPED_TEST(NonfiniteBeside, NumbersReachTheirSumsAlone) {
   cuda_model::set_schedule({});
-  Forward<__nv_bfloat16> pass(forward_cases[0]);
+  TypeParam pass(forward_cases[0]);
+  pass.A.set(2, 7, 1.0f);  // of one part
   pass.product.left.set(3, 7, INFINITY);
   pass.A.set(4, 100, NAN);
   pass.everything();
@@ -89,7 +99,10 @@ TEST(BesideTheProduct, WhatItCannotDoIsRefused) {
   EXPECT_TRUE(refused(g, [](LinearProduct& p) { p.beside.chunk = 0; }));
   EXPECT_TRUE(refused(g, [](LinearProduct& p) { p.beside.x.stride = 260; }));
   EXPECT_TRUE(refused(g, [](LinearProduct& p) { p.dropout.threshold = 1; }));
-  EXPECT_TRUE(refused(g, [](LinearProduct& p) { p.rank = 17; }));
+  EXPECT_TRUE(refused(g, [](LinearProduct& p) { p.rank = p.beside.rank = 17; }));
+  EXPECT_TRUE(refused(g, [](LinearProduct& p) { p.beside.rank = 4; }));  // not the term's
+  EXPECT_TRUE(refused(g, [](LinearProduct& p) { p.beside.dh.stride = 3; }));
+  EXPECT_TRUE(refused(g, [](LinearProduct& p) { p.beside.cut = true; }));  // over float16
 }
 
 }  // namespace

@@ -86,8 +86,8 @@ void faulty_multiply_group(float (&sums)[count], uint64_t left, uint64_t right, 
   multiply_group<T, right_by_row>(sums, left, right, keep, site);
 }
 
-template <typename T, bool by_row>
-void faulty_multiply_narrow(float (&sums)[8], uint64_t left, uint64_t right, bool keep,
+template <typename T, bool by_row, int count>
+void faulty_multiply_narrow(float (&sums)[count], uint64_t left, uint64_t right, bool keep,
                             const Site& site = Site::current()) {
   constexpr uint64_t stride = uint64_t{64} << 32;
   if (fault == Fault::narrow_stride) right -= stride / 2;
@@ -180,7 +180,7 @@ INSTANTIATE_TEST_SUITE_P(
 template <typename Pass>
 void run_beside(Fault with) {
   cuda_model::set_schedule({});
-  Pass pass({{700, 136, 456, 12, std::is_same_v<Pass, Gradient<__half>>, false, 3}, 1, false, 6});
+  Pass pass({{700, 136, 456, 12, Pass::by_row, false, 3}, 1, false, 6});
   fault = with;
   pass.everything();
   fault = Fault::none;
@@ -191,6 +191,7 @@ class FaultsBeside : public testing::TestWithParam<Planted> {};
 
 TEST_P(FaultsBeside, AreSeen) {
   EXPECT_DEATH(run_beside<Forward<__half>>(GetParam().fault), GetParam().message);
+  EXPECT_DEATH((run_beside<Forward<__nv_bfloat16, true>>(GetParam().fault)), GetParam().message);
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -205,11 +206,14 @@ INSTANTIATE_TEST_SUITE_P(
 TEST(LinearProductFaults, AreSeenInAGradientBesideTheProduct) {
   EXPECT_DEATH(run_beside<Gradient<__half>>(Fault::early_release), wrong);
   EXPECT_DEATH(run_beside<Gradient<__half>>(Fault::narrow_stride), wrong);
+  EXPECT_DEATH((run_beside<Gradient<__nv_bfloat16, true>>(Fault::narrow_stride)), wrong);
 }
 
 TEST(LinearProductFaults, TheKernelAroundThemIsRight) {
   run_beside<Forward<__half>>(Fault::none);
   run_beside<Gradient<__half>>(Fault::none);
+  run_beside<Forward<__nv_bfloat16, true>>(Fault::none);
+  run_beside<Gradient<__nv_bfloat16, true>>(Fault::none);
   run<__half>(Fault::none, false);
   run<__nv_bfloat16>(Fault::none, true);
 }

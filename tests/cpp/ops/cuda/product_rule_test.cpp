@@ -42,8 +42,9 @@ TEST(ProductRule, WantsTheLastRoundFull) {
 // 1,024 tiles are eight rounds of 128.
 TEST(ProductRule, PassesGoBesideWhereTheyEndBeforeTheProduct) {
   const auto beside = [](const ProductSizes& sizes, int64_t reuse) {
-    return multiprocessors_beside(h100, sizes, reuse);
+    return multiprocessors_beside(h100, sizes, sizes.rank, reuse);
   };
+  EXPECT_EQ(multiprocessors_beside(h100, {8192, 4096, 4096, 48}, 16, 4096), 4);  // float32 factors
   EXPECT_EQ(beside({8192, 4096, 4096, 16}, 4096), 4);
   EXPECT_EQ(beside({8192, 8192, 8192, 16}, 8192), 4);
   EXPECT_EQ(beside({8192, 14336, 4096, 16}, 14336), 4);  // y of 4096 -> 14336
