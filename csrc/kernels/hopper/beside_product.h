@@ -4,11 +4,10 @@
 //   forward   s = x A^T         boxes side by side; A's two boxes [16 directions, 64]
 //             gated rows to the term's left matrix, then
 //               8 warps raise the flag of their row tile  --->  its tiles load the term
-//   gradient  partial = x^T dh  boxes side by side, 64 columns to each warpgroup; a box of dh [128,
-//   64]
+//   gradient  partial = x^T dh  boxes side by side, 64 columns to each warpgroup; one box of dh
 //
 // Of float32 factors the parts (split_term.h) lie side by side, 48 directions in the place of 16,
-// and their sums leave the tensor core after each 16 products (fragments.h).
+// and their sums leave the tensor core after each 16 products (../fragments.h).
 //
 // Blocks that raise flags are those that began first, by the tickets they draw: who waits for a
 // flag waits for a block that runs and itself waits for nobody.

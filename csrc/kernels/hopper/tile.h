@@ -1,10 +1,10 @@
 // A tile of the product, how a block's shared memory holds what it is made of, and the names that
 // wgmma takes for operands there.
 //
-//   0           stages x left  [128, 64]   a row has 64 numbers along the depth
-//   64 KiB      stages x right [256, 64]   likewise; or, right_by_row, 4 boxes [64 deep, 64
-//   columns] 192 KiB     8 warps x 2 x [16, 64]     results on their way to the copy engine 224 KiB
-//   2 x stages barriers
+//   0        stages x left  [128, 64]  a row has 64 numbers along the depth
+//   64 KiB   stages x right [256, 64]  likewise; or, right_by_row, 4 boxes [64 deep, 64 columns]
+//   192 KiB  8 warps x 2 x [16, 64]    results on their way to the copy engine
+//   224 KiB  2 x stages barriers
 //
 // All boxes have rows of 128 bytes in the 128-byte swizzle and begin at multiples of 1024.
 #pragma once
