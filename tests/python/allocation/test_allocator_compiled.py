@@ -17,7 +17,6 @@ def test_a_pruning_run_recompiles_at_most_once():
         graphs.append(module)
         return module
 
-    torch._dynamo.reset()
     model, allocator = network(**OPTIONS)
     compiled = torch.compile(model, fullgraph=True, backend=counting)
     optimizer = torch.optim.AdamW(trained(model), 0.02)

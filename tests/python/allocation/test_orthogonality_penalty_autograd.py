@@ -106,11 +106,9 @@ def test_transposed_and_sliced_factors(squared):
 
 @pytest.fixture
 def fresh_compiler():
-    torch._dynamo.reset()
     counters.clear()
     with fresh_cache():
         yield
-    torch._dynamo.reset()
 
 
 COMPILED = [("eager", True), ("aot_eager", True), ("aot_eager", False), ("inductor", False)]

@@ -1,20 +1,12 @@
 # torch.compile over adapted models: no graph break, eager's values, switches noticed (no codegen).
 import copy
 
-import pytest
 import torch
 from small_models import randomise
 from torch import nn
 
 import rankwise as rw
 from rankwise.config import LoRAConfig
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def two_layers() -> nn.Module:

@@ -127,7 +127,6 @@ def test_a_move_to_another_dtype_reaches_what_waits(models, active, dtype):
 
 def test_compiled_without_a_break(models):
     _, model = models
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     found = compiled(**inputs(model))[0]
     assert_same_bits(found.detach(), output(model).detach(), "compiled")

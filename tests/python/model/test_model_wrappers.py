@@ -24,13 +24,6 @@ LAYERS = ["0", "2"]
 X = torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(2, 8)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def names(model: nn.Module) -> list[str]:
     return [layer.name for layer in rw.summary(model).layers]
 

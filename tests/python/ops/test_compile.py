@@ -44,11 +44,9 @@ class Model(nn.Module):
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch._dynamo.reset()
     counters.clear()
     with fresh_cache():  # what another build of the ops left on disk must not be served
         yield
-    torch._dynamo.reset()
 
 
 def graphs_compiled() -> int:
