@@ -4,6 +4,7 @@
 //   warpgroup 0       one thread: loads operands into the ring of stages      load_operands.h
 //   warpgroups 1, 2   multiply what is there, 64 rows each                    multiply_operands.h
 //                     and write the tile                                      store_result.h
+#include "../skinny_products.h"
 #include "beside_product.h"
 #include "drop_sums.h"
 #include "linear_product.h"
@@ -151,7 +152,7 @@ int make_maps(ProductArguments& arguments, const LinearProduct& p) {
 }
 
 int whole_parts(int64_t value, int64_t by) {
-  return static_cast<int>((value + by - 1) / by);
+  return static_cast<int>(divide_up(value, by));
 }
 
 // Rows of `length` elements.
@@ -196,6 +197,15 @@ int64_t beside_flags(int64_t rows) {
 
 int64_t beside_slices(int64_t rows, int chunk) {
   return whole_parts(whole_parts(rows, tile_rows), chunk);
+}
+
+int64_t beside_partial_bytes(int64_t slices, int64_t cols, int64_t rank) {
+  return slices * cols * partial_pitch(rank) * static_cast<int64_t>(sizeof(float));
+}
+
+int beside_chunk(int64_t rows) {
+  constexpr int slices = 4;
+  return whole_parts(whole_parts(rows, tile_rows), slices);
 }
 
 bool takes(const LinearProduct& p) {

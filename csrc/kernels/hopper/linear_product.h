@@ -54,6 +54,9 @@ struct Beside {
 };
 int64_t beside_flags(int64_t rows);
 int64_t beside_slices(int64_t rows, int chunk);
+int64_t beside_partial_bytes(int64_t slices, int64_t cols, int64_t rank);
+// A chunk that makes about four slices.
+int beside_chunk(int64_t rows);
 
 struct LinearProduct {
   int64_t rows, cols, depth, rank;

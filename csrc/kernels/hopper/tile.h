@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "../host_device.h"
+#include "../split_term.h"
 
 namespace rankwise::kernels {
 
@@ -36,9 +37,9 @@ constexpr uint32_t box_alignment = 1024;
 
 // Of work beside the product (beside_product.h): directions, three times as many of float32's
 // parts, and where a stage has them.
-constexpr int beside_directions = 16;
+constexpr int beside_directions = static_cast<int>(cut_rank);
 RANKWISE_HOST_DEVICE constexpr int beside_rows(bool cut) {
-  return cut ? 3 * beside_directions : beside_directions;
+  return static_cast<int>(cut ? cut_rows : cut_rank);
 }
 RANKWISE_HOST_DEVICE constexpr uint32_t beside_box_bytes(bool cut) {
   return static_cast<uint32_t>(beside_rows(cut) * tile_depth * 2);

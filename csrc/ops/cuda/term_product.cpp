@@ -219,15 +219,12 @@ at::Tensor product_beside_shrink(const CudaAdapter& adapter, const at::Tensor& x
 InputProducts product_beside_input_factor(const CudaAdapter& adapter, const at::Tensor& dy,
                                           const at::Tensor& w, const ProductTerm& term,
                                           const at::Tensor& x) {
-  constexpr int64_t wanted_slices = 4, rows_each = 128;
   kernels::Beside beside = beside_of(adapter, term);
-  const int64_t pitch = (adapter.rank() + 7) / 8 * 8;
-  const int64_t tiles = (x.size(0) + rows_each - 1) / rows_each;
   beside.x = operand(x);
   beside.dh = operand(term.split() ? term.dh_parts : term.left);
-  beside.chunk = static_cast<int>((tiles + wanted_slices - 1) / wanted_slices);
+  beside.chunk = kernels::beside_chunk(x.size(0));
   const int64_t count = kernels::beside_slices(x.size(0), beside.chunk);
-  c10::DataPtr slices = scratch(count * x.size(1) * pitch * sizeof(float));
+  c10::DataPtr slices = scratch(kernels::beside_partial_bytes(count, x.size(1), adapter.rank()));
   beside.partial = static_cast<float*>(slices.mutable_get());
   return {multiply(dy, w, term, {}, {}, beside), std::move(slices), count};
 }
